@@ -1,0 +1,40 @@
+# What a person types. `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+DATA ?= emoji
+DEMO ?= demo
+VENV := .venv
+BIN := $(VENV)/bin
+# Headers that FFCV is compiled against; it is the only part that needs a compiler.
+APT := libturbojpeg0-dev libopencv-dev pkg-config g++ python3-dev
+
+.PHONY: help setup demo test check tests faults bench clean
+help:
+	@echo "make setup   .venv with everything in requirements.txt; afterwards .venv/bin/daae is there"
+	@echo "make demo    fetch, convert, profile, train MAE and DAAE equally long, report (DATA=emoji|synthetic|/my/images)"
+	@echo "make test    lint, types and tests, offline once set up"
+	@echo "make faults  the long fault tests: kills, full disk, damaged files"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml tools/setup.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" APT="$(APT)" sh tools/setup.sh
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m tools.demo --data "$(DATA)" --out "$(DEMO)"
+
+test: check tests
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+tests: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+faults: setup
+	$(BIN)/python -m pytest -m slow --timeout 900
+
+clean:
+	rm -rf $(VENV) $(DEMO) *.egg-info

@@ -1,0 +1,1 @@
+"""Encoder, decoder, heads, losses, and one small file per pre-training method."""

@@ -1,0 +1,145 @@
+"""A compact Vision Transformer: any resolution, kept patches only, timm's parameter names.
+
+Source: Dosovitskiy et al. 2020 as in MAE (He et al. 2021): pre-norm blocks, fixed sin-cos positions, one class token.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import attend
+from pipeline.views import Patches
+
+
+def sincos_positions(width: int, grid: int, base: int) -> Tensor:
+    """(grid^2, width) float32 position code of a grid of patches, rows first.
+
+    Coordinates are relative to the image: a coarser grid samples the base grid's code at its own patch centres,
+    x_j = (j + 1/2) base / grid - 1/2, so that the same place in the picture has the same code at every resolution. At
+    grid = base this is MAE's code to the bit. The column comes first, as in MAE; in each half first the sines.
+    """
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    coordinate = (torch.arange(grid, dtype=torch.float64) + 0.5) * (base / grid) - 0.5
+    phase = coordinate[:, None] * frequency[None, :]
+    code = torch.cat([phase.sin(), phase.cos()], dim=1)  # (grid, width / 2)
+    column = code[None, :, :].expand(grid, grid, -1)
+    row = code[:, None, :].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=2).reshape(grid * grid, width).float()
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        batch, count, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attend(query, key, value).transpose(1, 2).reshape(batch, count, width))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4 * width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class PatchEmbed(nn.Module):
+    """Holds the weight of timm's strided convolution; the product is taken on patches that are already cut."""
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, N, 3 p^2) in (channel, row, column) order -> (B, N, D)."""
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """Patches of one or several views in, class token and patch tokens after the final norm out."""
+
+    def __init__(self, *, side: int, patch: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.patch, self.width, self.depth, self.heads = patch, width, depth, heads
+        self.grid = side // patch
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embed = PatchEmbed(patch, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self._positions: dict[tuple[int, torch.device], Tensor] = {}
+        nn.init.normal_(self.cls_token, std=0.02)
+        init_weights(self)
+
+    @cached_property
+    def values(self) -> int:
+        """Values per patch, P = 3 p^2."""
+        return 3 * self.patch**2
+
+    def positions(self, grid: int, device: torch.device) -> Tensor:
+        """(grid^2, D), made once per grid and device. Fixed, hence no parameter and in no checkpoint."""
+        if (grid, device) not in self._positions:
+            self._positions[grid, device] = sincos_positions(self.width, grid, self.grid).to(device)
+        return self._positions[grid, device]
+
+    def embed(self, view: Patches) -> Tensor:
+        """(B, K, D): what the encoder sees of a view, each token with the code of its place."""
+        positions = self.positions(view.grid, view.pixels.device)
+        tokens = self.patch_embed(view.visible())
+        return tokens + (positions if view.keep is None else positions[view.keep])
+
+    def forward(self, *views: Patches) -> list[Tensor]:
+        """(B, 1 + K, D) for each view: class token first, after the final norm.
+
+        Views with equally many tokens go through the blocks as one batch: half the calls, larger products.
+        """
+        tokens = [self.embed(view) for view in views]
+        if len(tokens) > 1 and len({one.shape[1] for one in tokens}) == 1:
+            return list(self.encode(torch.cat(tokens)).split([len(one) for one in tokens]))
+        return [self.encode(one) for one in tokens]
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's: Xavier-uniform for every matrix, the patch projection taken as one too; biases 0, norms 1 and 0."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(part.weight.flatten(1) if isinstance(part, nn.Conv2d) else part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def patch_mean(tokens: Tensor) -> Tensor:
+    """(B, 1 + K, D) -> (B, D): mean of the patch tokens, class token left out."""
+    return tokens[:, 1:].mean(dim=1)

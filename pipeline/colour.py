@@ -1,0 +1,69 @@
+"""Colour changes of a batch as one affine map per image.
+
+Brightness, contrast and saturation as torchvision defines them are affine in the pixel, and so is a hue turn in YIQ;
+drawn in any order they compose to one 3 x 3 matrix and one offset. The whole jitter of an image, grayscale included,
+therefore costs one pass over its pixels whatever is drawn. Two differences from torchvision follow: values are clamped
+once at the end instead of after each change, and hue turns in YIQ at constant luma instead of in HSV.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeline.sampling import Colours
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision weigh red, green and blue
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the four changes as Colours.order numbers them
+# The chroma axes of YIQ (FCC NTSC), rows I and Q; luma is the first row.
+_YIQ = torch.tensor([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)], dtype=torch.float64)
+
+
+def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
+    """The map of each image: (B, 3, 3) matrix and (B, 3) offset, for pixels in [0, 1].
+
+    mean: (B, 3), the mean colour of each image, which contrast pivots on.
+    """
+    device, rows = mean.device, torch.arange(len(mean), device=mean.device)
+    factors = torch.from_numpy(drawn.factors).to(device, torch.float32)
+    order = torch.from_numpy(drawn.order).to(device)
+    luma = torch.tensor(LUMA, device=device)
+    eye = torch.eye(3, device=device).expand(len(mean), 3, 3)
+    to_gray = luma.expand(3, 3)  # each row: the luma weights
+    brightness, contrast, saturation = (factors[:, i, None, None] for i in range(3))
+    changes = torch.stack(
+        [brightness * eye, contrast * eye, saturation * eye + (1 - saturation) * to_gray, _hue_turn(drawn, device)],
+        dim=1,
+    )  # (B, 4, 3, 3)
+    matrix, offset = eye, torch.zeros_like(mean)
+    for place in range(4):
+        which = order[:, place]
+        change = changes[rows, which]
+        # Contrast moves every pixel towards the luma of the mean picture as it is by now.
+        now = (matrix @ mean[:, :, None])[:, :, 0] + offset
+        pivot = torch.where(which == CONTRAST, (1 - factors[:, CONTRAST]) * (now @ luma), 0.0)
+        matrix, offset = change @ matrix, (change @ offset[:, :, None])[:, :, 0] + pivot[:, None]
+    gray = torch.from_numpy(drawn.gray).to(device)[:, None]
+    matrix = torch.where(gray[:, :, None], to_gray @ matrix, matrix)
+    offset = torch.where(gray, (offset @ luma)[:, None], offset)
+    return matrix, offset
+
+
+def _hue_turn(drawn: Colours, device: torch.device) -> Tensor:
+    """(B, 3, 3): turn the chroma plane by `hue` of a full circle, luma untouched."""
+    angle = torch.from_numpy(drawn.hue).to(device, torch.float32) * (2 * math.pi)
+    turn = torch.zeros(len(angle), 3, 3, device=device)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
+    turn[:, 1, 2], turn[:, 2, 1] = angle.sin(), -angle.sin()  # red towards yellow, as torchvision turns
+    return torch.linalg.inv(_YIQ).to(device, torch.float32) @ turn @ _YIQ.to(device, torch.float32)
+
+
+def recolour(pixels: Tensor, drawn: Colours) -> Tensor:
+    """(B, S, S, 3) float in [0, 1] -> the same shape, recoloured and clamped to [0, 1]."""
+    batch, high, wide, _ = pixels.shape
+    flat = pixels.view(batch, high * wide, 3)
+    matrix, offset = colour_maps(flat.mean(dim=1), drawn)
+    return torch.baddbmm(offset[:, None, :], flat, matrix.transpose(1, 2)).clamp_(0, 1).view_as(pixels)

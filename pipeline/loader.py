@@ -1,0 +1,242 @@
+"""One loader for every backend: which samples, decoded by a backend, cropped on the device, one batch ahead.
+
+A backend (`ffcv_loader`, `dali_loader`) does one thing: given sample ids, it yields canvases of decoded pictures.
+Order, crops and flips come from `sampling`, so backends agree on everything but the decoder's last grey levels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import sampling
+from pipeline.errors import DaaeError, DataError, ResourceError, StalledError, UsageError
+from pipeline.geometry import crop_resize
+from pipeline.sampling import View
+from pipeline.store import Store
+from pipeline.views import Batch
+
+Backend = Literal["auto", "ffcv", "dali"]
+MODULES = {"ffcv": ("pipeline.ffcv_loader", "FFCVSource"), "dali": ("pipeline.dali_loader", "DALISource")}
+AHEAD = 2  # batches finished and waiting: enough to ride out a slow one, few enough to stay small
+
+
+class Source(Protocol):
+    """What a backend is: sample ids in, decoded pictures out."""
+
+    def canvases(self, ids: list[np.ndarray]) -> Iterator[Tensor]:
+        """For each array of sample ids a (B, H, W, 3) uint8 canvas on the device, pictures in the top left corner.
+
+        A canvas may be overwritten as soon as the next one is asked for.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Loader:
+    """Batches of an epoch, in the order that (seed, epoch) fixes.
+
+    One background thread decodes and crops `AHEAD` batches while the caller trains. Every wait has a time limit.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        source: Source,
+        views: dict[str, View],
+        *,
+        batch: int,
+        seed: int,
+        device: torch.device,
+        label: str | None,
+        shuffle: bool,
+        stall_seconds: float,
+        rank: int,
+        ranks: int,
+    ):
+        self.store, self.source, self.views, self.batch, self.seed = store, source, views, batch, seed
+        self.device, self.shuffle, self.stall_seconds = device, shuffle, stall_seconds
+        self.rank, self.ranks = rank, ranks
+        # Training drops the last partial batch; evaluation must see every image and takes it.
+        self.batches = store.count // batch if shuffle else -(-store.count // batch)
+        self.sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
+        self.labels = store.label(label)[0].astype(np.int64) if label else np.full(store.count, -1, np.int64)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches `start` to the end of an epoch. Starting anywhere costs nothing: no sample is read to be skipped."""
+        if self.shuffle:
+            order = sampling.epoch_order(self.seed, epoch, self.store.count)
+        else:
+            order = np.arange(self.store.count)
+        plan = [
+            sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
+        ]
+        ahead = _Ahead(self._make(epoch, plan), self.device, self.stall_seconds)
+        try:
+            yield from ahead
+        finally:
+            ahead.close()
+
+    def _make(self, epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
+        canvases = self.source.canvases(plan)
+        with contextlib.closing(canvases):  # pyright: ignore[reportArgumentType]
+            for ids, canvas in zip(plan, canvases, strict=True):
+                images = {}
+                for name, view in self.views.items():
+                    cut_as = view.same_crop_as or name
+                    where = sampling.geometry(self.views[cut_as], cut_as, self.seed, epoch, ids, self.sizes[ids])
+                    images[name] = crop_resize(canvas, where, view.side)
+                label = torch.from_numpy(self.labels[ids]).to(self.device, non_blocking=True)
+                yield Batch(images, label, torch.from_numpy(ids), epoch)
+
+    def close(self) -> None:
+        self.source.close()
+
+
+class _Ahead:
+    """Runs an iterator in a thread, `AHEAD` items in advance. On CUDA it works on a stream of its own."""
+
+    def __init__(self, items: Iterator[Batch], device: torch.device, stall_seconds: float):
+        self.items, self.stall_seconds = items, stall_seconds
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ready: queue.Queue = queue.Queue(AHEAD)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        try:
+            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                for item in self.items:
+                    done = torch.cuda.Event() if self.stream else None
+                    if done is not None:
+                        done.record(self.stream)
+                    if not self._put((item, done)):
+                        return
+            self._put(None)
+        except BaseException as error:  # whatever it is, the training thread must hear of it
+            self._put(error)
+
+    def _put(self, what: object) -> bool:
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self.ready.put(what, timeout=0.2)
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            try:
+                what = self.ready.get(timeout=self.stall_seconds)
+            except queue.Empty:
+                raise StalledError(
+                    f"the loader made no batch for {self.stall_seconds:.0f} s. Look at the disk that holds the store, "
+                    "or allow more with --speed.stall-seconds."
+                ) from None
+            if what is None:
+                return
+            if isinstance(what, BaseException):
+                raise (
+                    what
+                    if isinstance(what, DaaeError)
+                    else StalledError(f"the loader stopped with {type(what).__name__}: {what}.")
+                ) from what
+            batch, done = what
+            if done is not None:
+                current = torch.cuda.current_stream()
+                current.wait_event(done)
+                for tensor in (*batch.images.values(), batch.label):
+                    tensor.record_stream(current)  # made on the loader's stream, used on this one
+            yield batch
+
+    def close(self) -> None:
+        self.stop.set()
+        while self.thread.is_alive():  # it may hold a finished batch: make room so that it sees the flag
+            with contextlib.suppress(queue.Empty):
+                self.ready.get_nowait()
+            self.thread.join(timeout=0.05)
+            if not self.thread.is_alive():
+                break
+            self.stall_seconds -= 0.05
+            if self.stall_seconds < 0:
+                return  # a hung decoder: the thread is a daemon and ends with the process
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a container or Slurm may have cut down."""
+    return len(os.sched_getaffinity(0))
+
+
+def open_loader(
+    store: Store,
+    views: dict[str, View],
+    *,
+    batch: int,
+    seed: int = 0,
+    backend: Backend = "auto",
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    label: str | None = None,
+    shuffle: bool = True,
+    stall_seconds: float = 300.0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Loader:
+    """Open a store for training (`shuffle`) or for one ordered pass over every image.
+
+    batch: images over all ranks. workers: decoding threads, 0 chooses. backend: "auto" takes FFCV where the store
+    has a .beton and the package is there, and DALI otherwise.
+    Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
+    """
+    if shuffle and store.count < batch:
+        raise DataError(
+            f"{store.root} has {store.count:,} images, fewer than one batch of {batch:,}. "
+            f"Use --batch {max(1, store.count // 2)} or fewer, or more images."
+        )
+    if batch % ranks:
+        raise UsageError(f"a batch of {batch} cannot be divided evenly among {ranks} processes.")
+    device = torch.device(device)
+    # Beside a training step on the CPU one decoding thread is enough and two would fight for the cores.
+    workers = workers or (1 if device.type == "cpu" else max(1, usable_cores() // ranks))
+    source = _open_source(store, backend, device, workers, batch // ranks)
+    return Loader(
+        store, source, views, batch=batch, seed=seed, device=device, label=label, shuffle=shuffle,
+        stall_seconds=stall_seconds, rank=rank, ranks=ranks,
+    )  # fmt: skip
+
+
+def _open_source(store: Store, backend: Backend, device: torch.device, workers: int, batch: int) -> Source:
+    if backend == "auto":
+        return _open_source(store, choose_backend(store), device, workers, batch)
+    there = {"ffcv": store.beton is not None, "dali": bool(store.shards)}
+    if not there[backend]:
+        raise UsageError(f"{store.root} was written without {backend}. Convert again with --backends both.")
+    module, name = MODULES[backend]
+    try:
+        source = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        other = "dali" if backend == "ffcv" else "ffcv"
+        raise ResourceError(
+            f"--loader {backend} needs {error.name or error}, which is not installed. "
+            f"Run `make setup`, or pass --loader {other}."
+        ) from None
+    return source(store, device=device, workers=workers, batch=batch)
+
+
+def choose_backend(store: Store) -> Literal["ffcv", "dali"]:
+    """FFCV where it can be used, since it reads one memory-mapped file; DALI otherwise."""
+    with contextlib.suppress(ImportError):
+        if store.beton is not None:
+            importlib.import_module("ffcv")
+            return "ffcv"
+    return "dali"

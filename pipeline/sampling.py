@@ -1,0 +1,155 @@
+"""Which image comes when, and every crop, flip and colour change: pure functions of (seed, epoch, sample id, view).
+
+Nothing here keeps state. A batch is therefore the same on any number of workers, at any batch size and after any
+resume, whichever library decodes it. numpy only: the numbers are few, and made on the host while the device works.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+MASK64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: 2^64 / golden ratio, odd
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How one view of an image is drawn. An objective declares its views by name."""
+
+    side: int  # pixels of the square it is resized to
+    area: tuple[float, float] = (0.2, 1.0)  # share of the image's area that the crop covers, uniform
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
+    flip: float = 0.5  # probability
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter_p: float = 0.8
+    gray: float = 0.0  # probability
+    mask_ratio: float = 0.0  # share of the patches hidden from the encoder
+    same_crop_as: str | None = None  # crop and flip of that other view; area, aspect and flip here mean nothing then
+    centre: float | None = None  # for evaluation: the central square of this share of the shorter side, no chance
+
+    @property
+    def coloured(self) -> bool:
+        return any(self.jitter) or self.gray > 0
+
+
+def mix(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on uint64: every input bit reaches every output bit."""
+    with np.errstate(over="ignore"):
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def key(seed: int, epoch: int, purpose: str) -> int:
+    """One 64-bit key for a stream of random numbers; streams of different purposes are unrelated."""
+    state = np.uint64(zlib.crc32(purpose.encode()))
+    for word in (seed, epoch):
+        with np.errstate(over="ignore"):
+            state = mix(np.array([state ^ np.uint64(word & MASK64)]) + np.uint64(GOLDEN))[0]
+    return int(state)
+
+
+def uniform(seed: int, epoch: int, purpose: str, ids: np.ndarray, count: int) -> np.ndarray:
+    """(len(ids), count) float64 in [0, 1): row i depends on ids[i] alone, not on its neighbours or its place."""
+    with np.errstate(over="ignore"):
+        rows = mix(np.uint64(key(seed, epoch, purpose)) + np.asarray(ids, np.uint64) * np.uint64(GOLDEN))
+        words = mix(rows[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A permutation of range(count), int64: the order of samples in this epoch.
+
+    Sorting hashed ids instead of numpy's shuffle keeps the order equal across numpy versions.
+    """
+    with np.errstate(over="ignore"):
+        ids = np.arange(count, dtype=np.uint64)
+        keys = mix(np.uint64(key(seed, epoch, "order")) + ids * np.uint64(GOLDEN))
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def batch_ids(order: np.ndarray, step: int, batch: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
+    """Sample ids of this rank's share of global batch `step` of an epoch.
+
+    `batch` counts images over all ranks and is divided evenly. The images left over at the end of an epoch, fewer
+    than a batch, are dropped; another epoch's order drops others.
+    """
+    share = batch // ranks
+    start = step * batch + rank * share
+    return order[start : start + share]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the pixels of one view of a batch come from. Row i belongs to sample i."""
+
+    boxes: np.ndarray  # (B, 4) int64: top, left, height, width in the stored picture
+    flip: np.ndarray  # (B,) bool
+
+
+def geometry(view: View, name: str, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> Geometry:
+    """Crop boxes and flips of a view for the samples `ids` whose stored sizes are `sizes`, (B, 2) height, width.
+
+    The crop rule is torchvision's RandomResizedCrop: ten tries at an area and an aspect, and if none fits the
+    largest central crop with the nearest aspect allowed.
+    """
+    heights, widths = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
+    if view.centre is not None:
+        side = np.maximum(1, np.round(np.minimum(heights, widths) * view.centre).astype(np.int64))
+        boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
+        return Geometry(boxes, np.zeros(len(ids), bool))
+    tries = 10
+    draw = uniform(seed, epoch, f"crop {name}", ids, 4 * tries + 1)
+    narrow, broad = np.log(view.aspect).tolist()
+    area = (heights * widths)[:, None] * _between(draw[:, 0 : 4 * tries : 4], *view.area)
+    aspect = np.exp(_between(draw[:, 1 : 4 * tries : 4], narrow, broad))
+    wide = np.round(np.sqrt(area * aspect)).astype(np.int64)
+    high = np.round(np.sqrt(area / aspect)).astype(np.int64)
+    fits = np.logical_and.reduce([wide > 0, high > 0, wide <= widths[:, None], high <= heights[:, None]])
+    rows, first = np.arange(len(ids)), np.argmax(fits, axis=1)
+    wide, high = wide[rows, first], high[rows, first]
+    top = np.floor(draw[rows, 4 * first + 2] * (heights - high + 1)).astype(np.int64)
+    left = np.floor(draw[rows, 4 * first + 3] * (widths - wide + 1)).astype(np.int64)
+    chosen = np.stack([top, left, high, wide], axis=1)
+    boxes = np.where(fits.any(axis=1)[:, None], chosen, _largest_central(view, heights, widths))
+    return Geometry(boxes, draw[:, -1] < view.flip)
+
+
+def _between(unit: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
+    return low + unit * (high - low)
+
+
+def _largest_central(view: View, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    ratio = widths / heights
+    wide = np.where(ratio > view.aspect[1], np.round(heights * view.aspect[1]), widths).astype(np.int64)
+    high = np.where(ratio < view.aspect[0], np.round(widths / view.aspect[0]), heights).astype(np.int64)
+    wide, high = np.clip(wide, 1, widths), np.clip(high, 1, heights)
+    return np.stack([(heights - high) // 2, (widths - wide) // 2, high, wide], axis=1)
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Colour changes of one view of a batch; a row that nothing happens to holds factors 1, hue 0 and gray False."""
+
+    factors: np.ndarray  # (B, 3) float64: brightness, contrast, saturation
+    hue: np.ndarray  # (B,) float64, in turns of the colour circle
+    order: np.ndarray  # (B, 4) int64: the four changes in the order in which they apply
+    gray: np.ndarray  # (B,) bool
+
+
+def colours(view: View, name: str, seed: int, epoch: int, ids: np.ndarray) -> Colours:
+    """Jitter strengths as torchvision's ColorJitter: factors in [1 - s, 1 + s], hue in [-h, h], any order."""
+    draw = uniform(seed, epoch, f"colour {name}", ids, 10)
+    jittered = (draw[:, 0] < view.jitter_p)[:, None]
+    strength = np.asarray(view.jitter[:3])
+    factors = np.where(jittered, _between(draw[:, 1:4], np.maximum(0, 1 - strength), 1 + strength), 1.0)
+    hue = np.where(jittered[:, 0], _between(draw[:, 4], -view.jitter[3], view.jitter[3]), 0.0)
+    return Colours(factors, hue, np.argsort(draw[:, 5:9], axis=1), draw[:, 9] < view.gray)
+
+
+def mask_key(name: str, seed: int, epoch: int) -> int:
+    """The stream from which views.py draws, on the device, which patches of each sample are hidden."""
+    return key(seed, epoch, f"mask {name}")

@@ -1,0 +1,184 @@
+"""The writing side of a store: tar shards, their indexes, labels, names, and the manifest that makes it one.
+
+Everything here is a pure function of what is added: tar headers carry no time, owner or mode of the source, so the
+same pictures in the same order give the same bytes. `pipeline.store` describes the files and reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipeline.staging import write_durably
+from pipeline.store import FORMAT, INDEX, MANIFEST
+
+BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+MAX_SIDE = np.iinfo(INDEX["height"]).max
+
+
+class ShardWriter:
+    """Appends pictures to `shard-00000.tar`, `shard-00001.tar`, … and writes each shard's index for DALI's reader.
+
+    A sample is `%09d.jpg` (its sample id) and `%09d.cls`: the first label column as decimal text of one fixed width,
+    because a batch of differing widths cannot become one array. Unknown is `-00001`: `int()` of it is -1, as
+    everywhere else in the project, and a class 0 cannot be mistaken for it.
+    """
+
+    def __init__(self, folder: Path, *, shard_bytes: int, label_width: int = 6) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.label_width = label_width
+        self.shards: list[str] = []
+        self.files: dict[str, dict] = {}  # name -> bytes and sha256, as the manifest holds it
+        self.rows: list[tuple[int, int, int, int, int]] = []  # INDEX rows
+        self.bytes = 0
+        self._file: BinaryIO | None = None
+
+    def add(self, jpeg: bytes, *, label: int, height: int, width: int) -> int:
+        """Append one verified JPEG; returns its sample id."""
+        key = f"{len(self.rows):09d}"
+        cls = b"%0*d" % (self.label_width, label)
+        room = sum(BLOCK + _padded(len(data)) for data in (jpeg, cls))
+        if self._file is None or (self._place and self._place + room > self.shard_bytes):
+            self._next_shard()
+        offset = self._member(f"{key}.jpg", jpeg)
+        cls_offset = self._member(f"{key}.cls", cls)
+        self._lines.append(f"jpg {offset} {len(jpeg)} {key}.jpg cls {cls_offset} {len(cls)} {key}.cls")
+        self.rows.append((len(self.shards) - 1, len(jpeg), offset, height, width))
+        return len(self.rows) - 1
+
+    def close(self) -> None:
+        """Finish the last shard. Idempotent."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            # Two empty blocks end an archive; tar pads it to a whole record.
+            end = bytes(2 * BLOCK)
+            self._write(file, end + bytes(-(self._place + len(end)) % RECORD))
+            file.flush()
+            os.fsync(file.fileno())
+        finally:
+            file.close()
+        name = self.shards[-1]
+        self.files[name] = {"bytes": self._place, "sha256": self._digest.hexdigest()}
+        index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""])
+        self.files |= write_file(self.folder, name.removesuffix(".tar") + ".idx", index.encode())
+
+    def abandon(self) -> None:
+        """Close the open file without finishing it."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses once more
+                file.close()
+
+    def _next_shard(self) -> None:
+        self.close()
+        self.shards.append(f"shard-{len(self.shards):05d}.tar")
+        self._file = open(self.folder / self.shards[-1], "wb", buffering=1 << 18)  # noqa: SIM115 (closed in close())
+        self._digest = hashlib.sha256()
+        self._place = 0
+        self._lines: list[str] = []
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Write one file of the archive; returns where its data starts."""
+        assert self._file is not None
+        header = tarfile.TarInfo(name)
+        header.size, header.mode, header.mtime = len(data), 0o644, 0
+        self._write(self._file, header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._place
+        self._write(self._file, data + bytes(_padded(len(data)) - len(data)))
+        return offset
+
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        file.write(data)
+        self._digest.update(data)
+        self._place += len(data)
+        self.bytes += len(data)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def write_file(folder: Path, name: str, data: bytes) -> dict[str, dict]:
+    """Write a file of the store; returns its entry for the manifest's `files`."""
+    write_durably(folder / name, data)
+    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+
+
+def describe_file(path: Path) -> dict[str, dict]:
+    """The manifest's entry for a file that something else wrote; makes sure that it is on the disk."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return {path.name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}}
+
+
+def write_tables(folder: Path, rows: Sequence[tuple], labels: np.ndarray, names: Sequence[bytes]) -> dict[str, dict]:
+    """Write `index.npy`, `labels.npy` and `names.txt`; returns their entries for the manifest.
+
+    rows: INDEX rows in order of sample id. labels: (count, columns), any integer type. names: relative source paths.
+    """
+    files = {}
+    for name, table in (("index.npy", np.array(rows, dtype=INDEX)), ("labels.npy", labels.astype("<i4"))):
+        buffer = io.BytesIO()
+        np.save(buffer, table)
+        files |= write_file(folder, name, buffer.getvalue())
+    lines = "".join(printable(name) + "\n" for name in names)
+    return files | write_file(folder, "names.txt", lines.encode())
+
+
+def write_manifest(folder: Path, *, files: Mapping[str, dict], rows: Sequence[tuple], **facts: object) -> dict:
+    """Write `manifest.json`, which turns the folder into a store: last of all files. Returns what it holds."""
+    manifest = {
+        "format": FORMAT,
+        "count": len(rows),
+        "max_height": max(row[3] for row in rows),
+        "max_width": max(row[4] for row in rows),
+        **facts,
+        "files": {name: files[name] for name in sorted(files)},
+    }
+    write_durably(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
+
+
+def printable(path: bytes) -> str:
+    r"""A path as one line of UTF-8 that names it exactly: `\\`, `\n`, and `\xNN` for bytes that cannot be shown.
+
+    `unprintable()` is the inverse.
+    """
+    text = path.decode("utf-8", "surrogateescape")
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(_escape(character) for character in text)
+
+
+def _escape(character: str) -> str:
+    if character == "\\":
+        return "\\\\"
+    if character == "\n":
+        return "\\n"
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+
+
+def unprintable(text: str) -> bytes:
+    """The path that `printable()` was given."""
+
+    def byte(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        return {b"\\": b"\\", b"n": b"\n"}.get(code) or bytes.fromhex(code[1:].decode())
+
+    return re.sub(rb"\\(\\|n|x[0-9a-f]{2})", byte, text.encode())

@@ -1,0 +1,142 @@
+"""A folder that appears complete or not at all: built beside its destination under a hidden name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from pipeline.errors import Preempted, ResourceError, UsageError
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP. No Exception, so that no clean-up code on the way can swallow it."""
+
+
+@contextlib.contextmanager
+def terminable(doing: str) -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the block like Ctrl-C does, so that everything half-written is removed.
+
+    Raises Preempted (exit code 75: the same command starts again) instead of the signal's silent death.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in caught:  # once is enough: a second signal must not interrupt the clean-up
+            signal.signal(other, signal.SIG_IGN)
+        raise _Terminated(signal.Signals(number).name)
+
+    caught = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A parent that ignores SIGHUP (nohup) wants the work to go on.
+    caught = {number: before for number, before in caught.items() if before != signal.SIG_IGN}
+    try:
+        for number in caught:
+            signal.signal(number, stop)
+        yield
+    except _Terminated as name:
+        raise Preempted(f"stopped by {name} while {doing}; nothing half-written is left. Run it again.") from None
+    finally:
+        for number, before in caught.items():
+            signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def staging(destination: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new empty folder beside `destination` that takes its place when the block ends, and vanishes if it raises.
+
+    The folder is locked while its process lives, so what a killed process left behind is known and removed here,
+    also after a restart of the machine or from another container. With `replace`, an older destination is moved out
+    of the way first and removed last.
+    Raises UsageError where another process is building the same destination, ResourceError where the place cannot be
+    written or is full.
+    """
+    destination = destination.resolve()
+    parent, name = destination.parent, destination.name
+    folder = parent / f".{name}.partial-{os.getpid()}"
+    old = parent / f".{name}.old-{os.getpid()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(parent, name, destination)
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ResourceError(f"{parent} cannot be written: {error.strerror}.") from None
+    try:
+        yield folder
+        _sync_folder(folder)
+        if replace and destination.exists():
+            os.rename(destination, old)
+        os.rename(folder, destination)
+        _sync_folder(parent)
+    except OSError as error:
+        raise disk_error(error, folder) from None
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not destination.exists():
+            os.rename(old, destination)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_error(error: OSError, where: Path) -> Exception:
+    """A full disk, quota or broken medium as a sentence; any other OSError comes back as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(where.parent).free
+            return ResourceError(
+                f"no space left while writing {where.parent} ({error.strerror}; {size_in_words(free)} free now). "
+                "Free some disk space and run it again; what was written has been removed."
+            )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
+        return ResourceError(f"{error.filename or where.parent} cannot be written: {error.strerror}.")
+    return error
+
+
+def size_in_words(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _clear_leftovers(parent: Path, name: str, destination: Path) -> None:
+    for kind in ("partial", "old"):
+        prefix = f".{name}.{kind}-"
+        for left in sorted(path for path in parent.iterdir() if path.name.startswith(prefix) and path.is_dir()):
+            if not left.name.removeprefix(prefix).isdigit():
+                continue
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{destination} is being written by another process (see {left}).") from None
+            finally:
+                os.close(lock)
+            # Killed between the two renames of a replacement: the older folder is still whole.
+            if kind == "old" and not destination.exists():
+                os.rename(left, destination)
+            else:
+                shutil.rmtree(left)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

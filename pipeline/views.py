@@ -1,0 +1,143 @@
+"""uint8 crops -> what the encoder reads: normalised patches, and which of them are kept. On the device, batched.
+
+Two backends decode; this is written once for both. Patches hold their values in (channel, row, column) order, the order
+of a convolution's weight, so that timm's patch embedding is a reshape away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.colour import recolour
+from pipeline.errors import UsageError
+from pipeline.sampling import GOLDEN, MASK64, View, colours, mask_key
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ViT here uses
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a loader yields: crops from one decode of each image, nothing random left but colour and mask."""
+
+    images: dict[str, Tensor]  # view -> (B, S, S, 3) uint8 on the training device
+    label: Tensor  # (B,) int64, -1 where unknown; only evaluation and supervised objectives read it
+    id: Tensor  # (B,) int64 on the host, the sample's place in the store
+    epoch: int  # with `id`, the key of every random choice
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """One view of a batch, ready for the encoder."""
+
+    pixels: Tensor  # (B, N, P) float32, normalised; P = 3 p^2 in (channel, row, column) order
+    grid: int  # N = grid^2, rows first
+    keep: Tensor | None = None  # (B, K) int64, patches that the encoder sees; None means all
+    hidden: Tensor | None = None  # (B, N - K) int64, the others, in random order
+
+    @property
+    def tokens(self) -> int:
+        """How many patches of each image go through the encoder."""
+        return self.pixels.shape[1] if self.keep is None else self.keep.shape[1]
+
+    def visible(self) -> Tensor:
+        """(B, K, P): the pixels that the encoder sees. Gathered before the embedding: what is hidden costs nothing."""
+        return self.pixels if self.keep is None else take(self.pixels, self.keep)
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D) and (B, K) -> (B, K, D): rows[b, index[b]]."""
+    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """(B, S, S, 3) -> (B, N, 3 p^2), N = (S / p)^2, each patch in (channel, row, column) order."""
+    batch, side, _, channels = images.shape
+    grid = side // patch
+    cells = images.view(batch, grid, patch, grid, patch, channels)
+    return cells.permute(0, 1, 3, 5, 2, 4).reshape(batch, grid * grid, channels * patch * patch)
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """(B, N, 3 p^2) -> (B, S, S, 3), the exact inverse of patchify."""
+    batch, count, values = patches.shape
+    grid, channels = round(count**0.5), values // patch**2
+    cells = patches.view(batch, grid, grid, channels, patch, patch)
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(batch, grid * patch, grid * patch, channels)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(B, S, S, 3) in [0, 1] -> zero mean and unit variance over ImageNet."""
+    mean, std = (torch.tensor(values, device=images.device, dtype=images.dtype) for values in (MEAN, STD))
+    return (images - mean) / std
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The inverse of normalise, clamped to [0, 1]: for looking at."""
+    mean, std = (torch.tensor(values, device=images.device, dtype=images.dtype) for values in (MEAN, STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+def kept_count(patches: int, mask_ratio: float) -> int:
+    """How many of `patches` stay visible: MAE rounds down (int(N (1 - ratio)))."""
+    return int(patches * (1 - mask_ratio))
+
+
+def draw_mask(ids: Tensor, patches: int, keep: int, stream: int) -> tuple[Tensor, Tensor]:
+    """Which patches of each sample stay, and which are hidden: uniform without replacement, exactly `keep` each.
+
+    ids: (B,) int64. Returns (B, keep) and (B, patches - keep) int64. Row i depends on (stream, ids[i]) alone and is
+    equal on every device: integer hashing and a sort, no generator state. MAE, section "Masking", argsort of noise.
+    """
+    place = torch.arange(1, patches + 1, device=ids.device, dtype=torch.int64)
+    rows = _mix(_signed(stream) + ids * _signed(GOLDEN))
+    order = torch.argsort(_mix(rows[:, None] + place[None, :] * _signed(GOLDEN)), dim=1, stable=True)
+    return order[:, :keep], order[:, keep:]
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 with the same bits; torch's int64 wraps around as uint64 does."""
+    word &= MASK64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _mix(words: Tensor) -> Tensor:
+    """sampling.mix on int64 tensors: shifts made logical by masking off the copied sign."""
+    words = (words ^ ((words >> 30) & (MASK64 >> 30))) * _signed(0xBF58476D1CE4E5B9)
+    words = (words ^ ((words >> 27) & (MASK64 >> 27))) * _signed(0x94D049BB133111EB)
+    return words ^ ((words >> 31) & (MASK64 >> 31))
+
+
+def make_views(batch: Batch, views: dict[str, View], *, patch: int, seed: int) -> dict[str, Patches]:
+    """Colour, normalise, cut into patches and mask every view of a batch."""
+    made = {}
+    for name, view in views.items():
+        pixels = batch.images[name].float().div_(255)
+        if view.coloured:
+            pixels = recolour(pixels, colours(view, name, seed, batch.epoch, batch.id.numpy()))
+        patches = patchify(normalise(pixels), patch)
+        grid = view.side // patch
+        if view.mask_ratio > 0:
+            count = kept_count(grid * grid, view.mask_ratio)
+            ids = batch.id.to(patches.device, non_blocking=True)
+            keep, hidden = draw_mask(ids, grid * grid, count, mask_key(name, seed, batch.epoch))
+            made[name] = Patches(patches, grid, keep, hidden)
+        else:
+            made[name] = Patches(patches, grid)
+    return made
+
+
+def check_views(views: dict[str, View], patch: int) -> None:
+    """Raises UsageError for a view that no grid of patches fits, or that hides all or none of its patches."""
+    for name, view in views.items():
+        if view.side % patch:
+            raise UsageError(f"view {name}: its side {view.side} is not a multiple of the patch side {patch}.")
+        if (
+            view.mask_ratio
+            and not 0 < kept_count((view.side // patch) ** 2, view.mask_ratio) < (view.side // patch) ** 2
+        ):
+            raise UsageError(f"view {name}: a mask ratio of {view.mask_ratio} leaves no patch to see or none to hide.")
+        if view.same_crop_as is not None and view.same_crop_as not in views:
+            raise UsageError(f"view {name}: there is no view {view.same_crop_as} to share a crop with.")

@@ -1,0 +1,63 @@
+"""Small real stores that many tests read, converted once by the program itself."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.shape import Shape
+from pipeline.store import Store
+from tests.images import make_folder
+from tools import convert
+
+SMALL = Shape(side=32, patch=8, width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
+COUNT = 96
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(B,) decibels between two (B, H, W, 3) uint8 batches."""
+    error = np.square(one.astype(float) - other.astype(float)).mean(axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+
+
+@pytest.fixture(scope="session")
+def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 pictures of 80 to 150 px in four classes, both backends where FFCV is installed."""
+    root = tmp_path_factory.mktemp("store")
+    make_folder(root / "images", COUNT, 96, 4)
+    backends = "both" if has_ffcv() else "dali"
+    assert convert.main([str(root / "images"), str(root / "store"), "--backends", backends, "--quiet"]) == 0
+    return root / "store"
+
+
+@pytest.fixture(scope="session")
+def store(store_path: Path) -> Store:
+    return Store.open(store_path)
+
+
+@pytest.fixture(scope="session")
+def unlabelled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("unlabelled")
+    make_folder(root / "images", 24, 48)
+    assert convert.main([str(root / "images"), str(root / "store"), "--backends", "dali", "--quiet"]) == 0
+    return root / "store"
+
+
+def has_ffcv() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import pipeline.ffcv_loader  # noqa: F401
+        except ImportError:
+            return False
+    return True
+
+
+needs_ffcv = pytest.mark.skipif(
+    "not __import__('tests.conftest').conftest.has_ffcv()", reason="FFCV is not installed; `make setup` installs it"
+)
+PYTHON = sys.executable

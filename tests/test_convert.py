@@ -1,0 +1,891 @@
+"""`daae convert`: what becomes of each kind of file, what the store holds, and that nothing half-written is left."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from pipeline import ffcv_writer
+from pipeline.errors import DataError, StalledError
+from pipeline.folder import scan
+from pipeline.ordered_map import ordered_map
+from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
+from pipeline.shards import printable, unprintable
+from pipeline.store import Store
+from tests.images import encoded, make_folder, picture, pixels, psnr
+from tools import conversion, convert
+from train.command import run
+
+ROOT = Path(__file__).parents[1]
+
+
+def daae_convert(*words: object) -> int:
+    workers = [] if "--workers" in words else ["--workers", "1"]
+    return run(convert.main, [*map(str, words), *workers, "--quiet"])
+
+
+def stored(store: Store, i: int) -> bytes:
+    row = store.index[i]
+    with open(store.shards[row["shard"]], "rb") as file:
+        file.seek(int(row["offset"]))
+        return file.read(int(row["size"]))
+
+
+def names(store: Store) -> list[bytes]:
+    return [unprintable(line) for line in (store.root / "names.txt").read_text().split("\n")[:-1]]
+
+
+def content(archive: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def left_beside(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------- single pictures
+
+
+def keep(tmp_path: Path, data: bytes, **encoding) -> np.ndarray:
+    """The pixels that are stored for a file of these bytes."""
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    result = read_picture(path, Encoding(**encoding))
+    decoded = pixels(result.jpeg)
+    assert decoded.shape == (result.height, result.width, 3)
+    return decoded
+
+
+def reason(tmp_path: Path, data: bytes, **encoding) -> str:
+    with pytest.raises(Rejected) as caught:
+        keep(tmp_path, data, **encoding)
+    return str(caught.value)
+
+
+TURNED = {  # EXIF orientation -> how the file holds a picture that is to be seen upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_baked_in_and_gone(tmp_path, kind, orientation):
+    upright = picture(1, 90, 60)
+    turned = upright.transpose(TURNED[orientation]) if orientation in TURNED else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(turned, kind, exif=exif, **options))
+    result = read_picture(path, Encoding())
+    assert psnr(pixels(result.jpeg), pixels(upright)) > 35
+    assert 0x0112 not in Image.open(io.BytesIO(result.jpeg)).getexif()
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for kind in ("PNG", "TIFF"):
+        grey = keep(tmp_path, encoded(Image.fromarray(ramp), kind))[..., 0]
+        assert np.abs(grey - ramp / 257).max() < 4
+
+
+def test_16_bit_rgb_is_scaled_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 32 * 32).astype(">u2").reshape(32, 32, 1).repeat(3, axis=2)
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    colour = keep(tmp_path, png_file(32, 32, zlib.compress(rows), depth=16, colour=2))
+    assert np.abs(colour - values.astype(float) / 257).max() < 5
+
+
+def test_float_and_wide_pictures_are_stretched_and_infinite_ones_refused(tmp_path):
+    ramp = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    for scale, shift in ((1, 0), (500, -100)):
+        grey = keep(tmp_path, encoded(Image.fromarray(ramp * scale + shift), "TIFF"))[..., 1]
+        assert np.abs(grey - ramp * 255).max() < 4
+    ramp[3, 3] = np.inf
+    assert "not finite" in reason(tmp_path, encoded(Image.fromarray(ramp), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_over_white(tmp_path, mode):
+    image = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    image.paste((200, 200, 200, 255), (16, 12, 48, 36))
+    if mode == "LA":
+        image = image.convert("LA")
+    if mode == "P":  # a palette whose entry 0 is transparent, though its colour is black
+        image = Image.new("P", (64, 48), 0)
+        image.putpalette([0, 0, 0, 200, 200, 200])
+        image.paste(1, (16, 12, 48, 36))
+    data = encoded(image, "PNG", **({"transparency": 0} if mode == "P" else {}))
+    colour = keep(tmp_path, data)
+    assert colour[:8].min() > 250
+    assert np.abs(colour[20:28, 24:40] - 200).max() < 4
+
+
+def test_half_transparent_colour_is_mixed_with_white(tmp_path):
+    colour = keep(tmp_path, encoded(Image.new("RGBA", (32, 32), (255, 0, 0, 128)), "PNG"))
+    assert np.abs(colour - np.array([255, 127, 127])).max() < 5
+
+
+def test_cmyk_is_converted(tmp_path):
+    upright = picture(2)
+    colour = keep(tmp_path, encoded(upright.convert("CMYK"), "JPEG", quality=95))
+    assert psnr(colour, pixels(upright)) > 30
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "lime", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        colour = keep(tmp_path, encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+        assert np.abs(colour - np.array([255, 0, 0])).max() < 12
+
+
+def test_a_large_picture_is_shrunk_with_antialiasing(tmp_path):
+    stripes = np.zeros((300, 900, 3), np.uint8)
+    stripes[:, ::2] = 255  # without antialiasing: a moiré of black and white
+    colour = keep(tmp_path, encoded(Image.fromarray(stripes), "PNG"), max_side=100)
+    assert colour.shape == (33, 100, 3)
+    assert np.abs(colour - 127.5).max() < 12
+    upright = picture(3, 640, 480)
+    expected = pixels(upright.resize((500, 375), Image.Resampling.LANCZOS))
+    assert psnr(keep(tmp_path, encoded(upright, "PNG")), expected) > 33
+
+
+def test_small_pictures_keep_their_chroma(tmp_path):
+    dots = np.zeros((64, 64, 3), np.uint8)
+    dots[:, ::2] = (255, 0, 0)
+    dots[:, 1::2] = (0, 0, 255)
+    assert np.abs(keep(tmp_path, encoded(Image.fromarray(dots), "PNG")) - dots).mean() < 10
+    for width, expected in ((128, 0x11), (129, 0x22)):
+        jpeg = read_picture(write(tmp_path, encoded(picture(0, width, 90), "PNG")), Encoding()).jpeg
+        frame = jpeg.index(b"\xff\xc0")
+        assert jpeg[frame + 11] == expected  # luma samples per chroma sample, across and down
+
+
+def write(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    return path
+
+
+def scan_bytes(jpeg: bytes) -> bytes:
+    """The entropy-coded bytes of a JPEG with one scan."""
+    start = jpeg.index(b"\xff\xda")
+    (length,) = struct.unpack_from(">H", jpeg, start + 2)
+    return jpeg[start + 2 + length : jpeg.index(b"\xff\xd9", start)]
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_a_plain_jpeg_keeps_its_own_bytes_and_loses_its_metadata(tmp_path, subsampling):
+    exif = Image.Exif()
+    exif[0x010E] = "SECRET description"
+    source = encoded(
+        picture(4, 300, 200), subsampling=subsampling, exif=exif, comment=b"SECRET", icc_profile=b"SECRET" * 9
+    )
+    result = read_picture(write(tmp_path, source + b"SECRET after the end"), Encoding())
+    assert result.kept
+    assert scan_bytes(result.jpeg) == scan_bytes(source)
+    assert b"SECRET" not in result.jpeg
+    assert np.array_equal(pixels(result.jpeg), pixels(source))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(picture(5), progressive=True),
+        encoded(picture(5).convert("L")),
+        encoded(picture(5), keep_rgb=True),
+        encoded(picture(5, 600, 300)),
+    ],
+    ids=["progressive", "grey", "RGB components", "too large"],
+)
+def test_other_jpegs_are_encoded_anew_as_baseline_ycbcr(tmp_path, data):
+    result = read_picture(write(tmp_path, data), Encoding())
+    assert not result.kept
+    assert plain_jpeg(result.jpeg) is not None
+    assert max(result.width, result.height) <= 500
+
+
+def png_file(width: int, height: int, idat: bytes, depth: int = 8, colour: int = 2) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", idat) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path):
+    # Were any pixel of it decoded, the reason would be that the data end early.
+    why = reason(tmp_path, png_file(30000, 30000, zlib.compress(bytes(1000))))
+    assert why == "is 30000 x 30000 pixels, over --max-pixels 100000000: not decoded"
+    gif = bytearray(encoded(Image.new("P", (10, 10)), "GIF"))
+    frame = gif.index(b"\x2c")  # the frame lies about its size; the screen of the header is small
+    gif[frame + 5 : frame + 9] = struct.pack("<HH", 60000, 60000)
+    assert "over --max-pixels" in reason(tmp_path, bytes(gif))
+
+
+def test_files_that_are_no_usable_picture_say_why(tmp_path):
+    jpeg, png = encoded(picture(6)), encoded(picture(6), "PNG")
+    assert reason(tmp_path, b"") == "is empty (0 bytes)"
+    assert "cannot be decoded" in reason(tmp_path, jpeg[: len(jpeg) // 2])
+    assert "cannot be decoded" in reason(tmp_path, png[: len(png) // 2])
+    assert "header is damaged" in reason(tmp_path, jpeg[:20])
+    assert reason(tmp_path, b"%PDF-1.7 ...") == "is no picture but PDF"
+    assert reason(tmp_path, b"hello") == "is no picture"
+    assert "HEIC" in reason(tmp_path, b"\0\0\0\x18ftypheic" + bytes(40))
+    assert "under --min-side 8" in reason(tmp_path, encoded(picture(6, 20, 7), "PNG"))
+    assert "too narrow at 500" in reason(tmp_path, encoded(Image.new("RGB", (1000, 9)), "PNG"))
+    assert "cannot be read" in reason_of_missing(tmp_path)
+
+
+def reason_of_missing(tmp_path: Path) -> str:
+    with pytest.raises(Rejected) as caught:
+        read_picture(tmp_path / "missing", Encoding())
+    return str(caught.value)
+
+
+def test_damaged_files_end_as_picture_or_reason_and_never_otherwise(tmp_path):
+    draw = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = [
+        encoded(picture(7, 80, 60), exif=exif),
+        encoded(picture(7, 80, 60), progressive=True),
+        encoded(picture(7, 80, 60), "PNG"),
+        encoded(picture(7, 80, 60).convert("RGBA"), "WEBP"),
+        encoded(picture(7, 80, 60).convert("P"), "GIF"),
+        encoded(picture(7, 80, 60), "TIFF", compression="tiff_lzw"),
+    ]
+    outcomes = {True: 0, False: 0}
+    for data, _ in itertools.product(good, range(50)):
+        damaged = bytearray(data)
+        how = draw.integers(4)
+        at = int(draw.integers(len(data)))
+        if how == 0:
+            del damaged[at:]
+        elif how == 1:
+            damaged[at : at + 8] = draw.bytes(8)
+        elif how == 2:
+            damaged[at:at] = draw.bytes(int(draw.integers(1, 64)))
+        else:
+            for spot in draw.integers(0, min(200, len(data)), 3):
+                damaged[spot] ^= int(draw.integers(1, 256))
+        result = conversion.try_picture(os.fsencode(write(tmp_path, bytes(damaged))), Encoding(max_pixels=1e6))
+        if isinstance(result, str):
+            assert result.isprintable()
+        else:
+            assert pixels(result.jpeg).shape == (result.height, result.width, 3)
+        outcomes[isinstance(result, str)] += 1
+    assert min(outcomes.values()) > 50  # the damage is neither always harmless nor always fatal
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_is_searched_at_any_depth_and_what_is_no_picture_is_counted(tmp_path):
+    make_folder(tmp_path / "a/b/c", 2)
+    make_folder(tmp_path, 1, first=7)
+    make_folder(tmp_path / ".thumbnails", 1)
+    make_folder(tmp_path / "__MACOSX", 1)
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "no-extension").write_bytes(encoded(picture(9)))
+    (tmp_path / "broken.PNG").write_text("hello")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "a/loop").symlink_to(tmp_path)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "00007.jpg")
+    listing = scan(tmp_path)
+    assert {one.path for one in listing.files} == {
+        b"a/b/c/00000.jpg", b"a/b/c/00001.jpg", b"00007.jpg", b"no-extension", b"broken.PNG", b"link.jpg"
+    }  # fmt: skip
+    assert listing.skipped == {
+        "hidden": 2, "not images": 1, "not regular files": 1, "links to folders seen already": 1, "broken links": 1
+    }  # fmt: skip
+
+
+def test_the_order_is_shuffled_and_hangs_on_the_paths_alone(tmp_path):
+    make_folder(tmp_path / "x", 40, classes=4)
+    make_folder(tmp_path / "y", 40, classes=4, first=500)
+    order = [one.path for one in scan(tmp_path / "x").files]
+    assert order != sorted(order)
+    classes = [path.split(b"/")[0] for path in order]
+    assert len(set(classes[:12])) == 4
+    (tmp_path / "x/class-0/00000.jpg").unlink()
+    assert [one.path for one in scan(tmp_path / "x").files] == [p for p in order if p != b"class-0/00000.jpg"]
+
+
+def test_the_digest_of_a_listing_follows_names_sizes_and_times(tmp_path):
+    paths = make_folder(tmp_path, 3)
+    before = scan(tmp_path).digest()
+    assert scan(tmp_path).digest() == before
+    os.utime(paths[0], ns=(1, 1))
+    touched = scan(tmp_path).digest()
+    paths[1].rename(tmp_path / "other.jpg")
+    assert len({before, touched, scan(tmp_path).digest()}) == 3
+
+
+@pytest.mark.parametrize(
+    "name", [b"a b", b"new\nline", b"back\\slash\\n", b"caf\xc3\xa9", b"\xff\xfe", b"\\x41", b"tab\t\x7f"]
+)
+def test_any_name_is_printable_and_comes_back(name):
+    assert printable(name).isprintable()
+    assert unprintable(printable(name)) == name
+    printable(name).encode("utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- the store
+
+
+needs_ffcv = pytest.mark.skipif(ffcv_writer.ffcv_missing() is not None, reason="FFCV is not installed")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """40 pictures of one size in 3 classes, PNG and JPEG, and what does not belong."""
+    root = tmp_path_factory.mktemp("source") / "photographs"
+    for i in range(40):
+        folder = root / f"class {i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = "PNG" if i % 2 else "JPEG"
+        (folder / f"{i}.{kind.lower()}").write_bytes(encoded(picture(i, 80, 56), kind))
+    (root / "notes.txt").write_text("not a picture")
+    (root / "class 1" / "cut.jpg").write_bytes(encoded(picture(50))[:400])
+    (root / "class 2" / "text.jpg").write_text("no picture either")
+    return root
+
+
+@pytest.fixture(scope="module")
+def stores(source, tmp_path_factory) -> dict[str, Store]:
+    """The same folder converted once for each choice of backends."""
+    folder = tmp_path_factory.mktemp("stores")
+    chosen = ("both", "dali") if ffcv_writer.ffcv_missing() else ("both", "dali", "ffcv")
+    for name in chosen:
+        assert daae_convert(source, folder / name, "--backends", name) == 0
+    return {name: Store.open(folder / name) for name in chosen}
+
+
+def test_the_manifest_tells_what_is_there(stores, source):
+    store = stores["both"]
+    manifest = store.manifest
+    assert (store.count, manifest["bad"], manifest["skipped"]) == (40, 2, {"not images": 1})
+    assert (store.max_height, store.max_width) == (56, 80)
+    assert store.columns == {"class": ["class 0", "class 1", "class 2"]}
+    assert manifest["source"]["files"] == 42
+    assert manifest["source"]["listing"] == scan(source).digest()
+    assert manifest["encode"]["quality"] == 90
+    assert set(manifest["files"]) | {"manifest.json", "stats.json"} == left_beside(store.root)
+    for name, facts in manifest["files"].items():
+        data = (store.root / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["bytes"], facts["sha256"])
+
+
+def test_every_stored_picture_is_its_source(stores, source):
+    store = stores["both"]
+    labels, classes = store.label("class")
+    for i, name in enumerate(names(store)):
+        original = (source / os.fsdecode(name)).read_bytes()
+        jpeg = stored(store, i)
+        assert psnr(pixels(jpeg), pixels(original)) > 33
+        assert classes[labels[i]] == name.split(b"/")[0].decode()
+        if name.endswith(b".jpeg"):
+            assert scan_bytes(jpeg) == scan_bytes(original)
+
+
+def test_bad_files_are_listed_with_their_reasons(stores):
+    rows = [json.loads(line) for line in (stores["both"].root / "bad_files.jsonl").read_text().splitlines()]
+    assert [(row["path"], row["bytes"]) for row in rows] == [("class 1/cut.jpg", 400), ("class 2/text.jpg", 17)]
+    assert rows[0]["reason"].startswith("cannot be decoded: ")
+    assert rows[1]["reason"] == "is no picture"
+
+
+def test_converting_twice_gives_the_same_bytes(stores):
+    one, two = stores["both"], stores["dali"]
+    assert left_beside(one.root) - {"images.beton"} == left_beside(two.root)
+    for name in left_beside(two.root) - {"stats.json", "manifest.json"}:
+        assert (one.root / name).read_bytes() == (two.root / name).read_bytes(), name
+    assert one.fingerprint == two.fingerprint
+    differ = {key for key in one.manifest if one.manifest[key] != two.manifest[key]}
+    assert differ <= {"files", "encode"}  # one of them names the FFCV file
+    if "ffcv" in stores:
+        assert (one.root / "images.beton").read_bytes() == (stores["ffcv"].root / "images.beton").read_bytes()
+
+
+def test_shards_are_ustar_archives_and_the_index_points_into_them(stores):
+    store = stores["both"]
+    labels = store.labels[:, 0]
+    with tarfile.open(store.shards[0]) as archive:
+        members = archive.getmembers()
+        assert [member.name for member in members[:4]] == [
+            "000000000.jpg",
+            "000000000.cls",
+            "000000001.jpg",
+            "000000001.cls",
+        ]
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in members} == {(0, 0, 0, 0o644, "")}
+        lines = (store.root / "shard-00000.idx").read_text().splitlines()
+        assert lines[0] == "v1.2 40"
+        for i, line in enumerate(lines[1:]):
+            jpg, cls = members[2 * i], members[2 * i + 1]
+            words = ["jpg", jpg.offset_data, jpg.size, jpg.name, "cls", cls.offset_data, cls.size, cls.name]
+            assert line == " ".join(map(str, words))
+            assert store.index[i]["offset"] == jpg.offset_data
+            data = content(archive, jpg)
+            assert data == stored(store, i)
+            assert data[:2] + data[-2:] == b"\xff\xd8\xff\xd9"
+            assert content(archive, cls) == b"%06d" % labels[i]
+    with open(store.shards[0], "rb") as file:
+        assert file.read(512)[257:265] == b"ustar\x0000"
+    assert store.shards[0].stat().st_size % 10240 == 0
+
+
+def test_dalis_own_reader_takes_the_shards_and_indexes(stores):
+    dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    fn = pytest.importorskip("nvidia.dali.fn")
+    store = stores["both"]
+
+    @dali.pipeline_def(batch_size=16, num_threads=1, device_id=None)
+    def pipe():
+        jpg, cls = fn.readers.webdataset(
+            paths=[str(path) for path in store.shards],
+            index_paths=[str(path.with_suffix(".idx")) for path in store.shards],
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+        )
+        return jpg, cls, fn.decoders.image(jpg, device="cpu")
+
+    reader = pipe()
+    reader.build()
+    seen = 0
+    for _ in range(3):
+        jpgs, labels, decoded = reader.run()
+        for jpg, label, image in zip(jpgs, labels, decoded, strict=True):
+            if seen < store.count:
+                assert np.asarray(jpg).tobytes() == stored(store, seen)
+                assert int(np.asarray(label).tobytes()) == store.labels[seen, 0]
+                assert np.abs(np.asarray(image).astype(int) - pixels(stored(store, seen))).mean() < 1
+            seen += 1
+    assert seen >= store.count
+
+
+STOCK_FFCV = """
+import sys, numpy as np
+from ffcv.loader import Loader, OrderOption
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.fields.basics import IntDecoder
+loader = Loader(sys.argv[1], batch_size=8, num_workers=1, order=OrderOption.SEQUENTIAL,
+                pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]})
+images, labels = zip(*[(image.copy(), label.copy()) for image, label in loader])
+np.savez(sys.argv[2], images=np.concatenate(images), labels=np.concatenate(labels))
+"""
+
+
+@needs_ffcv
+def test_stock_ffcv_opens_the_file_and_sees_the_same_pictures(stores, tmp_path):
+    store = stores["both"]
+    words = [sys.executable, "-W", "ignore", "-c", STOCK_FFCV, str(store.beton), str(tmp_path / "seen.npz")]
+    # Uncompiled, FFCV runs the same Python and the same C; compiling it takes ten seconds.
+    subprocess.run(words, check=True, timeout=120, capture_output=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+    seen = np.load(tmp_path / "seen.npz")
+    assert np.array_equal(seen["labels"].ravel(), store.labels[:, 0])
+    for i in range(store.count):
+        # FFCV decodes with libjpeg's fast DCT, Pillow with the accurate one.
+        assert psnr(seen["images"][i].astype(np.int16), pixels(stored(store, i))) > 35
+
+
+@needs_ffcv
+def test_the_ffcv_file_holds_the_very_bytes_of_the_shards(stores):
+    store = stores["both"]
+    assert store.beton is not None
+    data = store.beton.read_bytes()
+    rows = ffcv_writer.move_index(store.beton, store.index.tolist())
+    for i, (_, size, at, _, _) in enumerate(rows):
+        assert data[at : at + size] == stored(store, i)
+
+
+@needs_ffcv
+def test_an_ffcv_only_store_is_read_like_any_other(stores):
+    store = stores["ffcv"]
+    assert not list(store.root.glob("shard-*"))
+    assert store.shards == [store.beton]
+    assert [stored(store, i) for i in range(40)] == [stored(stores["both"], i) for i in range(40)]
+
+
+def test_shards_are_split_by_size(tmp_path):
+    source = tmp_path / "noise"
+    source.mkdir()
+    for i in range(6):
+        noise = np.random.default_rng(i).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+        (source / f"{i}.jpg").write_bytes(encoded(Image.fromarray(noise), quality=100))
+    assert daae_convert(source, tmp_path / "store", "--backends", "dali", "--shard-mb", 1) == 0
+    store = Store.open(tmp_path / "store")
+    assert len(store.shards) == 3
+    assert all(path.stat().st_size <= 1 << 20 for path in store.shards)
+    for i, name in enumerate(names(store)):
+        assert scan_bytes(stored(store, i)) == scan_bytes((source / os.fsdecode(name)).read_bytes())
+
+
+def test_pictures_without_folders_have_no_labels(tmp_path):
+    make_folder(tmp_path / "flat", 3)
+    assert daae_convert(tmp_path / "flat", tmp_path / "store", "--backends", "dali") == 0
+    store = Store.open(tmp_path / "store")
+    assert (store.columns, store.labels.shape) == ({}, (3, 0))
+    with tarfile.open(store.shards[0]) as archive:
+        assert content(archive, "000000000.cls") == b"-00001"
+
+
+def test_labels_come_from_a_table_where_there_is_one(tmp_path):
+    make_folder(tmp_path / "in", 4, classes=2)
+    odd = tmp_path / "in" / os.fsdecode(b"od\xffd\n,name.jpg")
+    odd.write_bytes(encoded(picture(8)))
+    with open(tmp_path / "in/labels.csv", "w", newline="", errors="surrogateescape") as file:
+        csv.writer(file).writerows([
+            ["path", "animal", "size"],
+            ["class-0/00000.jpg", "dog", "large"],
+            ["./class-1/00001.jpg", "cat", ""],
+            [os.path.basename(odd), "ant", "tiny"],
+            ["missing.jpg", "emu", "huge"],
+        ])  # fmt: skip
+    assert daae_convert(tmp_path / "in", tmp_path / "store", "--backends", "dali") == 0
+    store = Store.open(tmp_path / "store")
+    assert store.columns == {"animal": ["ant", "cat", "dog"], "size": ["large", "tiny"]}
+    assert store.manifest["skipped"] == {"not images": 1}
+    assert dict(zip(names(store), store.labels.tolist(), strict=True)) == {
+        b"class-0/00000.jpg": [2, 0],
+        b"class-1/00001.jpg": [1, -1],
+        b"class-0/00002.jpg": [-1, -1],
+        b"class-1/00003.jpg": [-1, -1],
+        b"od\xffd\n,name.jpg": [0, 1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("name,class\na.jpg,x\n", "must begin with the line"),
+        ("path,class\n00000.jpg,x,y\n", "line 2: 3 cells, but the first line has 2"),
+        ("path,class\n00000.jpg,x\n./00000.jpg,y\n", "line 3: ./00000.jpg has had other labels before"),
+    ],
+)
+def test_a_label_table_that_cannot_be_understood_is_refused(tmp_path, capsys, table, complaint):
+    make_folder(tmp_path / "in", 2)
+    (tmp_path / "in/labels.csv").write_text(table)
+    assert daae_convert(tmp_path / "in", tmp_path / "store", "--backends", "dali") == 3
+    assert complaint in capsys.readouterr().err
+    assert left_beside(tmp_path) == {"in"}
+
+
+# ------------------------------------------------------------------------------------------------------ wrong input
+
+
+def fails(capsys, code: int, *words: object) -> str:
+    """Run, expect an exit code and one sentence on stderr and nothing on stdout; returns the sentence."""
+    assert daae_convert(*words) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_folders_without_pictures_end_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert (
+        fails(capsys, 3, tmp_path / "empty", tmp_path / "s")
+        == f"error: {tmp_path}/empty has no images (looked at 0 files).\n"
+    )
+    for i in range(12):
+        (tmp_path / "empty" / f"notes{i:02}.txt").write_text("hello")
+    assert fails(capsys, 3, tmp_path / "empty", tmp_path / "s") == (
+        f"error: {tmp_path}/empty has no images (looked at 12 files: 12 not images, e.g. notes00.txt).\n"
+    )
+    assert "does not exist" in fails(capsys, 3, tmp_path / "nowhere", tmp_path / "s")
+    assert "is not a folder" in fails(capsys, 3, tmp_path / "empty/notes00.txt", tmp_path / "s")
+    assert left_beside(tmp_path) == {"empty"}
+
+
+def test_a_folder_of_bad_files_only_is_refused(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(b"")
+    said = fails(capsys, 3, tmp_path / "in", tmp_path / "s", "--backends", "dali")
+    assert "has no readable images (looked at 1 files: 1 bad, e.g. a.jpg is empty (0 bytes)). See " in said
+    assert left_beside(tmp_path) == {"in", "s.bad_files.jsonl"}
+
+
+def test_bad_files_beyond_the_tolerance_refuse_the_folder_and_are_all_listed(tmp_path, capsys):
+    make_folder(tmp_path / "in", 20)
+    for i in range(11):
+        (tmp_path / f"in/bad{i}.jpg").write_bytes(b"x")
+    said = fails(capsys, 3, tmp_path / "in", tmp_path / "s", "--backends", "dali")
+    assert "has 11 bad files of 31, e.g. bad0.jpg is no picture; --max-bad 0.001 tolerates 10" in said
+    assert left_beside(tmp_path) == {"in", "s.bad_files.jsonl"}
+    assert len((tmp_path / "s.bad_files.jsonl").read_text().splitlines()) == 11
+    (tmp_path / "in/bad10.jpg").unlink()
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
+    assert left_beside(tmp_path) == {"in", "s"}  # the complaint of before is gone
+    assert Store.open(tmp_path / "s").manifest["bad"] == 10
+    assert "has 10 bad files" in fails(
+        capsys_reset(capsys), 3, tmp_path / "in", tmp_path / "t", "--max-bad", 0, "--backends", "dali"
+    )
+
+
+def capsys_reset(capsys):
+    capsys.readouterr()
+    return capsys
+
+
+def test_none_bad_is_tolerated_with_max_bad_0(tmp_path, capsys):
+    make_folder(tmp_path / "in", 3)
+    (tmp_path / "in/bad.jpg").write_bytes(b"x")
+    assert "--max-bad 0 tolerates 0" in fails(
+        capsys, 3, tmp_path / "in", tmp_path / "s", "--max-bad", 0, "--backends", "dali"
+    )
+
+
+def test_an_unreadable_folder_inside_is_a_bad_file(tmp_path, monkeypatch):
+    make_folder(tmp_path / "in/open", 2)
+    make_folder(tmp_path / "in/shut", 2)
+    genuine = os.scandir
+
+    def scandir(path):
+        if os.fsencode(path).endswith(b"shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return genuine(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
+    assert (tmp_path / "s/bad_files.jsonl").read_text() == (
+        '{"path": "shut/", "reason": "cannot be read: Permission denied", "bytes": 0}\n'
+    )
+
+
+def test_the_same_conversion_again_has_nothing_to_do_and_another_is_refused(tmp_path, capsys):
+    paths = make_folder(tmp_path / "in", 3)
+    words = (tmp_path / "in", tmp_path / "s", "--backends", "dali")
+    assert daae_convert(*words) == 0
+    before = (tmp_path / "s/manifest.json").stat()
+    capsys.readouterr()
+    assert daae_convert(*words) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/s already holds these 3 images: nothing to do.\n"
+    assert (tmp_path / "s/manifest.json").stat().st_mtime_ns == before.st_mtime_ns
+    assert "other settings (quality 90 -> 80)" in fails(capsys, 2, *words, "--quality", 80)
+    paths[0].unlink()
+    assert "store of other files" in fails(capsys, 2, *words)
+    assert daae_convert(*words, "--overwrite") == 0
+    assert Store.open(tmp_path / "s").count == 2
+    assert left_beside(tmp_path) == {"in", "s"}
+    os.truncate(tmp_path / "s/shard-00000.tar", 1000)
+    capsys.readouterr()
+    assert "damaged store" in fails(capsys, 2, *words)
+
+
+def test_nothing_but_a_store_is_ever_replaced(tmp_path, capsys):
+    make_folder(tmp_path / "in", 2)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("years of work")
+    assert "is not a store" in fails(capsys, 2, tmp_path / "in", tmp_path / "home", "--overwrite")
+    assert "inside each other" in fails(capsys, 2, tmp_path / "in", tmp_path / "in/store")
+    assert "inside each other" in fails(capsys, 2, tmp_path / "in", tmp_path, "--overwrite")
+    assert left_beside(tmp_path / "home") == {"thesis.tex"}
+    assert len(left_beside(tmp_path / "in")) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [("--quality", 0), ("--max-side", 4), ("--max-bad", 2), ("--workers", -1), ("--shard-mb", 0)]
+)
+def test_values_out_of_range_are_refused(tmp_path, capsys, words):
+    said = fails(capsys, 2, tmp_path / "in", tmp_path / "s", *words)
+    assert f"{words[0]} is from " in said
+
+
+def test_json_is_one_object(tmp_path, capsys):
+    make_folder(tmp_path / "in", 4, classes=2)
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["images"], result["bad"], result["columns"], result["backends"]) == (4, 0, {"class": 2}, ["dali"])
+    assert result["bytes"] == sum(facts["bytes"] for facts in Store.open(tmp_path / "s").manifest["files"].values())
+
+
+def test_without_ffcv_shards_are_written_unless_ffcv_was_asked_for(tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "in", 2)
+    genuine = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "ffcv" else genuine(name, *rest)
+    )
+    assert "ffcv is not installed. Run `make setup`" in fails(
+        capsys, 5, tmp_path / "in", tmp_path / "s", "--backends", "ffcv"
+    )
+    assert daae_convert(tmp_path / "in", tmp_path / "s") == 0
+    assert capsys.readouterr().err == "note: FFCV is not there (ffcv is not installed); writing tar shards only.\n"
+    assert Store.open(tmp_path / "s").beton is None
+
+
+def test_a_disk_that_is_too_small_is_seen_before_any_work(tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "in", 2)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert "0.0 MB free, the store needs about" in fails(capsys, 5, tmp_path / "in", tmp_path / "s")
+    assert left_beside(tmp_path) == {"in"}
+
+
+# ------------------------------------------------------------------------------------------------ killed on the way
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Path:
+    """A folder that takes many seconds to convert: one large picture under many names."""
+    root = tmp_path_factory.mktemp("slow") / "in"
+    root.mkdir()
+    (root / "0.png").write_bytes(encoded(picture(0, 1500, 1500), "PNG", compress_level=1))
+    for i in range(1, 300):
+        (root / f"{i}.png").symlink_to(root / "0.png")
+    return root
+
+
+def begin(*words: object, file_limit: int | None = None) -> subprocess.Popen:
+    def limit() -> None:
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    command = [sys.executable, "-m", "tools.convert", *map(str, words), "--workers", "1"]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit
+    )
+
+
+def until_writing(folder: Path, process: subprocess.Popen) -> psutil.Process:
+    """Wait until a shard has been begun in a partial folder; returns the worker process."""
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(".s.partial-*/shard-*.tar")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 1
+    return workers[0]
+
+
+def test_sigterm_leaves_nothing_and_until_then_the_store_is_taken(slow, tmp_path, capsys):
+    process = begin(slow, tmp_path / "s", "--backends", "dali")
+    worker = until_writing(tmp_path, process)
+    assert "is being written by another process" in fails(capsys, 2, slow, tmp_path / "s", "--backends", "dali")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (75, "")
+    assert err == f"error: stopped by SIGTERM while converting {slow}; nothing half-written is left. Run it again.\n"
+    assert left_beside(tmp_path) == set()
+    assert not worker.is_running()
+
+
+def test_ctrl_c_leaves_nothing(slow, tmp_path):
+    process = begin(slow, tmp_path / "s", "--backends", "dali")
+    until_writing(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "error: stopped by Ctrl-C.\n")
+    assert left_beside(tmp_path) == set()
+
+
+def test_a_killed_conversion_cannot_be_opened_and_the_next_removes_it(slow, tmp_path):
+    process = begin(slow, tmp_path / "s", "--backends", "dali")
+    worker = until_writing(tmp_path, process)
+    process.kill()
+    process.communicate(timeout=30)
+    worker.wait(10)  # an orphan ends by itself
+    (left,) = tmp_path.iterdir()
+    for folder in (left, tmp_path / "s"):
+        with pytest.raises(DataError, match="no finished store"):
+            Store.open(folder)
+    make_folder(tmp_path / "in", 2)
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
+    assert left_beside(tmp_path) == {"in", "s"}
+
+
+def test_a_worker_that_is_killed_ends_in_one_sentence(slow, tmp_path):
+    process = begin(slow, tmp_path / "s", "--backends", "dali")
+    until_writing(tmp_path, process).kill()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 6
+    assert err.startswith(f"error: a worker process was killed by SIGKILL (out of memory?) while reading {slow}/")
+    assert left_beside(tmp_path) == set()
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(tmp_path):
+    make_folder(tmp_path / "in", 40, 200)
+    process = begin(tmp_path / "in", tmp_path / "s", "--backends", "dali", file_limit=100_000)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
+    assert err.startswith(f"error: no space left while writing {tmp_path} (File too large; ")
+    assert left_beside(tmp_path) == {"in"}
+
+
+@needs_ffcv
+def test_a_full_disk_under_ffcvs_writer_does_not_hang(tmp_path):
+    make_folder(tmp_path / "in", 30)
+    # Room for the shard, not for one page of FFCV's file.
+    process = begin(tmp_path / "in", tmp_path / "s", file_limit=1 << 20)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 5, err
+    assert err.startswith("error: FFCV's writer failed: OSError: [Errno 27] File too large. Its disk has ")
+    assert left_beside(tmp_path) == {"in"}
+
+
+def sleepy(item: int, common: str) -> str:
+    if common == "hang" and item == 5:
+        time.sleep(60)
+    if common == "crash" and item == 5:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if common == "raise" and item == 5:
+        raise DataError("item 5 is wrong")
+    return f"{common} {item}"
+
+
+TASKS = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_ordered_map_keeps_the_order_with_several_workers():
+    mapped = ordered_map(sleepy, [[i] for i in range(30)], "fine", workers=3, stall_seconds=60, describe=str)
+    assert list(mapped) == [[f"fine {i}"] for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "words"),
+    [
+        ("crash", StalledError, "a worker process was killed by SIGSEGV while reading 5."),
+        ("hang", StalledError, "nothing has moved for 2 s while reading 5."),
+        ("raise", DataError, "item 5 is wrong"),
+    ],
+)
+def test_ordered_map_names_the_item_that_stopped_it(how, error, words):
+    before = set(psutil.Process().children())
+    mapped = ordered_map(sleepy, TASKS, how, workers=1, stall_seconds=2, describe=str)
+    assert next(mapped) == [f"{how} {i}" for i in (0, 1, 2)]
+    with pytest.raises(error) as caught:
+        next(mapped)
+    assert str(caught.value) == words
+    # multiprocessing's own resource tracker may have come
+    assert all("resource_tracker" in " ".join(one.cmdline()) for one in set(psutil.Process().children()) - before)

@@ -1,0 +1,210 @@
+"""MAE and DAAE as specified: what each term sees, where its gradient goes, and that both learn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.network import Network
+from model.objectives import OBJECTIVES
+from model.objectives.daae import DAAE
+from model.objectives.mae import MAE
+from pipeline.sampling import View
+from pipeline.views import Batch, Patches, make_views
+from tests.conftest import SMALL
+from train.config import Optim
+from train.optim import make_optimizer, parameter_groups
+from train.presets import AUGMENTATION_ROWS, PRESETS
+
+LABEL = torch.full((16,), -1)
+
+
+def batch(count: int = 16, views: dict[str, View] | None = None, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    sides = {name: view.side for name, view in (views or DAAE().views(SMALL)).items()}
+    coarse = {name: torch.rand(count, 3, 4, 4, generator=generator) for name in sides}
+    images = {
+        name: (torch.nn.functional.interpolate(each, sides[name], mode="bilinear") * 255).to(torch.uint8)
+        for name, each in coarse.items()
+    }
+    images = {name: each.permute(0, 2, 3, 1).contiguous() for name, each in images.items()}
+    return Batch(images, torch.full((count,), -1), torch.arange(count), epoch=0)
+
+
+def views_of(objective, seed: int = 0, mask_seed: int = 0) -> dict[str, Patches]:
+    declared = objective.views(SMALL)
+    return make_views(batch(views=declared, seed=seed), declared, patch=SMALL.patch, seed=mask_seed)
+
+
+def gradients(network: Network, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    loss.backward(retain_graph=True)
+    return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+
+
+def test_daae_shows_the_encoder_equally_many_tokens_of_both_views():  # T-D3
+    views = DAAE().views(dataclasses.replace(SMALL, side=224, patch=16))
+    assert views["small"].side == 112
+    assert views["holed"].jitter == (0, 0, 0, 0)
+    made = views_of(DAAE())
+    assert made["holed"].tokens == made["small"].tokens == 4
+    # (224 / 16)^2 (1 - 0.75) = (112 / 16)^2 = 49
+    assert int(14**2 * 0.25) == 7**2 == 49
+
+
+def test_without_contrast_daae_is_mae():  # T-D4
+    views = views_of(DAAE())
+    mae, daae = Network(MAE(), SMALL, 0), Network(DAAE(contrast_weight=0.0), SMALL, 0)
+    decoder = {name: weight for name, weight in mae.state_dict().items() if name.startswith("parts.decoder")}
+    daae.load_state_dict(decoder, strict=False)
+    theirs, mine = mae({"holed": views["holed"]}, LABEL), daae(views, LABEL)
+    assert mine.terms["reconstruct"].item() == pytest.approx(theirs.terms["reconstruct"].item(), rel=1e-5)
+    assert mine.watched["info_nce"] > 0
+    expected = gradients(mae, theirs.terms["reconstruct"])
+    for name, gradient in gradients(daae, sum(mine.terms.values())).items():
+        if name in expected:
+            assert torch.allclose(gradient, expected[name], atol=1e-6), name
+        else:
+            assert gradient.abs().max() == 0, name
+
+
+def test_the_small_view_does_not_know_the_mask():  # T-D2
+    one, other = views_of(DAAE(), mask_seed=0), views_of(DAAE(), mask_seed=1)
+    network = Network(DAAE(), SMALL, 0).eval()
+    assert one["holed"].keep is not None
+    assert other["holed"].keep is not None
+    assert not torch.equal(one["holed"].keep, other["holed"].keep)
+    plain = dataclasses.replace(one["small"])
+    first, second = (network.encoder(view, plain)[1] for view in (one["holed"], other["holed"]))
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"target": "stop"}, {"target": "ema"}, {"feature": "asym_pred"}])
+def test_no_gradient_through_the_small_view_where_it_is_cut(options):  # T-D5
+    views = views_of(DAAE(**options))
+    views["small"].pixels.requires_grad_()
+    network = Network(DAAE(**options), SMALL, 0)
+    network(views, LABEL).terms["contrast"].backward()
+    assert views["small"].pixels.grad is None
+    assert network.encoder.cls_token.grad is not None
+    both = views_of(DAAE())
+    both["small"].pixels.requires_grad_()
+    Network(DAAE(), SMALL, 0)(both, LABEL).terms["contrast"].backward()
+    assert both["small"].pixels.grad is not None
+    assert both["small"].pixels.grad.abs().max() > 0
+
+
+def test_ema_target_starts_equal_follows_and_leaks_nothing():
+    objective = DAAE(target="ema", momentum=0.9)
+    network = Network(objective, SMALL, 0)
+    copy = network.parts["momentum_encoder"]
+    before = {name: weight.clone() for name, weight in network.encoder.named_parameters()}
+    for (name, mine), theirs in zip(copy.named_parameters(), network.encoder.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    with torch.no_grad():
+        network.encoder.cls_token.add_(1.0)
+    objective.after_step(network)
+    moved = dict(copy.named_parameters())["module.cls_token"]
+    assert torch.allclose(moved, before["cls_token"] + 0.1, atol=1e-6)
+    trained = {id(p) for group in parameter_groups(network, 0.05) for p in group["params"]}
+    assert not any(id(p) in trained for p in copy.parameters())
+
+
+def test_asym_reads_the_decoder_and_trains_it_by_contrast():
+    network = Network(DAAE(feature="asym"), SMALL, 0)
+    network(views_of(DAAE()), LABEL).terms["contrast"].backward()
+    grad = network.parts["decoder"].embed.weight.grad
+    assert grad is not None
+    assert grad.abs().max() > 0
+    symmetric = Network(DAAE(), SMALL, 0)
+    symmetric(views_of(DAAE()), LABEL).terms["contrast"].backward()
+    assert symmetric.parts["decoder"].embed.weight.grad is None
+
+
+def test_contrastive_only_has_no_decoder():
+    network = Network(DAAE(reconstruct_weight=0.0), SMALL, 0)
+    assert "decoder" not in network.parts
+    assert list(network(views_of(DAAE()), LABEL).terms) == ["contrast"]
+
+
+def test_a_masked_patch_is_a_target_and_never_an_input():  # T-M4, L11
+    objective = MAE()
+    view = views_of(objective)["holed"]
+    network = Network(objective, SMALL, 0).eval()
+    (code,) = network.encoder(view)
+    assert view.hidden is not None
+    changed = view.pixels.clone()
+    index = view.hidden[:, :, None].expand(-1, -1, changed.shape[-1])
+    changed.scatter_(1, index, 5.0)
+    other = dataclasses.replace(view, pixels=changed)
+    assert torch.equal(network.encoder(other)[0], code)
+    loss, moved = (network({"holed": each}, LABEL).terms["reconstruct"] for each in (view, other))
+    assert loss.item() != pytest.approx(moved.item(), rel=1e-3)
+
+
+def test_decoding_half_scores_a_random_half_and_estimates_the_same_loss():
+    view = views_of(MAE())
+    network = Network(MAE(), SMALL, 0).eval()
+    half = Network(MAE(decoded_share=0.5), SMALL, 0).eval()
+    assert view["holed"].hidden is not None
+    assert view["holed"].hidden.shape[1] == 12
+    full_loss, half_loss = network(view, LABEL).terms["reconstruct"], half(view, LABEL).terms["reconstruct"]
+    assert half_loss.item() == pytest.approx(full_loss.item(), rel=0.1)
+    assert half_loss.item() != full_loss.item()
+    assert MAE(decoded_share=0.5).macs(SMALL) < MAE().macs(SMALL)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_terms_are_finite_and_every_trained_part_gets_a_gradient(name):
+    objective = OBJECTIVES[name]()
+    network = Network(objective, SMALL, 0)
+    outcome = network(views_of(objective), LABEL)
+    sum(outcome.terms.values()).backward()
+    assert all(torch.isfinite(term) for term in outcome.terms.values())
+    for parameter_name, parameter in network.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+@pytest.mark.parametrize(
+    ("objective", "factor"),
+    [(MAE(), 0.8), (DAAE(), 0.8), (DAAE(reconstruct_weight=0.0, contrast_weight=1.0), 0.5)],
+)
+def test_forty_steps_on_one_batch_lower_the_loss(objective, factor):
+    network = Network(objective, SMALL, 0)
+    optimizer = make_optimizer(network, Optim(), torch.device("cpu"))
+    for group in optimizer.param_groups:
+        group["lr"] = 5e-3
+    declared = objective.views(SMALL)
+    views = make_views(batch(views=declared), declared, patch=SMALL.patch, seed=0)
+    losses = []
+    for _ in range(40):
+        loss = torch.stack(list(network(views, LABEL).terms.values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < factor * losses[0]
+
+
+def test_weight_decay_spares_vectors_and_tokens_and_every_parameter_is_in_one_group():
+    network = Network(DAAE(), SMALL, 0)
+    decayed, plain = parameter_groups(network, 0.05)
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0
+    names = {id(p): n for n, p in network.named_parameters()}
+    free = {names[id(p)] for p in plain["params"]}
+    assert {"encoder.cls_token", "parts.decoder.mask_token", "encoder.norm.weight"} <= free
+    assert all(n in free for n, p in network.named_parameters() if p.ndim == 1)
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_the_slides_augmentation_rows_are_presets():
+    rows = {name: PRESETS[f"daae-tiny-{name}"]().method for name in AUGMENTATION_ROWS}
+    assert rows["resize"].share_crop
+    assert rows["crop"].area == (0.2, 1.0)
+    assert rows["crop"].jitter == (0, 0, 0, 0)
+    assert rows["colour"].gray == 0.2
+    assert rows["crop08"].area == (0.08, 1.0)

@@ -1,0 +1,342 @@
+"""Whole runs on a small store: records, budgets, exact resume, and every way to be stopped or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pipeline.errors import DataError, NumericsError, ResourceError, UsageError
+from tests.conftest import COUNT, PYTHON
+from tests.images import make_folder
+from tools import convert
+from train import checkpoint
+from train.journal import duration, read_rows
+from train.loop import evaluation_steps
+from train.pretrain import main
+from train.schedule import learning_rate, warmup_steps
+
+SIZES = (
+    "--model.side 32 --model.patch 8 --model.width 32 --model.depth 2 --model.heads 2 --model.decoder-width 32 "
+    "--model.decoder-depth 1 --model.decoder-heads 2 --batch 16 --watch.log-every 2 --quiet --device cpu"
+).split()
+
+
+def flags(preset: str, data: Path, out: Path, *more: str) -> list[str]:
+    small = ["--method.head-hidden", "32", "--method.head-out", "16"] if preset.startswith("daae") else []
+    return ["--preset", preset, "--data", str(data), "--out", str(out), "--loader", "dali", *SIZES, *small, *more]
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step_{step:09d}" / "model.safetensors")
+
+
+def moments(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step_{step:09d}" / "optim.safetensors")
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    untimed = ("images_per_second", "train_seconds", "data_wait")
+    return [{name: value for name, value in row.items() if name not in untimed} for row in rows]
+
+
+@pytest.mark.parametrize("preset", ["mae-tiny", "daae-tiny"])
+@pytest.mark.parametrize("stop", [2, 6, 9])  # COUNT / 16 = 6 steps an epoch: inside, at the edge, in the second
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(store_path, tmp_path, preset, stop):
+    assert main(flags(preset, store_path, tmp_path / "whole", "--steps", "10")) == 0
+    command = flags(preset, store_path, tmp_path / "parts", "--steps", "10")
+    assert main([*command, "--limit-steps", str(stop)]) == 0
+    assert read_json(tmp_path / "parts" / "status.json")["state"] == "paused"
+    assert main(command) == 0
+    for kind in (weights, moments):
+        whole, parts = kind(tmp_path / "whole", 10), kind(tmp_path / "parts", 10)
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    one, other = (timeless(read_rows(tmp_path / run / "metrics.jsonl")) for run in ("whole", "parts"))
+    shared = {row["step"] for row in one} & {row["step"] for row in other}
+    assert {2, 4, 6, 8, 10} <= {row["step"] for row in one}
+    assert [row for row in one if row["step"] in shared and row["step"] > stop + 1] == [
+        row for row in other if row["step"] in shared and row["step"] > stop + 1
+    ]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_a_run_folder_holds_what_it_promises(store_path, tmp_path, capsys):
+    out = tmp_path / "run"
+    tests = ["--tests", str(store_path), "--label", "class"]
+    assert main(flags("daae-tiny", store_path, out, "--epochs", "2", "--evaluations", "2", "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["state"] == "done"
+    assert result["steps"] == result["step"] == 2 * (COUNT // 16)
+    assert result["images"] == 12 * 16
+    rows = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert all(row["loss"] == pytest.approx(row["reconstruct"] + row["contrast"], rel=1e-5) for row in rows)
+    assert rows[-1]["train_seconds"] == pytest.approx(result["train_seconds"], abs=0.01)
+    assert all(0 <= row["data_wait"] < 1 and row["images_per_second"] > 0 for row in rows)
+    scores = read_rows(out / "evaluations.jsonl")
+    assert [row["step"] for row in scores] == [6, 12]
+    assert all(0 <= row["leading"] <= 1 for row in scores)
+    assert set(scores[0]["scores"]) == {"held-out"}
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["loader"], config["precision"] in ("fp32", "bf16"), config["device"]) == ("dali", True, "cpu")
+    assert config["budget"] == {"epochs": 2.0, "steps": 12, "seconds": None}
+    env = read_json(out / "env.json")
+    assert env["versions"]["torch"] == torch.__version__.split("+")[0] or env["versions"]["torch"] == torch.__version__
+    assert len(env["data"]) == 16
+    from PIL import Image
+
+    with Image.open(out / "media" / "gallery.png") as gallery:
+        assert gallery.size == (8 * 36 + 4, 4 * 36 + 4)
+    # the saved configuration is fit to be fed back
+    again = tmp_path / "again"
+    assert main(["--config", str(out / "config.yaml"), "--out", str(again), "--quiet"]) == 0
+    whole, other = weights(out, 12), weights(again, 12)
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    # a finished run has nothing to do
+    before = (out / "checkpoints").stat().st_mtime_ns
+    assert main(flags("daae-tiny", store_path, out, "--epochs", "2")) == 0
+    assert (out / "checkpoints").stat().st_mtime_ns == before
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
+    with pytest.raises(UsageError, match="is the training set itself"):
+        main(flags("daae-tiny", store_path, tmp_path / "b", "--steps", "2", "--evaluations", "1", *tests))
+
+
+def test_seconds_become_steps_once_and_the_schedule_follows_them(store_path, tmp_path):
+    out = tmp_path / "run"
+    command = flags("mae-tiny", store_path, out, "--seconds", "1.5")
+    assert main([*command, "--limit-steps", "3"]) == 0
+    frozen = yaml.safe_load((out / "config.yaml").read_text())["budget"]
+    assert frozen["seconds"] == 1.5
+    assert frozen["steps"] > 5
+    assert main(command) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["budget"] == frozen
+    assert read_json(out / "status.json")["step"] == frozen["steps"]
+    rows = read_rows(out / "metrics.jsonl")
+    assert rows[-1]["lr"] < 0.1 * max(row["lr"] for row in rows)
+
+
+def test_schedule_is_maes():
+    from train.config import Optim
+
+    optim = Optim(batch=4096, base_lr=1.5e-4, warmup_epochs=40, warmup_share=1.0, min_lr=1e-6)
+    per_epoch, steps = 312, 312 * 800
+    warmup = warmup_steps(optim, steps, per_epoch)
+    assert warmup == 40 * 312
+    assert learning_rate(optim, 0, steps, warmup) == 0
+    assert learning_rate(optim, 20 * 312, steps, warmup) == pytest.approx(1.2e-3)
+    assert learning_rate(optim, 40 * 312, steps, warmup) == pytest.approx(2.4e-3)
+    assert learning_rate(optim, 420 * 312, steps, warmup) == pytest.approx((2.4e-3 + 1e-6) / 2, rel=1e-6)
+    assert learning_rate(optim, steps, steps, warmup) == pytest.approx(1e-6)
+    assert warmup_steps(Optim(warmup_share=0.05), 1000, 312) == 50
+
+
+def test_evaluations_are_spread_and_end_with_the_run():
+    assert evaluation_steps(100, 4) == {25, 50, 75, 100}
+    assert evaluation_steps(3, 5) >= {1, 2, 3}
+    assert evaluation_steps(100, 0) == set()
+    assert duration(90061) == "1 d 1 h"
+    assert duration(125) == "2 min 5 s"
+    assert duration(-5) == "0 s"
+
+
+def test_accumulation_equals_the_whole_batch(store_path, tmp_path):
+    for parts in ("1", "2"):
+        main(flags("mae-tiny", store_path, tmp_path / parts, "--steps", "3", "--accum_iter", parts, "--lr", "1e-3"))
+    one, two = weights(tmp_path / "1", 3), weights(tmp_path / "2", 3)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 2e-5
+
+
+def test_unlabelled_images_train_without_scores(unlabelled_path, tmp_path):
+    out = tmp_path / "run"
+    assert main(flags("mae-tiny", unlabelled_path, out, "--steps", "2", "--evaluations", "1")) == 0
+    assert not (out / "evaluations.jsonl").exists()
+    assert "no evaluation during training" in (out / "train.log").read_text()
+    from train.evaluate import main as evaluate
+
+    with pytest.raises(DataError, match="has no labels"):
+        evaluate([str(out)])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--lr", "5e-4"], r"optim.lr: 0.001 -> 0.0005"),
+        (["--seed", "1"], r"seed: 0 -> 1"),
+        (["--steps", "9"], r"budget.steps: 4 -> 9"),
+        (["--method.mask-ratio", "0.5"], r"method.mask_ratio: 0.75 -> 0.5"),
+        (["--no-resume"], r"holds a run already"),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused(store_path, tmp_path, change, words):
+    out = tmp_path / "run"
+    assert main(flags("mae-tiny", store_path, out, "--steps", "4", "--limit-steps", "2")) == 0
+    before = sorted(path.name for path in out.rglob("*"))
+    with pytest.raises(UsageError, match=words):
+        main([*flags("mae-tiny", store_path, out, "--steps", "4"), *change])
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(store_path, tmp_path):
+    (tmp_path / "thesis.txt").write_text("do not delete")
+    with pytest.raises(UsageError, match="holds files that are no run"):
+        main(flags("mae-tiny", store_path, tmp_path, "--steps", "2"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_starts_anew(store_path, tmp_path):
+    out = tmp_path / "run"
+    main(flags("mae-tiny", store_path, out, "--steps", "4"))
+    assert main(flags("mae-tiny", store_path, out, "--steps", "2", "--overwrite")) == 0
+    assert [path.name for path in checkpoint.list_steps(out / "checkpoints")] == ["step_000000002"]
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [2]
+
+
+def test_a_data_set_changed_between_stop_and_resume_is_refused_with_both_counts(tmp_path):
+    images, data = tmp_path / "images", tmp_path / "store"
+    make_folder(images, 40, 40)
+    convert.main([str(images), str(data), "--backends", "dali", "--quiet"])
+    command = flags("mae-tiny", data, tmp_path / "run", "--steps", "6")
+    assert main([*command, "--limit-steps", "2"]) == 0
+    shutil.rmtree(data)
+    make_folder(images, 1, 40, first=40)
+    convert.main([str(images), str(data), "--backends", "dali", "--quiet"])
+    with pytest.raises(DataError, match=r"data set changed since step 2 \(40 -> 41 images"):
+        main(command)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "words"),
+    [
+        (["--batch", "500"], DataError, "fewer than one batch of 500"),
+        (["--device", "cuda:9"], ResourceError, "CUDA devices"),
+        (["--device", "toaster"], UsageError, "is no device"),
+        (["--method.mask-ratio", "0.999"], UsageError, "mask ratio"),
+        (["--data", "/nowhere"], DataError, "is not a folder"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_a_sentence(store_path, tmp_path, more, error, words):
+    with pytest.raises(error, match=words):
+        main([*flags("mae-tiny", store_path, tmp_path / "run", "--steps", "2"), *more])
+
+
+def test_missing_data_and_out():
+    with pytest.raises(UsageError, match="--data"):
+        main(["--preset", "mae-tiny", "--out", "x"])
+    with pytest.raises(UsageError, match="--out"):
+        main(["--preset", "mae-tiny", "--data", "x"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(store_path, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(NumericsError, match="loss not finite between steps"):
+        main(flags("daae-tiny", store_path, out, "--steps", "12", "--lr", "1e30"))
+    assert checkpoint.list_steps(out / "checkpoints") == []
+    assert read_json(out / "status.json")["code"] == 4
+
+
+def test_flipped_bits_fall_back_to_the_checkpoint_before(store_path, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = flags("mae-tiny", store_path, out, "--steps", "6")
+    main([*command, "--limit-steps", "2"])
+    main([*command, "--limit-steps", "2"])
+    newest = out / "checkpoints" / "step_000000004" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        main([*command, "--resume", str(newest.parent)])
+    assert main([word for word in command if word != "--quiet"]) == 0
+    said = capsys.readouterr().err
+    assert "step_000000004 is damaged (model.safetensors" in said
+    assert "at step 2 of 6" in said
+
+
+def test_full_disk_keeps_the_old_checkpoint(store_path, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    command = flags("mae-tiny", store_path, out, "--steps", "6")
+    main([*command, "--limit-steps", "2"])
+
+    def no_space(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(ResourceError, match="disk is full"):
+        main(command)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_000000002"]
+    assert checkpoint.verify(out / "checkpoints" / "step_000000002").step == 2
+
+
+def start(*argv: str) -> subprocess.Popen:
+    words = [word for word in argv if word != "--quiet"]
+    return subprocess.Popen(
+        [PYTHON, "-m", "train.pretrain", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_rows(out: Path, process: subprocess.Popen, limit: float = 90) -> None:
+    until = time.monotonic() + limit
+    while not (out / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(store_path, tmp_path, number):
+    out = tmp_path / "run"
+    command = flags("mae-tiny", store_path, out, "--steps", "3000")
+    process = start(*command)
+    wait_for_rows(out, process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Run the same command again" in said
+    assert "Traceback" not in said
+    status = read_json(out / "status.json")
+    assert (status["state"], status["code"]) == ("preempted", 75)
+    saved = checkpoint.list_steps(out / "checkpoints")
+    assert [path.name for path in saved] == [f"step_{status['step']:09d}"]
+    assert main([*command, "--limit-steps", "1"]) == 0
+    assert read_json(out / "status.json")["step"] == status["step"] + 1
+    steps = [row["step"] for row in read_rows(out / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_kill_9_loses_no_step_before_the_checkpoint_and_a_second_run_is_locked_out(store_path, tmp_path):
+    out = tmp_path / "run"
+    command = flags("mae-tiny", store_path, out, "--steps", "3000")
+    assert main([*command, "--limit-steps", "4"]) == 0
+    process = start(*command)
+    until = time.monotonic() + 90
+    while max(row["step"] for row in read_rows(out / "metrics.jsonl")) <= 6:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    with pytest.raises(UsageError, match=rf"in use by process {process.pid}"):
+        main(command)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    assert main([*command, "--limit-steps", "2"]) == 0
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [2, 4, 6]
+
+
+def test_no_pickle_is_ever_loaded():
+    root = Path(__file__).parents[1]
+    for file in [path for name in ("pipeline", "model", "train", "tools") for path in (root / name).rglob("*.py")]:
+        text = file.read_text()
+        assert "torch.load(" not in text, file
+        assert "import pickle" not in text, file

@@ -1,0 +1,178 @@
+"""uint8 crops -> patches: colour, normalisation, cutting and masking against slow references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+from pipeline import sampling
+from pipeline.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, colour_maps, recolour
+from pipeline.errors import UsageError
+from pipeline.geometry import _batched, _one_by_one, crop_resize
+from pipeline.sampling import Colours, Geometry, View
+from pipeline.views import (
+    Batch,
+    check_views,
+    denormalise,
+    draw_mask,
+    make_views,
+    normalise,
+    patchify,
+    take,
+    unpatchify,
+)  # fmt: skip
+from tests.conftest import psnr
+from tests.images import picture
+
+
+def drawn(factors=(1.0, 1.0, 1.0), hue=0.0, order=(0, 1, 2, 3), gray=False) -> Colours:
+    return Colours(np.array([factors]), np.array([hue]), np.array([order]), np.array([gray]))
+
+
+def midtones(count: int = 1, side: int = 8) -> torch.Tensor:
+    """Pixels that no change of moderate strength pushes out of [0, 1]."""
+    return torch.rand(count, side, side, 3, generator=torch.Generator().manual_seed(1)) * 0.2 + 0.4
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 1, 0, 3), (1, 2, 3, 0), (3, 2, 1, 0)])
+def test_jitter_equals_torchvision_change_by_change_in_any_order(order):
+    pixels, factors = midtones(), (1.2, 0.8, 1.3)
+    theirs = pixels.permute(0, 3, 1, 2)
+    for change in order:
+        if change == BRIGHTNESS:
+            theirs = TF.adjust_brightness(theirs, factors[0])
+        elif change == CONTRAST:
+            theirs = TF.adjust_contrast(theirs, factors[1])
+        elif change == SATURATION:
+            theirs = TF.adjust_saturation(theirs, factors[2])
+    mine = recolour(pixels, drawn(factors, order=order)).permute(0, 3, 1, 2)
+    assert torch.allclose(mine, theirs, atol=1e-4)  # torchvision rounds the luma weights to four digits
+
+
+def test_grayscale_hue_and_neutral():
+    pixels = midtones()
+    gray = recolour(pixels, drawn(gray=True))
+    assert torch.allclose(gray, TF.rgb_to_grayscale(pixels.permute(0, 3, 1, 2), 3).permute(0, 2, 3, 1), atol=2e-4)
+    turned = recolour(pixels, drawn(hue=0.1))
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    assert torch.allclose(turned @ luma, pixels @ luma, atol=1e-5)
+    assert (turned - pixels).abs().max() > 0.02
+    assert torch.allclose(recolour(turned, drawn(hue=-0.1)), pixels, atol=1e-4)
+    assert torch.allclose(recolour(pixels, drawn(hue=1 / 3)), recolour(pixels, drawn(hue=-2 / 3)), atol=1e-4)
+    assert torch.allclose(recolour(pixels, drawn()), pixels, atol=1e-6)
+
+
+def test_hue_turns_the_way_that_torchvision_turns():
+    pixels = midtones()
+    theirs = TF.adjust_hue(pixels.permute(0, 3, 1, 2), 0.08).permute(0, 2, 3, 1)
+    mine = recolour(pixels, drawn(hue=0.08))
+    along = ((mine - pixels) * (theirs - pixels)).sum() / ((mine - pixels).norm() * (theirs - pixels).norm())
+    assert abs(along) > 0.5
+    assert along > 0
+
+
+def test_each_image_has_its_own_map():
+    pixels = midtones(2)
+    both = Colours(np.array([[1.2, 1, 1], [0.8, 1, 1]]), np.zeros(2), np.tile(np.arange(4), (2, 1)), np.zeros(2, bool))
+    matrix, offset = colour_maps(pixels.mean(dim=(1, 2)), both)
+    assert matrix[0].diagonal().tolist() == pytest.approx([1.2] * 3)
+    assert matrix[1].diagonal().tolist() == pytest.approx([0.8] * 3)
+    assert offset.abs().max() == 0
+    assert HUE == 3
+
+
+@pytest.mark.parametrize("resize", [_one_by_one, _batched])
+@pytest.mark.parametrize("side", [16, 32, 48])
+def test_crop_and_resize_equal_pillow(resize, side):
+    pictures = [np.asarray(picture(seed, 96, 72)) for seed in range(6)]
+    canvas = torch.zeros(6, 80, 100, 3, dtype=torch.uint8)
+    for row, each in enumerate(pictures):
+        canvas[row, :72, :96] = torch.from_numpy(each.copy())
+    boxes = np.array(
+        [[0, 0, 72, 96], [10, 20, 32, 32], [5, 5, 60, 41], [71, 95, 1, 1], [0, 40, 16, 17], [3, 2, 48, 48]]
+    )
+    mine = resize(canvas, boxes, side).numpy()
+    pillow = [
+        np.asarray(
+            Image.fromarray(each[top : top + high, left : left + wide]).resize((side, side), Image.Resampling.BILINEAR)
+        )
+        for each, (top, left, high, wide) in zip(pictures, boxes, strict=True)
+    ]
+    assert psnr(mine, np.stack(pillow)).min() > 50
+
+
+def test_flip_mirrors_the_rows_that_are_flipped():
+    canvas = torch.from_numpy(np.asarray(picture(0, 32, 32)).copy())[None].repeat(2, 1, 1, 1)
+    boxes = np.array([[0, 0, 32, 32]] * 2)
+    made = crop_resize(canvas, Geometry(boxes, np.array([False, True])), 32)
+    assert torch.equal(made[0], canvas[0])
+    assert torch.equal(made[1], canvas[1].flip(1))
+
+
+def test_unpatchify_inverts_patchify_and_patches_hold_channel_row_column():
+    images = torch.randn(2, 24, 24, 3)
+    patches = patchify(images, 8)
+    assert patches.shape == (2, 9, 192)
+    assert torch.equal(unpatchify(patches, 8), images)
+    weight = torch.randn(5, 3, 8, 8)
+    convolved = torch.nn.functional.conv2d(images.permute(0, 3, 1, 2), weight, stride=8).flatten(2).transpose(1, 2)
+    assert torch.allclose(patches @ weight.flatten(1).T, convolved, atol=1e-4)
+
+
+def test_normalise_and_back():
+    images = midtones()
+    assert torch.allclose(denormalise(normalise(images)), images, atol=1e-6)
+    assert normalise(torch.tensor([[[[0.485, 0.456, 0.406]]]])).abs().max() < 1e-6
+
+
+def test_masks_keep_an_exact_count_partition_the_patches_and_are_uniform():
+    keep, hidden = draw_mask(torch.arange(4000), 64, 16, stream=5)
+    assert keep.shape == (4000, 16)
+    assert torch.equal(torch.cat([keep, hidden], 1).sort(1).values, torch.arange(64).expand(4000, 64))
+    share = torch.bincount(keep.flatten(), minlength=64).double() / 4000
+    assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    alone, _ = draw_mask(torch.tensor([77]), 64, 16, stream=5)
+    assert torch.equal(alone[0], keep[77])
+    assert not torch.equal(draw_mask(torch.arange(50), 64, 16, stream=6)[0], keep[:50])
+
+
+def test_masks_hash_as_the_host_does():
+    """torch's int64 arithmetic on the device and numpy's uint64 on the host are the same function."""
+    ids, stream = np.arange(100), sampling.mask_key("holed", 3, 7)
+    with np.errstate(over="ignore"):
+        rows = sampling.mix(np.uint64(stream) + ids.astype(np.uint64) * np.uint64(sampling.GOLDEN))
+        words = sampling.mix(rows[:, None] + np.arange(1, 17, dtype=np.uint64) * np.uint64(sampling.GOLDEN))
+    order = np.argsort(words.astype(np.int64), axis=1, kind="stable")
+    assert np.array_equal(draw_mask(torch.from_numpy(ids), 16, 4, stream)[0].numpy(), order[:, :4])
+
+
+def test_make_views_masks_one_view_and_colours_the_other():
+    ids = torch.arange(3)
+    images = {name: (midtones(3, side) * 255).to(torch.uint8) for name, side in (("holed", 32), ("small", 16))}
+    views = {"holed": View(side=32, mask_ratio=0.75), "small": View(side=16, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=1.0)}
+    made = make_views(Batch(images, ids, ids, epoch=2), views, patch=8, seed=1)
+    plain = patchify(normalise(images["holed"].float() / 255), 8)
+    assert torch.allclose(made["holed"].pixels, plain, atol=1e-6)
+    assert made["holed"].tokens == made["small"].tokens == 4
+    keep = made["holed"].keep
+    assert keep is not None
+    assert torch.equal(made["holed"].visible(), take(plain, keep))
+    small = patchify(normalise(images["small"].float() / 255), 8)
+    assert (made["small"].pixels - small).abs().amax(dim=(1, 2)).min() > 0.05
+    again = make_views(Batch(images, ids, ids, epoch=2), views, patch=8, seed=1)
+    assert torch.equal(again["small"].pixels, made["small"].pixels)
+    other = make_views(Batch(images, ids, ids, epoch=3), views, patch=8, seed=1)
+    assert not torch.equal(other["small"].pixels, made["small"].pixels)
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [(View(side=30), "not a multiple"), (View(side=16, mask_ratio=0.99), "mask ratio"),
+     (View(side=16, same_crop_as="none"), "no view none")],
+)  # fmt: skip
+def test_views_that_no_grid_fits_are_refused(view, words):
+    with pytest.raises(UsageError, match=words):
+        check_views({"holed": view}, 8)

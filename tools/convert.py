@@ -1,0 +1,100 @@
+"""`daae convert SRC DST`: check every picture of a folder once, and write a store that loads fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.errors import UsageError
+from pipeline.staging import terminable
+from train.command import parse, run
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a folder of images, of any depth and with or without labels, into a store that loads fast."""
+
+    src: Annotated[Path, tyro.conf.Positional]
+    """Folder of images. Labels come from SRC/labels.csv (path,column,...) or else from sub-folder names."""
+    dst: Annotated[Path, tyro.conf.Positional]
+    """The store to make."""
+    max_side: int = 500
+    """Shrink pictures whose longer side is larger, in pixels."""
+    quality: int = 90
+    """JPEG quality, with 4:2:0 chroma. Pictures of at most 128 pixels are stored with 95 and 4:4:4."""
+    backends: Literal["both", "ffcv", "dali"] = "both"
+    """both: tar shards and an FFCV file. dali: shards only. ffcv: the FFCV file only."""
+    max_bad: float = 0.001
+    """Share of bad files that is tolerated; 10 files always are. 0 tolerates none."""
+    max_pixels: float = 100e6
+    """A picture of more pixels is not decoded, but listed as bad."""
+    min_side: int = 8
+    """A picture whose shorter side is smaller is listed as bad."""
+    workers: int | None = None
+    """Decoding processes. Default: one per core that this process may use."""
+    shard_mb: int = 128
+    """Size of a tar shard in MiB."""
+    overwrite: bool = False
+    """Replace DST if it is another store."""
+    json: bool = False
+    """Print one JSON object instead of the sentence."""
+    quiet: bool = False
+    """No progress."""
+    stall_timeout: float = 300.0
+    """Give up when nothing has moved for so many seconds."""
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Convert, argv, prog="daae convert")
+    _check_flags(flags)
+    # numpy and Pillow only now: --help and a wrong flag answer without them.
+    from tools.conversion import convert
+
+    with terminable(f"converting {flags.src}"):
+        result = convert(flags)
+    if flags.json:
+        print(json.dumps(result))
+    else:
+        print(_sentence(flags, result))
+    return 0
+
+
+def _check_flags(flags: Convert) -> None:
+    for name, value, low, high in (
+        ("max-side", flags.max_side, 8, 65535),
+        ("quality", flags.quality, 1, 100),
+        ("max-bad", flags.max_bad, 0, 1),
+        ("max-pixels", flags.max_pixels, 64, 1e10),
+        ("min-side", flags.min_side, 1, flags.max_side),
+        ("workers", flags.workers or 1, 1, 4096),
+        ("shard-mb", flags.shard_mb, 1, 1 << 20),
+        ("stall-timeout", flags.stall_timeout, 1, 1e6),
+    ):
+        if not low <= value <= high:
+            raise UsageError(f"--{name} is from {low:g} to {high:g}, not {value:g}.")
+    if flags.workers == 0:
+        raise UsageError("--workers is from 1 to 4096, not 0.")
+    src, dst = flags.src.resolve(), flags.dst.resolve()
+    if src == dst or src in dst.parents or dst in src.parents:
+        raise UsageError(f"DST {flags.dst} and SRC {flags.src} lie inside each other. Choose a DST elsewhere.")
+
+
+def _sentence(flags: Convert, result: dict) -> str:
+    if result["done"] == "nothing to do":
+        return f"{flags.dst} already holds these {result['images']:,} images: nothing to do."
+    skipped = sum(result["skipped"].values())
+    labels = ", ".join(f"{name} ({count})" for name, count in result["columns"].items()) or "none"
+    bad = f"{result['bad']} bad (listed in {flags.dst / 'bad_files.jsonl'})" if result["bad"] else "none bad"
+    return (
+        f"Converted {result['images']:,} images into {flags.dst}: {result['bytes'] / 1e6:,.1f} MB in "
+        f"{result['seconds']:.1f} s; {bad}, {skipped} skipped; labels: {labels}."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

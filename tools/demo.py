@@ -1,0 +1,145 @@
+"""`make demo`: from nothing to a report, by the commands that a person would type, each printed before it runs.
+
+    doctor -> fetch -> convert -> profile -> compare -> report
+
+Nothing is decided here that the commands do not decide themselves: each of them sees what is done already, so the demo
+may be stopped anywhere and called again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.store import MANIFEST
+from tools.compare import Stop, failure
+from train.command import nearest, parse, run
+
+PATIENCE_SECONDS = 150.0  # after a signal; a comparison gives its own run 120
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a named data set lies in its folder: what is trained on, what is tested on."""
+
+    train: str  # folder below the fetched one; "" is the folder itself
+    tests: tuple[str, ...] = ()
+    label: str | None = None
+
+
+DATA_SETS = {
+    "emoji": Parts("train", ("fluent", "emojione"), "subcategory"),
+    "elpv": Parts(""),
+    "imagenette": Parts("train", ("val",)),
+    "synthetic": Parts("train", ("val",)),
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Fetch images, convert them, train MAE and DAAE for the same seconds, score both and write a report."""
+
+    data: str = "emoji"
+    """emoji, elpv, imagenette, synthetic, or a folder of your own images."""
+    out: Path = Path("demo")
+    """Where everything goes."""
+    seconds: float = 200.0
+    """Training seconds of each run."""
+    seeds: tuple[int, ...] = (0,)
+    """Three give an interval, and take three times as long."""
+    presets: tuple[str, ...] = ("mae-tiny", "daae-tiny")
+    """The recipes to compare; the first is the baseline."""
+    evaluations: int = 5
+    """Scores taken during a run."""
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Demo, argv, prog="python -m tools.demo")
+    start = time.monotonic()
+    with Stop(PATIENCE_SECONDS) as stop:
+        verdict = Tour(flags, stop).go()
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    print(
+        f"\nDone in {minutes} min {seconds} s. The report is {flags.out / 'report.html'}: {verdict} "
+        "For other images: make demo DATA=/my/images (or elpv, imagenette, synthetic)."
+    )
+    return 0
+
+
+@dataclass
+class Tour:
+    """The commands in their order."""
+
+    flags: Demo
+    stop: Stop
+
+    def go(self) -> str:
+        """Run them all. Returns the report's verdict. Raises what the first failing command failed with."""
+        flags = self.flags
+        name, source, parts = self.source()
+        self.call("doctor")
+        if source is None:
+            source = flags.out / "images" / name
+            self.call("fetch", name, str(source))
+        store, tests = self.convert(name, source, parts)
+        self.call("profile", "--data", str(store), "--preset", flags.presets[-1], "--seconds", "4")
+        out = flags.out / f"compare-{name}-{flags.seconds:g}s"
+        words = ["--presets", *flags.presets, "--data", str(store)]
+        words += ["--tests", *map(str, tests)] if tests else []
+        words += ["--label", parts.label] if parts.label else []
+        words += ["--seconds", f"{flags.seconds:g}", "--seeds", *map(str, flags.seeds)]
+        self.call("compare", *words, "--evaluations", str(flags.evaluations), "--out", str(out))
+        said = self.call("report", str(out), "--html", str(flags.out / "report.html"), listen=True)
+        return said.splitlines()[0] if said else ""
+
+    def source(self) -> tuple[str, Path | None, Parts]:
+        """The data set's name, its folder where it is the user's own, and its parts. Raises UsageError."""
+        wish = self.flags.data
+        if wish in DATA_SETS:
+            return wish, None, DATA_SETS[wish]
+        folder = Path(wish).expanduser()
+        if not folder.is_dir():
+            raise UsageError(
+                f"--data {wish} is neither a folder nor one of {', '.join(DATA_SETS)}.{nearest(wish, DATA_SETS)}"
+            )
+        return folder.resolve().name, folder, Parts("")
+
+    def convert(self, name: str, source: Path, parts: Parts) -> tuple[Path, list[Path]]:
+        """The store to train on and those to test on."""
+        if (source / MANIFEST).is_file():  # a store already
+            return source, []
+        stores = []
+        for part in (parts.train, *parts.tests):
+            store = self.flags.out / "stores" / "-".join(filter(None, (name, part)))
+            self.call("convert", str(source / part), str(store))
+            stores.append(store)
+        return stores[0], stores[1:]
+
+    def call(self, *words: str, listen: bool = False) -> str:
+        """Print a command and run it; with `listen`, return what it printed, which is shown all the same."""
+        self.stop.check("the demo")
+        print(f"\n$ {shlex.join(['daae', *words])}", flush=True)
+        command = [sys.executable, "-m", "tools.cli", *words]
+        # A process group of its own: Ctrl-C reaches it once, through `stop`.
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if listen else None, text=True, process_group=0
+        )
+        code = self.stop.watch(child)  # before reading: two lines fit a pipe, and a signal must find its way
+        said = ""
+        if child.stdout is not None:
+            with child.stdout:
+                said = child.stdout.read()
+            print(said, end="", flush=True)
+        self.stop.check("the demo")
+        if code:
+            raise failure(code if code > 0 else 6, f"`daae {words[0]}` ended with exit code {code}; it says why above.")
+        return said
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,338 @@
+"""What runs and comparisons left on disk, read back for tables and reports.
+
+    OUT of `daae compare`:  experiment.yaml   arms, data, budget, seeds, target: `daae compare --experiment` takes it
+                            arms/NAME.yaml    settings of an arm that its preset does not have
+                            runs/NAME-seedK/  a run folder each
+                            records.jsonl     one object per finished run
+
+Everything here tolerates what is missing: a run that has just begun has neither scores nor pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+from tools.analysis import Contrast, Curve, Outcome, contrast, steady_rate
+from train.command import read_yaml
+from train.config import flat
+
+RECORDS, EXPERIMENT, RUNS, ARMS = "records.jsonl", "experiment.yaml", "runs", "arms"
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+
+# Settings that are a place, a wish or a consequence; the others decide what a run computes.
+PLACES = ("out", "data", "seed", "budget.steps", "preset")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run, finished or not, as an arm of a comparison with one seed."""
+
+    arm: str
+    seed: int
+    folder: Path | None  # None where only its record is left
+    settings: dict[str, Any]  # flat, as resolved
+    env: dict[str, Any]
+    state: str  # "done", "running", "preempted", "failed", "paused" or "unknown"
+    reason: str
+    step: int
+    metrics: list[dict]
+    evaluations: list[dict]
+    evaluation: dict | None  # evaluation.json
+    gallery: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
+    @property
+    def done(self) -> bool:
+        return self.state == "done"
+
+    @property
+    def steps(self) -> int | None:
+        return self.settings.get("budget.steps")
+
+    @property
+    def command(self) -> str:
+        return self.env.get("command", "")
+
+    @property
+    def final(self) -> dict | None:
+        """The leading score at the end: value, standard_error, count. None before the end, or without labels.
+
+        A run that `daae evaluate` has not seen gives the last score that was taken while it trained.
+        """
+        if not self.done:
+            return None
+        if self.evaluation is not None and self.evaluation.get("step") == self.step:
+            return self.evaluation.get("leading")
+        last = self.evaluations[-1] if self.evaluations else {}
+        leading = last.get("leading") if last.get("step") == self.step else None
+        return leading if leading is None or isinstance(leading, dict) else {"value": float(leading)}
+
+    def baseline(self, name: str) -> dict | None:
+        """The leading score of "pixels" or "untrained" on the same test pictures."""
+        baselines = (self.evaluation or {}).get("baselines") or {}
+        return (baselines.get(name) or {}).get("leading")
+
+    @property
+    def curve(self) -> Curve:
+        """The leading score against training seconds, the final one included."""
+        rows = [row for row in self.evaluations if row.get("leading") is not None]
+        points = {row["train_seconds"]: (_value(row["leading"]), row["images"]) for row in rows}
+        final = self.final
+        if final is not None and (not rows or rows[-1]["step"] < self.step):
+            points[self.seconds] = (final["value"], self.images)
+        ordered = sorted(points.items())
+        return Curve(
+            seconds=tuple(seconds for seconds, _ in ordered),
+            scores=tuple(score for _, (score, _) in ordered),
+            images=tuple(images for _, (_, images) in ordered),
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.metrics[-1]["train_seconds"] if self.metrics else 0.0
+
+    @property
+    def images(self) -> int:
+        return self.metrics[-1]["images"] if self.metrics else 0
+
+    @property
+    def epoch_images(self) -> float:
+        """Images in an epoch as the loop counts it: whole batches only."""
+        if self.metrics and self.metrics[-1]["epoch"]:
+            return self.metrics[-1]["images"] / self.metrics[-1]["epoch"]
+        return float(self.env.get("images") or 1)
+
+    @property
+    def rate(self) -> float | None:
+        """Images per second, the first 50 steps left out where the run is long enough."""
+        return steady_rate(self.metrics)
+
+    @property
+    def outcome(self) -> Outcome:
+        final = self.final
+        value = None if final is None else final["value"]
+        return Outcome(self.curve, value, float(self.images), self.seconds, self.epoch_images)
+
+
+def _value(score: Any) -> float:
+    """A leading score is a number in evaluations.jsonl and an object in evaluation.json."""
+    return float(score["value"] if isinstance(score, Mapping) else score)
+
+
+@dataclass
+class Group:
+    """The seeds of one arm."""
+
+    arm: str
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.done]
+
+    @property
+    def objective(self) -> str:
+        return str(self.trials[0].settings.get("objective", ""))
+
+    def outcomes(self) -> dict[int, Outcome]:
+        return {trial.seed: trial.outcome for trial in self.finished}
+
+
+@dataclass
+class Study:
+    """Arms side by side, the first of them the baseline, unless an experiment or a MAE arm says otherwise."""
+
+    groups: list[Group]
+    target: float | None  # None: the baseline's own final score
+    targeted: bool  # whether a time to a target is wanted at all
+    planned: list[tuple[str, int]] = field(default_factory=list)  # runs that an experiment wants
+    experiments: list[dict] = field(default_factory=list)
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [trial for group in self.groups for trial in group.trials]
+
+    @property
+    def base(self) -> Group:
+        return self.groups[0]
+
+    def contrasts(self) -> dict[str, Contrast]:
+        """arm -> that arm against the baseline, for every arm with a finished seed in common."""
+        found = {}
+        for group in self.groups[1:]:
+            each = contrast(self.base.outcomes(), group.outcomes(), self.target)
+            if each.seeds:
+                found[group.arm] = each
+        return found
+
+    @property
+    def missing(self) -> list[tuple[str, int]]:
+        there = {(trial.arm, trial.seed) for trial in self.trials}
+        return [run for run in self.planned if run not in there]
+
+
+def read_study(folders: list[Path]) -> Study:
+    """Run folders and folders of `daae compare`, together as one study. Raises UsageError."""
+    trials: list[Trial] = []
+    experiments, names = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder. Name run folders or folders of `daae compare`.")
+        if (folder / RECORDS).exists() or (folder / EXPERIMENT).exists():
+            found, experiment = read_comparison(folder)
+            trials += found
+            experiments.append(experiment)
+            names += [name for name in experiment.get("arms", {}) if name not in names]
+        elif (folder / CONFIG).exists():
+            trials.append(read_run(folder))
+        else:
+            raise UsageError(
+                f"{folder} holds no run (no {CONFIG}) and no comparison (no {RECORDS}). "
+                "Name folders that `daae pretrain` or `daae compare` wrote."
+            )
+    if not trials:
+        raise UsageError(f"{folders[0]} holds no run that has begun yet. Run `daae compare` again to go on.")
+    groups = _grouped(trials, names)
+    if not names:  # without a comparison that names it, MAE is what others are held against
+        groups.sort(key=lambda group: group.objective != "mae")
+    target, targeted = _target(experiments)
+    planned = [(arm, seed) for each in experiments for seed in each.get("seeds", []) for arm in each.get("arms", {})]
+    return Study(groups, target, targeted, planned, experiments)
+
+
+def _target(experiments: list[dict]) -> tuple[float | None, bool]:
+    wish = experiments[0].get("target", "baseline") if experiments else "baseline"
+    return target_score(wish), wish != "none"
+
+
+def target_score(wish: str | float | None) -> float | None:
+    """A target as a share of 1: .31 and 31 are the same; "baseline" and "none" are no number. Raises UsageError."""
+    if wish in (None, "baseline", "none"):
+        return None
+    try:
+        number = float(str(wish))
+    except ValueError:
+        number = -1.0
+    number = number / 100 if number > 1 else number
+    if not 0 < number <= 1:
+        raise UsageError(f"--target {wish} is none of: baseline, none, a score such as 31.5 (percent) or 0.315.")
+    return number
+
+
+def _grouped(trials: list[Trial], order: list[str]) -> list[Group]:
+    """By arm, in the order of the experiment and then of appearance; two runs of one arm and seed get their folder's
+    name instead, and so do runs that share a preset but not their settings."""
+    groups: dict[str, Group] = {name: Group(name) for name in order}
+    for trial in trials:
+        group = groups.setdefault(trial.arm, Group(trial.arm))
+        twin = any(other.seed == trial.seed for other in group.trials)
+        if group.trials and (twin or deciding(group.trials[0].settings) != deciding(trial.settings)):
+            name = _unused(str(trial.folder or trial.arm), groups)
+            trial = Trial(**{**vars(trial), "arm": name})
+            group = groups.setdefault(name, Group(name))
+        group.trials.append(trial)
+    return [group for group in groups.values() if group.trials]
+
+
+def _unused(name: str, taken: Mapping) -> str:
+    number, free = 2, name
+    while free in taken:
+        free, number = f"{name} ({number})", number + 1
+    return free
+
+
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a run computes, without places, the seed, what is only watched and speed."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in PLACES and name.split(".")[0] not in ("watch", "speed")
+    }
+
+
+def read_comparison(folder: Path) -> tuple[list[Trial], dict]:
+    """Every run of a comparison, finished or not, and its experiment."""
+    experiment = read_yaml(folder / EXPERIMENT) if (folder / EXPERIMENT).exists() else {}
+    records = {(record["arm"], record["seed"]): record for record in read_lines(folder / RECORDS)}
+    trials = []
+    for (arm, seed), record in records.items():
+        where = folder / RUNS / run_name(arm, seed)
+        trials.append(read_run(where, arm, record) if (where / CONFIG).exists() else from_record(record))
+    for arm in experiment.get("arms", {}):
+        for seed in experiment.get("seeds", []):
+            where = folder / RUNS / run_name(arm, seed)
+            if (arm, seed) not in records and (where / CONFIG).exists():
+                trials.append(read_run(where, arm))
+    return trials, experiment
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f"{arm}-seed{seed}"
+
+
+def read_run(folder: Path, arm: str | None = None, record: dict | None = None) -> Trial:
+    """A run folder, in whatever state it is; what a comparison recorded of it goes before what it says itself."""
+    settings, status = flat(read_yaml(folder / CONFIG)), read_object(folder / "status.json")
+    gallery = folder / "media" / "gallery.png"
+    preset = str(settings.get("preset") or "custom")
+    env = read_object(folder / "env.json")
+    env["command"] = as_typed(env.get("command", ""))
+    metrics = read_lines(folder / METRICS)
+    return Trial(
+        arm=arm or (preset if preset != "custom" else str(settings.get("objective", "run"))),
+        seed=int(settings.get("seed") or 0),
+        folder=folder,
+        settings=settings,
+        env={**env, **record["env"]} if record else env,
+        state="done" if record else str(status.get("state", "unknown")),
+        reason=str(status.get("reason") or ""),
+        step=int(status.get("step") or (metrics[-1]["step"] if metrics else 0)),
+        metrics=metrics,
+        evaluations=read_lines(folder / "evaluations.jsonl"),
+        evaluation=(record["evaluation"] if record else read_object(folder / "evaluation.json")) or None,
+        gallery=gallery if gallery.exists() else None,
+    )
+
+
+def from_record(record: dict) -> Trial:
+    """A run whose folder is gone: its scores are all there, its loss curve and pictures are not."""
+    last = {name: record[name] for name in ("images", "train_seconds", "data_wait")}
+    last |= {"step": record["steps"], "epoch": record["epochs"], "images_per_second": record["images_per_second"]}
+    return Trial(
+        arm=record["arm"], seed=record["seed"], folder=None, settings=record["settings"], env=record["env"],
+        state="done", reason="", step=record["steps"], metrics=[last], evaluations=record["evaluations"],
+        evaluation=record["evaluation"], gallery=None,
+    )  # fmt: skip
+
+
+def as_typed(command: str) -> str:
+    """`/where/ever/train/pretrain.py --preset …` as a person would type it."""
+    first, _, rest = command.partition(" ")
+    return f"daae {Path(first).stem} {rest}" if first.endswith(".py") else command.replace(first, Path(first).name, 1)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Rows of a JSONL file; a last line torn by a crash is no row, and a file that is not there has none."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object; empty where the file is missing or torn."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -1,0 +1,189 @@
+"""Everything that decides a run, as frozen dataclasses; each field is a flag and a YAML key.
+
+What decides the result is apart from what only decides the speed: two runs may be compared if they differ in `Speed`
+and in what the comparison declares. No torch here: flags are parsed before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from model.objectives import OBJECTIVES, Objective
+from model.objectives.mae import MAE
+from model.shape import Shape
+from pipeline.errors import UsageError
+from train.command import nearest, overlay, plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with MAE's schedule: linear warm-up, half a cosine down, decided by the step alone."""
+
+    batch: int = 4096
+    """Images per optimizer step, over all devices."""
+    base_lr: float = 1.5e-4
+    """Learning rate per 256 images, as papers quote it."""
+    lr: float | None = None
+    """Peak learning rate itself; overrides base-lr."""
+    min_lr: float = 0.0
+    warmup_epochs: float = 40.0
+    """Linear warm-up, in epochs, but never more than warmup-share of the run."""
+    warmup_share: float = 0.05
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float | None = None
+    """Largest gradient norm; none by default, as MAE."""
+    accumulate: int = 1
+    """Parts that a batch is cut into to fit memory. A contrastive loss sees only one part's negatives."""
+
+    def peak_lr(self) -> float:
+        return self.lr if self.lr is not None else self.base_lr * self.batch / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long a run is: exactly one of epochs, steps and seconds is the wish; steps is what it becomes."""
+
+    epochs: float | None = None
+    """Passes over the images."""
+    steps: int | None = None
+    seconds: float | None = None
+    """Training seconds, without set-up, evaluation and checkpoints. Calibrated once and frozen as steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Evaluation, logging and checkpoints: off the training clock, without influence on the weights."""
+
+    tests: tuple[Path, ...] = ()
+    """Stores with labelled images to score on; without any, a fifth of the labelled training images is held out."""
+    label: str | None = None
+    """Label column to score; default: the leading one of the store."""
+    evaluations: int = 0
+    """How many times to score during the run, the last one at its end."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """May change seconds, and a result only by rounding."""
+
+    workers: int = 0
+    """Decoding threads; 0 chooses."""
+    compile: bool = False
+    """torch.compile the loss."""
+    stall_seconds: float = 300.0
+    """How long to wait for a batch before the run stops with exit code 6."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One pre-training run."""
+
+    preset: str = "custom"
+    """Where the other settings start from; `daae pretrain --list-presets` names them."""
+    data: Path | None = None
+    """Store made by `daae convert`."""
+    out: Path | None = None
+    """Run folder; an unfinished run in it is resumed."""
+    objective: str = "mae"
+    """Method, by the name of its file in model/objectives."""
+    method: Objective = field(default_factory=MAE)
+    model: Shape = field(default_factory=Shape)
+    optim: Optim = field(default_factory=Optim)
+    budget: Budget = field(default_factory=Budget)
+    watch: Watch = field(default_factory=Watch)
+    speed: Speed = field(default_factory=Speed)
+    seed: int = 0
+    """Of weights, order, crops, colours and masks."""
+    loader: Literal["auto", "ffcv", "dali"] = "auto"
+    """Decoder; not under speed, since two decoders differ by a few grey levels."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device multiplies it fast, fp32 elsewhere."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+# Flags of MAE's own script, and short forms of the settings that people change most.
+ALIASES = {
+    "--batch": "--optim.batch", "--lr": "--optim.lr", "--blr": "--optim.base-lr", "--min-lr": "--optim.min-lr",
+    "--weight-decay": "--optim.weight-decay", "--clip-grad": "--optim.clip-grad",
+    "--warmup-epochs": "--optim.warmup-epochs", "--accum-iter": "--optim.accumulate",
+    "--epochs": "--budget.epochs", "--steps": "--budget.steps", "--seconds": "--budget.seconds",
+    "--mask-ratio": "--method.mask-ratio", "--norm-pix-loss": "--method.norm-pix", "--input-size": "--model.side",
+    "--workers": "--speed.workers", "--num-workers": "--speed.workers", "--compile": "--speed.compile",
+    "--no-compile": "--speed.no-compile", "--data-path": "--data", "--output-dir": "--out",
+    "--tests": "--watch.tests", "--label": "--watch.label", "--evaluations": "--watch.evaluations",
+}  # fmt: skip
+
+# What may differ between a run folder's configuration and the command that resumes it.
+MAY_CHANGE = ("out", "speed", "watch", "preset", "data")
+
+
+@functools.cache
+def typed(objective: str) -> type[Run]:
+    """Run with its `method` known as this objective's own options, so that they become flags and keys."""
+    if objective not in OBJECTIVES:
+        raise UsageError(f"--objective {objective} is unknown.{nearest(objective, OBJECTIVES)}")
+    method = OBJECTIVES[objective]
+    # The string annotations of Run are resolved in this module; the method's own type goes in directly.
+    return dataclasses.make_dataclass(
+        "Run", [("method", method, field(default_factory=method))], bases=(Run,), frozen=True, kw_only=True,
+        namespace={"__doc__": Run.__doc__, "__module__": __name__},
+    )  # fmt: skip
+
+
+def of_type(run: Run, cls: type[Run]) -> Run:
+    """The same settings as another class of run; the method starts from its defaults where it is another one."""
+    values = {each.name: getattr(run, each.name) for each in dataclasses.fields(run)}
+    wanted = next(each.type for each in dataclasses.fields(cls) if each.name == "method")
+    if not isinstance(wanted, type) or not isinstance(run.method, wanted):
+        del values["method"]
+    return cls(**values)
+
+
+def with_values(run: Run, values: dict[str, Any], source: str) -> Run:
+    """`run` with the nested settings of a YAML file laid over it; `objective` may change, and with it the options."""
+    objective = values.get("objective", run.objective)
+    start = of_type(dataclasses.replace(run, objective=objective), typed(objective))
+    if "budget" in values:  # a wish for seconds replaces the preset's wish for epochs
+        start = dataclasses.replace(start, budget=Budget())
+    return overlay(start, values, source)
+
+
+def as_values(run: Run) -> dict[str, Any]:
+    """What config.yaml holds: nested, plain, and fit to be fed back."""
+    return plain(run)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    result = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            result.update(flat(value, f"{prefix}{name}."))
+        else:
+            result[prefix + name] = value
+    return result
+
+
+def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """What a run folder's resolved settings and a new command disagree on, as "name: saved -> asked".
+
+    A wish left open (None, "auto") agrees with whatever it was resolved to.
+    """
+    before, now = flat(saved), flat(asked)
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        if name.split(".")[0] in MAY_CHANGE or now.get(name) in (None, "auto"):
+            continue
+        if before.get(name) != now.get(name):
+            found.append(f"{name}: {before.get(name)} -> {now.get(name)}")
+    return found

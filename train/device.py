@@ -1,0 +1,63 @@
+"""Which device a run uses, in which precision, and how fast arithmetic there is switched on."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from pipeline.errors import ResourceError, UsageError
+
+
+def choose_device(wish: str) -> torch.device:
+    """Raises ResourceError where a GPU is asked for and there is none."""
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        raise UsageError(f"--device {wish} is no device. Use cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ResourceError(
+            f"--device {wish}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu."
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {wish} is not supported. Use cpu, cuda or cuda:N.")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def choose_precision(wish: str, device: torch.device) -> str:
+    """bf16 where the device has units for it; on a CPU without AMX it is three times slower than fp32."""
+    if wish != "auto":
+        return wish
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def autocast(device: torch.device, precision: str):
+    """The context in which losses and features are computed."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return "CPU"
+
+
+def memory_gb(device: torch.device) -> tuple[float, float]:
+    """Peak memory of this process and what the device has, GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.get_device_properties(
+            device
+        ).total_memory / 1e9
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e9, psutil.virtual_memory().total / 1e9

@@ -1,0 +1,136 @@
+"""What a run tells: metrics.jsonl for programs, status.json for job scripts, one line or bar for a person."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from pipeline.errors import ResourceError
+from train.checkpoint import write_atomically
+
+LINE_SECONDS = 30.0  # between plain lines where there is no terminal
+
+
+class Journal:
+    """One run's records. Only what is appended after the last checkpoint is ever taken back, by `rewind`."""
+
+    def __init__(self, out: Path, *, quiet: bool = False):
+        self.out, self.quiet = out, quiet
+        self.log = out / "train.log"
+        self._terminal = sys.stderr.isatty() and not quiet
+        self._progress = self._task = None
+        self._last_line = -LINE_SECONDS
+        self._status: dict = {}
+
+    def rewind(self, step: int) -> None:
+        """Drop rows beyond `step` and a last line torn by a crash: steps stay unique and monotone."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            path = self.out / name
+            rows = [row for row in read_rows(path) if row["step"] <= step]
+            if path.exists():
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def row(self, name: str, values: dict) -> None:
+        """Append one JSON object to `name`.jsonl."""
+        try:
+            with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise ResourceError(f"{self.out}/{name}.jsonl cannot be written: {error.strerror}.") from None
+
+    def status(self, **values) -> None:
+        """Rewrite status.json: what a job script decides by, since torchrun hides exit codes."""
+        self._status.update(values)
+        stamp = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
+        with contextlib.suppress(OSError):  # a full disk ends the run where a checkpoint needs it, not here
+            write_atomically(self.out / "status.json", json.dumps({**self._status, **stamp}, indent=1))
+
+    def say(self, sentence: str) -> None:
+        """A line for a person, on stderr and in train.log."""
+        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
+        if self.quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(sentence, highlight=False)
+        else:
+            print(sentence, file=sys.stderr, flush=True)
+
+    def progress(self, done: int, total: int, line: str) -> None:
+        """A bar on a terminal; elsewhere a plain line every half minute."""
+        if self._terminal:
+            if self._progress is None:
+                from rich.console import Console
+                from rich.progress import BarColumn, Progress, TextColumn
+
+                bar = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+                self._progress = Progress(*bar, console=Console(stderr=True), transient=True)
+                self._progress.start()
+                self._task = self._progress.add_task("", total=total)
+            assert self._task is not None
+            self._progress.update(self._task, completed=done, description=line)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(line)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file; a last line torn by a crash is no row."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """90061 -> "1 d 1 h", 125 -> "2 min 5 s"."""
+    seconds = max(0, round(seconds))
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    words = []
+    for size, name in units:
+        if seconds >= size and len(words) < 2:
+            words.append(f"{seconds // size} {name}")
+            seconds %= size
+    return " ".join(words) or "0 s"
+
+
+def environment(device_name: str) -> dict:
+    """What proves where a result comes from: versions, code, machine, command."""
+    versions = {}
+    for name in ("torch", "numpy", "timm", "ffcv", "nvidia-dali-cuda130", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(), "versions": versions, "code": code_revision(), "device": device_name,
+        "cores": len(os.sched_getaffinity(0)), "host": socket.gethostname(), "system": platform.platform(),
+        "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def code_revision() -> str:
+    """The commit, with "+changes" where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        if commit.returncode == 0:
+            dirty = subprocess.run(
+                [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
+            )
+            return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return "unknown"

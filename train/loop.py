@@ -1,0 +1,356 @@
+"""The training loop: loader -> views -> objective -> step. It knows no method.
+
+Everything random is a function of (seed, epoch, sample id), everything scheduled a function of the step, so a
+checkpoint needs only weights, moments and counters, and a resumed run on a CPU is equal to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.network import Network
+from model.objectives import Outcome
+from pipeline.errors import DataError, NumericsError, Preempted, UsageError
+from pipeline.loader import Loader, choose_backend, open_loader
+from pipeline.store import Store
+from pipeline.views import Batch, check_views, make_views
+from train import checkpoint, folder
+from train.clock import Clock
+from train.config import Budget, Run
+from train.device import autocast, choose_device, choose_precision, device_name, memory_gb
+from train.journal import Journal, duration, environment
+from train.optim import make_optimizer
+from train.schedule import learning_rate, warmup_steps
+
+if TYPE_CHECKING:
+    from train.pretrain import Controls
+
+CALIBRATION_SHARE = 0.1  # of a seconds budget, spent on measuring a step before it
+CALIBRATION_SECONDS = (2.0, 20.0)
+
+
+def pretrain(wish: Run, controls: Controls) -> dict:
+    """Run, or go on with, what `wish` describes. Returns the result for stdout."""
+    assert wish.data is not None
+    assert wish.out is not None
+    store = Store.open(wish.data)
+    run = resolve(wish, store)
+    with folder.claimed(wish.out, overwrite=controls.overwrite) as out, Stop() as stop:
+        folder.check_same_run(out, wish, allow_resume=not controls.no_resume)
+        journal = Journal(out, quiet=controls.quiet)
+        try:
+            return _pretrain(run, controls, store, journal, stop)
+        except Preempted as error:
+            journal.status(state="preempted", code=error.code, reason=str(error))
+            raise
+        except BaseException as error:
+            journal.status(state="failed", code=getattr(error, "code", 1), reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            journal.close()
+
+
+def resolve(run: Run, store: Store) -> Run:
+    """Settle what was left to the program: device, precision, backend."""
+    device = choose_device(run.device)
+    loader = choose_backend(store) if run.loader == "auto" else run.loader
+    return dataclasses.replace(
+        run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
+    )
+
+
+def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop: Stop) -> dict:
+    out, device = journal.out, torch.device(run.device)
+    point = folder.resume_point(out, controls.resume, store.fingerprint, store.count, journal.say)
+    saved = folder.saved_settings(out)
+    if saved is not None:
+        # What was settled when the run began stays: the steps that its seconds came to, precision and decoder.
+        run = dataclasses.replace(
+            run, budget=Budget(**saved["budget"]), precision=saved["precision"], loader=saved["loader"]
+        )
+    views = run.method.views(run.model)
+    check_views(views, run.model.patch)
+    loader = open_loader(
+        store, views, batch=run.optim.batch, seed=run.seed, backend=run.loader, device=device,
+        workers=run.speed.workers, stall_seconds=run.speed.stall_seconds,
+    )  # fmt: skip
+    try:
+        if run.budget.steps is None:
+            run = dataclasses.replace(run, budget=freeze_budget(run, loader, device, journal))
+        folder.write_settings(out, run)
+        name = device_name(device)
+        facts = {**environment(name), "data": store.fingerprint, "images": store.count}
+        checkpoint.write_atomically(out / "env.json", json.dumps(facts, indent=1))
+        trainer = Trainer(run, store, loader, device, journal, stop)
+        if point is not None:
+            trainer.load(point)
+            journal.say(f"resumed {out} at step {point.step:,} of {trainer.steps:,}.")
+        else:
+            journal.say(f"{run.preset}: {trainer.steps:,} steps of {run.optim.batch} images from {run.data} on {name}.")
+        journal.rewind(trainer.step)
+        trainer.train(controls.limit_steps)
+        return trainer.finish()
+    finally:
+        loader.close()
+
+
+def freeze_budget(run: Run, loader: Loader, device: torch.device, journal: Journal) -> Budget:
+    """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step.
+
+    Seconds are measured on a throwaway network with the run's own loader: the median of whole steps times the wish.
+    """
+    wish = run.budget
+    if wish.epochs is not None and wish.seconds is None:
+        return dataclasses.replace(wish, steps=max(1, int(wish.epochs * loader.batches)))
+    if wish.seconds is None:
+        raise UsageError("how long? Give one of --epochs, --steps and --seconds.")
+    low, high = CALIBRATION_SECONDS
+    until = min(high, max(low, wish.seconds * CALIBRATION_SHARE))
+    network = Network(run.method, run.model, run.seed).to(device)
+    optimizer = make_optimizer(network, run.optim, device)
+    seconds: list[float] = []
+    step, start, mark = 0, math.inf, 0.0
+    while len(seconds) < 3 or mark - start < until:
+        for batch in loader.epoch(0):
+            train_step(run, network, optimizer, batch, device, lr=0.0)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now, step = time.perf_counter(), step + 1
+            if step == 2:  # the first steps allocate, compile and fill the loader's queue
+                start = now
+            elif step > 2:
+                seconds.append(now - mark)  # waiting for the loader included
+            mark = now
+            if len(seconds) >= 3 and now - start >= until:
+                break
+    pace = statistics.median(seconds)
+    steps = max(1, round(wish.seconds / pace))
+    journal.say(f"calibrated: {pace * 1000:.0f} ms a step, so {wish.seconds:g} s are {steps:,} steps.")
+    return dataclasses.replace(wish, steps=steps)
+
+
+def train_step(run: Run, network: Network, optimizer, batch: Batch, device: torch.device, lr: float) -> list[Outcome]:
+    """One optimizer step. Nothing here reads a value back from the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    outcomes, parts = [], run.optim.accumulate
+    for part in cut(batch, parts):
+        views = make_views(part, run.method.views(run.model), patch=run.model.patch, seed=run.seed)
+        with autocast(device, run.precision):
+            outcome = network(views, part.label)
+        loss = torch.stack(list(outcome.terms.values())).sum()
+        (loss / parts).backward()
+        outcomes.append(outcome)
+    if run.optim.clip_grad is not None:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), run.optim.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    run.method.after_step(network)
+    return outcomes
+
+
+def cut(batch: Batch, parts: int) -> Iterator[Batch]:
+    """The batch in equal parts, for gradient accumulation."""
+    if parts == 1:
+        yield batch
+        return
+    count = len(batch.id) // parts
+    for at in range(0, count * parts, count):
+        rows = slice(at, at + count)
+        images = {name: image[rows] for name, image in batch.images.items()}
+        yield Batch(images, batch.label[rows], batch.id[rows], batch.epoch)
+
+
+class Trainer:
+    """One run's weights, clock and records, from its first or a resumed step to its last."""
+
+    def __init__(self, run: Run, store: Store, loader: Loader, device: torch.device, journal: Journal, stop: Stop):
+        assert run.budget.steps is not None
+        self.run, self.store, self.loader, self.device = run, store, loader, device
+        self.journal, self.stop, self.steps = journal, stop, run.budget.steps
+        self.network = Network(run.method, run.model, run.seed).to(device)
+        self.optimizer = make_optimizer(self.network, run.optim, device)
+        self.warmup = warmup_steps(run.optim, self.steps, loader.batches)
+        self.clock, self.step = Clock(), 0
+        self.sums: dict[str, Tensor] = {}
+        self.saved_at, self.logged = time.monotonic(), (0, 0.0)
+        self.exam = self._prepare_exam() if run.watch.evaluations else None
+        if run.speed.compile:
+            self.network.compile(dynamic=False)
+
+    def _prepare_exam(self):
+        """Labels are never needed to train: without them there is a notice and no score."""
+        from train.evaluate import Exam
+
+        assert self.run.data is not None
+        try:
+            return Exam.prepare(self.run.data, self.run.watch.tests, self.run.watch.label)
+        except DataError as error:
+            self.journal.say(f"no evaluation during training: {error}")
+            return None
+
+    def load(self, point: checkpoint.Checkpoint) -> None:
+        self.network.load_state_dict(point.weights())
+        checkpoint.load_optimizer(self.network, self.optimizer, point.moments())
+        self.clock.load(point.state["clock"])
+        self.step = point.step
+        self.logged = (self.step, self.clock.train_seconds)
+
+    def train(self, limit: int | None) -> None:
+        run, clock = self.run, self.clock
+        last = self.steps if limit is None else min(self.steps, self.step + limit)
+        evaluate_at = evaluation_steps(self.steps, run.watch.evaluations) if self.exam is not None else set()
+        self.journal.status(state="running", code=None, reason="", step=self.step, steps=self.steps)
+        self.network.train()
+        while self.step < last:
+            epoch, start = divmod(self.step, self.loader.batches)
+            clock.start()
+            asked = time.perf_counter()
+            for batch in self.loader.epoch(epoch, start):
+                clock.wait_seconds += time.perf_counter() - asked
+                lr = learning_rate(run.optim, self.step, self.steps, self.warmup)
+                self.add(train_step(run, self.network, self.optimizer, batch, self.device, lr))
+                self.step += 1
+                clock.images += len(batch.id)
+                evaluate = self.step in evaluate_at
+                if self.step % run.watch.log_every == 0 or self.step == last or evaluate or self.stop.asked:
+                    clock.pause(self.device)
+                    self.log(lr)
+                    if self.stop.asked and self.step < self.steps:
+                        self.preempted()
+                    if evaluate:
+                        self.evaluate()
+                    if time.monotonic() - self.saved_at > run.watch.checkpoint_minutes * 60:
+                        self.save()
+                    clock.start()
+                if self.step == last:
+                    break
+                asked = time.perf_counter()
+            clock.pause(self.device)
+
+    def add(self, outcomes: list[Outcome]) -> None:
+        """Sum on the device; a row reads the sums once."""
+        for outcome in outcomes:
+            terms = {name: term.detach() for name, term in outcome.terms.items()}
+            terms["loss"] = torch.stack(list(terms.values())).sum()
+            for name, value in {**terms, **outcome.watched}.items():
+                self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def log(self, lr: float) -> None:
+        before, seconds_before = self.logged
+        steps = self.step - before
+        if steps == 0:
+            return
+        parts = steps * self.run.optim.accumulate
+        means = {name: value.item() / parts for name, value in self.sums.items()}
+        self.sums.clear()
+        if not all(math.isfinite(value) for value in means.values()):
+            raise NumericsError(
+                f"loss not finite between steps {before:,} and {self.step:,}: "
+                + ", ".join(f"{name} {value:g}" for name, value in means.items())
+                + f". The last checkpoint is in {folder.checkpoints(self.journal.out)}. "
+                "Try --precision fp32, a lower --lr or --clip-grad 1.0."
+            )
+        clock = self.clock
+        rate = steps * self.run.optim.batch / max(1e-9, clock.train_seconds - seconds_before)
+        self.logged = (self.step, clock.train_seconds)
+        epochs = self.step / self.loader.batches
+        wait = clock.wait_seconds / max(1e-9, clock.train_seconds)
+        self.journal.row("metrics", {
+            "step": self.step, "epoch": round(epochs, 4), "lr": lr, **means, "images": clock.images,
+            "images_per_second": round(rate, 1), "train_seconds": round(clock.train_seconds, 3),
+            "data_wait": round(wait, 4),
+        })  # fmt: skip
+        used, total = memory_gb(self.device)
+        left = (self.steps - self.step) * clock.train_seconds / max(1, self.step)
+        self.journal.progress(self.step, self.steps, (
+            f"ep {epochs:.1f}/{self.steps / self.loader.batches:.1f}  step {self.step:,}  loss {means['loss']:.4f}  "
+            f"img/s {rate:,.0f}  data-wait {wait:.0%}  mem {used:.1f}/{total:.0f} GB  "
+            f"ckpt {duration(time.monotonic() - self.saved_at)} ago  ETA {duration(left)}"
+        ))  # fmt: skip
+        self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
+
+    def evaluate(self) -> None:
+        """Off the clock. The encoder comes back in training mode."""
+        from train.evaluate import score_network, sentence
+
+        assert self.exam is not None
+        result = score_network(self.network, self.exam, self.run, self.device)
+        leading = result["leading"] and result["leading"]["value"]
+        at = {"step": self.step, "train_seconds": round(self.clock.train_seconds, 3), "images": self.clock.images}
+        self.journal.row("evaluations", {**at, "leading": leading, "scores": result["scores"]})
+        self.journal.say(f"step {self.step:,}, {self.clock.train_seconds:.0f} s: {sentence(result)}")
+
+    def save(self) -> None:
+        state = {
+            "step": self.step, "steps": self.steps, "clock": self.clock.state(), "preset": self.run.preset,
+            "objective": self.run.objective, "data": self.store.fingerprint, "images_in_store": self.store.count,
+        }  # fmt: skip
+        where = folder.checkpoints(self.journal.out)
+        path = checkpoint.save(where, self.network, self.optimizer, state, self.run.watch.keep_checkpoints)
+        self.saved_at = time.monotonic()
+        self.journal.status(last_checkpoint=path.name)
+
+    def preempted(self) -> None:
+        self.save()
+        raise Preempted(
+            f"stopped by {self.stop.name} at step {self.step:,} of {self.steps:,}; checkpoint saved. "
+            "Run the same command again to go on."
+        )
+
+    def finish(self) -> dict:
+        if not (folder.checkpoints(self.journal.out) / f"step_{self.step:09d}").exists():
+            self.save()
+        done = self.step >= self.steps
+        if done:
+            from train.gallery import draw_gallery
+
+            draw_gallery(self.journal.out, self.network, self.run, self.store, self.device)
+        self.journal.status(state="done" if done else "paused", code=0, reason="", step=self.step)
+        seconds = self.clock.train_seconds
+        what = "finished" if done else f"stopped after --limit-steps at step {self.step:,} of {self.steps:,}"
+        return {
+            "out": str(self.journal.out), "state": "done" if done else "paused", "step": self.step, "steps": self.steps,
+            "train_seconds": round(seconds, 3), "images": self.clock.images,
+            "sentence": f"{self.journal.out} {what}: {self.step:,} steps, {self.clock.images:,} images, "
+            f"{duration(seconds)} of training.",
+        }  # fmt: skip
+
+
+def evaluation_steps(steps: int, count: int) -> set[int]:
+    """`count` steps spread evenly, the last one included."""
+    return {max(1, round(steps * place / count)) for place in range(1, count + 1)} if count else set()
+
+
+class Stop:
+    """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask the loop to save and end; a second one ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.asked, self.name, self._before = False, "", {}
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def _ask(self, number: int, _frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self.name = True, signal.Signals(number).name
+        print(f"{self.name}: finishing this step, then saving. Once more to stop without.", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

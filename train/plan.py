@@ -1,0 +1,84 @@
+"""What a run will do, before it does it: steps, rates, work and memory, and hours from a given speed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UsageError
+from pipeline.store import Store
+from train.config import Run
+from train.journal import duration
+from train.schedule import learning_rate, warmup_steps
+
+if TYPE_CHECKING:
+    from train.pretrain import Controls
+
+
+def parameter_counts(run: Run) -> tuple[int, int]:
+    """Trained parameters of the encoder and of everything beside it."""
+    import torch
+
+    from model.vit import Encoder
+
+    shape = run.model
+    with torch.device("meta"):
+        sizes = {"side": shape.side, "patch": shape.patch, "width": shape.width, "depth": shape.depth}
+        encoder = Encoder(**sizes, heads=shape.heads)
+        parts = run.method.parts(shape).values()
+    count = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in (encoder, *parts)]
+    return count[0], sum(count[1:])
+
+
+def make_plan(run: Run, images: int, images_per_second: float | None) -> dict:
+    """Numbers of the run; those that depend on a rate are there only with one."""
+    optim, steps_per_epoch = run.optim, images / run.optim.batch
+    steps = run.budget.steps
+    if steps is None and run.budget.epochs is not None:
+        steps = max(1, int(run.budget.epochs * (images // optim.batch)))
+    if steps is None and run.budget.seconds is not None and images_per_second:
+        steps = max(1, int(run.budget.seconds * images_per_second / optim.batch))
+    encoder, parts = parameter_counts(run)
+    plan: dict = {
+        "preset": run.preset, "objective": run.objective, "images": images, "batch": optim.batch,
+        "steps_per_epoch": round(steps_per_epoch, 2), "steps": steps, "peak_lr": optim.peak_lr(),
+        "gflop_per_image": round(6 * run.method.macs(run.model) / 1e9, 3),
+        "encoder_parameters": encoder, "other_parameters": parts,
+        # fp32 weights, gradients and two moments
+        "state_gb": round(16 * (encoder + parts) / 1e9, 3), "checkpoint_gb": round(12 * (encoder + parts) / 1e9, 3),
+    }  # fmt: skip
+    if steps is not None:
+        warmup = warmup_steps(optim, steps, steps_per_epoch)
+        plan["epochs"] = round(steps / steps_per_epoch, 2)
+        plan["warmup_steps"] = round(warmup)
+        plan["lr_halfway"] = learning_rate(optim, steps // 2, steps, warmup)
+        plan["exaflop"] = round(6 * run.method.macs(run.model) * optim.batch * steps / 1e18, 4)
+        if images_per_second:
+            plan["images_per_second"] = images_per_second
+            plan["hours"] = round(steps * optim.batch / images_per_second / 3600, 2)
+    return plan
+
+
+KNOWN_IMAGES = {"in1k": 1_281_167, "mini": 34_745}  # ImageNet-1K; ImageNet-mini as it is distributed
+
+
+def print_plan(run: Run, controls: Controls) -> int:
+    images = controls.images
+    if run.data is not None:
+        images = Store.open(run.data).count
+    if images is None:
+        images = next((count for name, count in KNOWN_IMAGES.items() if f"-{name}-" in run.preset), None)
+    if images is None:
+        raise UsageError("--dry-run needs --data or --images to count an epoch.")
+    plan = make_plan(run, images, controls.images_per_second)
+    if controls.json:
+        print(json.dumps(plan))
+        return 0
+    for name, value in plan.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' '):<20} {shown}")
+    if "hours" in plan:
+        print(f"At {controls.images_per_second:,g} images/s this run takes {duration(plan['hours'] * 3600)}.")
+    elif plan["steps"] is not None:
+        print("Give --images-per-second (from `daae profile`) to see hours.")
+    return 0

@@ -1,0 +1,314 @@
+"""How good are features? Neighbours, a closed-form ridge and MAE's linear probe: pure functions on tensors.
+
+A bank of labelled features answers for queries; a query's own label is never seen here, only `accuracy` reads it.
+Labels are (N,) int64 in range(classes), -1 where unknown: such rows of a bank are left out. Work is done on the bank's
+device, and predictions come back on the query's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import DataError, ResourceError
+from pipeline.sampling import epoch_order
+from train.config import Optim
+from train.schedule import learning_rate
+
+PENALTIES = tuple(10.0**power for power in range(-4, 5))
+FOLDS = 5
+FOLD_ROWS = 2048  # more folds than five once they grow larger than this: the cost is rows times rows of a fold
+BLOCK = 2**26  # numbers in the largest temporary table, 256 MB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A share of right answers, with the standard error that `count` questions leave."""
+
+    value: float
+    standard_error: float
+    count: int
+
+
+def accuracy(predicted: Tensor, truth: Tensor) -> Score:
+    """Top-1 over the rows whose truth is known (not -1); standard error sqrt(p (1 - p) / n). Raises DataError."""
+    known = truth >= 0
+    count = int(known.sum())
+    if not count:
+        raise DataError("no picture to be scored has a label among the classes that are known. Choose another label.")
+    value = int((predicted[known] == truth[known]).sum()) / count
+    return Score(value, math.sqrt(value * (1 - value) / count), count)
+
+
+def match_labels(bank_classes: Sequence[str], test_classes: Sequence[str], test_label: Tensor) -> Tensor:
+    """A test set's labels renumbered as the bank numbers the classes of the same name; -1 where it has none."""
+    place = {name: number for number, name in enumerate(bank_classes)}
+    # One more entry at the end: label -1 finds it.
+    table = torch.tensor([place.get(name, -1) for name in test_classes] + [-1], dtype=torch.int64)
+    return table[test_label.long().cpu()].to(test_label.device)
+
+
+def knn(
+    bank: Tensor,
+    bank_label: Tensor,
+    query: Tensor,
+    *,
+    k: int,
+    temperature: float = 0.07,
+    classes: int,
+    chunk: int | None = None,
+) -> Tensor:
+    """The class that the k nearest of the bank vote for, a vote weighing exp(cosine / temperature).
+
+    bank: (N, D), query: (Q, D), any scale; k is cut to N. temperature inf is a majority vote, and the lowest class wins
+    a tie. chunk: queries at once; chosen by memory if None, and without influence on the result. Returns (Q,) int64.
+    Source: Wu et al. 2018 (InstDisc), section 3.4, as in DINO's eval_knn.py.
+    """
+    bank, bank_label = _known(bank, bank_label)
+    bank, k = F.normalize(bank.float(), dim=1), min(k, len(bank))
+    chunk = chunk or max(1, BLOCK // max(len(bank), classes))
+    predicted = []
+    for part in query.split(chunk):
+        cosine = F.normalize(part.to(bank.device).float(), dim=1) @ bank.T
+        near, place = cosine.topk(k, dim=1)
+        # All votes for one query divided by that of its nearest: the winner is the same, and nothing overflows.
+        vote = torch.exp((near - near[:, :1]) / temperature)
+        votes = vote.new_zeros(len(part), classes).scatter_add_(1, bank_label[place], vote)
+        predicted.append(votes.argmax(dim=1).to(query.device))
+    return torch.cat(predicted)
+
+
+@dataclass(frozen=True, slots=True)
+class RidgeResult:
+    predicted: Tensor  # (Q,) int64
+    penalty: float  # the one chosen, relative to the mean variance of a feature
+    bank_score: float  # its cross-validated accuracy on the bank, by which it was chosen
+
+
+def ridge(
+    bank: Tensor,
+    bank_label: Tensor,
+    query: Tensor,
+    *,
+    classes: int,
+    penalties: Sequence[float] = PENALTIES,
+    groups: Tensor | None = None,
+    seed: int = 0,
+) -> RidgeResult:
+    """One-vs-all ridge regression in closed form: for each class, is it this one? The largest answer wins.
+
+    bank: (N, D), query: (Q, D). Features are standardised by the bank's mean and deviation (a constant one drops out),
+    targets are one-hot, the intercept is free, all in float64. Minimises, summed over classes,
+        |Y - X W - b|^2 + penalty N v |W|^2    where v is the mean variance of the standardised features: 1 unless
+    some are constant. The penalty is the one with the best cross-validated accuracy on the bank, the larger of two
+    equal ones; `groups`, (N,) int, are kept together in one fold each: give pictures of one thing the same number.
+    penalties: positive. Time goes with min(N, D)^3 once, and with N D min(N, D).
+
+    Raises DataError where fewer than two rows, or groups, have a label.
+    Sources: Hoerl & Kennard 1970; leaving out a fold without a new fit: Cook & Weisberg 1982, section 2.2.
+    """
+    known = bank_label >= 0
+    groups = None if groups is None else groups.to(known.device)[known]
+    bank, label = _known(bank, bank_label)
+    parts = folds(len(bank), groups, seed)
+    fit = _Ridge(bank, label, classes)
+    right = dict.fromkeys(penalties, 0)
+    for part in parts:
+        for penalty, answer in zip(penalties, fit.held_out(part, penalties), strict=True):
+            right[penalty] += int((answer.argmax(dim=1) == label[part.to(label.device)]).sum())
+    penalty = max(penalties, key=lambda each: (right[each], each))
+    return RidgeResult(fit.predict(query, penalty), penalty, right[penalty] / len(label))
+
+
+def folds(count: int, groups: Tensor | None, seed: int) -> list[Tensor]:
+    """Rows of each fold of a bank, int64: five, or more of about 2,048 rows; a group lies in one of them.
+
+    A pure function of its arguments: groups, or rows where there are none, are dealt out in a hashed order.
+    """
+    if groups is None:
+        number, member = count, torch.arange(count)
+    else:
+        names, member = groups.cpu().unique(return_inverse=True)
+        number = len(names)
+    if number < 2:
+        raise DataError(f"cross-validation needs at least 2 labelled pictures of different groups, there are {number}.")
+    hands = min(number, max(FOLDS, -(-count // FOLD_ROWS)))
+    fold = torch.empty(number, dtype=torch.int64)
+    fold[torch.from_numpy(epoch_order(seed, 0, number))] = torch.arange(number) % hands
+    order = fold[member]
+    return [(order == hand).nonzero()[:, 0] for hand in range(hands)]
+
+
+class _Ridge:
+    """Standardised features in the basis of their covariance's eigenvectors, where every penalty is a division."""
+
+    def __init__(self, bank: Tensor, label: Tensor, classes: int):
+        self.bank, self.label, self.classes = bank, label, classes
+        count, width = bank.shape
+        self.mean = torch.stack([rows.double().sum(dim=0) for rows in self._blocks(bank)]).sum(dim=0) / count
+        square = [(rows.double() - self.mean).square().sum(dim=0) for rows in self._blocks(bank)]
+        deviation = (torch.stack(square).sum(dim=0) / count).sqrt()
+        # float32 features that are equal in truth differ in their last digit, and must not be blown up to variance 1.
+        self.scale = torch.where(deviation <= 1e-6 * self.mean.abs(), 0.0, 1 / deviation)
+        if count < width:  # the smaller of the two products, which have the same eigenvalues
+            rows = self._standard(bank)
+            self.value, vector = _positive(*torch.linalg.eigh(rows @ rows.T))
+            self.basis = rows.T @ (vector / self.value.sqrt())
+        else:
+            product = self.mean.new_zeros(width, width)
+            for rows in map(self._standard, self._blocks(bank)):
+                product.addmm_(rows.T, rows)
+            self.value, self.basis = _positive(*torch.linalg.eigh(product))
+        self.unit = self.value.sum() / width  # N v
+        self.share = torch.bincount(label, minlength=classes).double() / count  # (C,), mean of the targets
+        summed = self.mean.new_zeros(width, classes)  # X^T Y
+        for rows, answers in zip(self._blocks(bank), self._blocks(label), strict=True):
+            summed.index_add_(1, answers, self._standard(rows).T)
+        self.moment = self.basis.T @ summed  # (R, C), Z^T Y
+
+    def held_out(self, part: Tensor, penalties: Sequence[float]) -> Iterator[Tensor]:
+        """For each penalty, (n, C): what the fit without the rows `part` of the bank says of them.
+
+        H = 1/N + Z (Z^T Z + penalty)^-1 Z^T takes targets to fitted values. With H_FF its block of a fold and r the
+        fold's residuals in the fit of everything, the residuals without the fold are (1 - H_FF)^-1 r, exactly.
+        """
+        part = part.to(self.bank.device)
+        z = self._standard(self.bank[part]) @ self.basis
+        target = F.one_hot(self.label[part], self.classes).double()
+        for penalty in penalties:
+            shrunk = 1 / (self.value + penalty * self.unit)
+            residual = target - self.share - z @ (shrunk[:, None] * self.moment)
+            rest = -(z * shrunk) @ z.T - 1 / len(self.bank)
+            rest.diagonal().add_(1)
+            yield target - torch.cholesky_solve(residual, torch.linalg.cholesky(rest))
+
+    def predict(self, query: Tensor, penalty: float) -> Tensor:
+        """(Q,) int64 on the query's device, by the fit of the whole bank."""
+        weight = self.basis @ (self.moment / (self.value + penalty * self.unit)[:, None])  # (D, C)
+        parts = [
+            (self._standard(rows.to(self.bank.device)) @ weight + self.share).argmax(dim=1).to(query.device)
+            for rows in self._blocks(query)
+        ]
+        return torch.cat(parts)
+
+    def _standard(self, rows: Tensor) -> Tensor:
+        return (rows.double() - self.mean) * self.scale
+
+    def _blocks(self, rows: Tensor) -> Sequence[Tensor]:
+        return rows.split(max(1, BLOCK // (2 * max(self.bank.shape[1], self.classes))))
+
+
+def _positive(value: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues that are more than rounding, and their vectors. No penalty in use lets the others matter."""
+    kept = value > value[-1] * 1e-13
+    return value[kept], vector[:, kept]
+
+
+Passes = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
+
+
+def linear_probe(
+    bank: Passes,
+    bank_label: Tensor,
+    query: Tensor,
+    *,
+    classes: int,
+    epochs: int = 90,
+    warmup_epochs: float = 10.0,
+    batch: int = 16384,
+    base_lr: float = 0.1,
+    seed: int = 0,
+) -> Tensor:
+    """MAE's linear probe on cached features: batch norm without parameters, one linear layer, LARS.
+
+    bank: (N, D) features; or several passes with other crops, used in turn; or a function from the epoch to its pass,
+    such as features.encode with crop_epoch. bank_label: (N,); query: (Q, D) features of the central square.
+    batch is cut to the labelled rows, images left over are dropped, and the rate is base_lr batch / 256.
+    Returns (Q,) int64. A pure function of its arguments on a CPU.
+
+    LARS moves a matrix by a share of its own norm, in sum over a run at most about 2e-6 rows epochs of it, whatever
+    the batch: 225 times on ImageNet-1K, which is plenty, but 0.7 times for 4,000 rows at 90 epochs, which stops well
+    short. Few rows need more epochs (about 1,000 for 4,000 rows), cheap on cached features; there is no penalty, so
+    far too many overfit.
+
+    Raises DataError (fewer than two labelled rows), ResourceError (timm is not installed).
+    Source: He et al. 2021, appendix A.1 and main_linprobe.py.
+    """
+    known = (bank_label >= 0).nonzero()[:, 0]
+    if len(known) < 2:
+        raise DataError(f"a linear probe needs at least 2 labelled pictures, there are {len(known)}.")
+    passes = _passes(bank)
+    first = passes(0)
+    device = first.device
+    known, label = known.to(device), bank_label.to(device)
+    batch = min(batch, len(known))
+    per_epoch = len(known) // batch
+    steps, optim = epochs * per_epoch, Optim(batch=batch, base_lr=base_lr, min_lr=0.0)
+    norm, linear = probe_layers(first.shape[1], classes, seed)
+    probe = nn.Sequential(norm, linear).to(device).train()
+    optimizer = lars(linear)
+    for epoch in range(epochs):
+        features = first if epoch == 0 else passes(epoch)
+        order = known[torch.from_numpy(epoch_order(seed, epoch, len(known))).to(device)]
+        for place in range(per_epoch):
+            rows = order[place * batch : (place + 1) * batch]
+            rate = learning_rate(optim, epoch * per_epoch + place, steps, warmup_epochs * per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.enable_grad():
+                loss = F.cross_entropy(probe(features[rows].detach().float()), label[rows])
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+    probe.eval()
+    with torch.no_grad():
+        parts = [probe(rows.to(device).float()).argmax(dim=1).to(query.device) for rows in query.split(batch)]
+    return torch.cat(parts)
+
+
+def probe_layers(width: int, classes: int, seed: int) -> tuple[nn.BatchNorm1d, nn.Linear]:
+    """What the probe trains: a norm without parameters, and a layer with weights N(0, 0.01^2) and bias 0."""
+    norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+    # nn.Linear's own start would draw from the global generator, which belongs to training.
+    linear = cast(nn.Linear, nn.utils.skip_init(nn.Linear, width, classes))
+    nn.init.trunc_normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(linear.bias)
+    return norm, linear
+
+
+def lars(linear: nn.Linear) -> torch.optim.Optimizer:
+    """LARS as in MAE's util/lars.py: momentum 0.9, trust 0.001, no decay; a bias takes plain momentum steps.
+
+    timm leaves the trust ratio out where there is no decay unless told otherwise, and adds an eps that MAE has not.
+    Source: You et al. 2017. Raises ResourceError.
+    """
+    try:
+        from timm.optim.lars import Lars
+    except ImportError as error:
+        raise ResourceError(f"the linear probe needs {error.name}, which is not installed. Run `make setup`.") from None
+    rule = {"momentum": 0.9, "weight_decay": 0.0, "trust_coeff": 0.001, "eps": 0.0, "trust_clip": False}
+    matrix = {"params": [linear.weight], "always_adapt": True, **rule}
+    vector = {"params": [linear.bias], "always_adapt": False, **rule}
+    return Lars([matrix, vector], lr=0.0)  # the probe sets the rate of every step
+
+
+def _passes(bank: Passes) -> Callable[[int], Tensor]:
+    if isinstance(bank, Tensor):
+        return lambda epoch: bank
+    if callable(bank):
+        return bank
+    return lambda epoch: bank[epoch % len(bank)]
+
+
+def _known(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The labelled rows. Raises DataError where there are none."""
+    known = label >= 0
+    if not known.any():
+        raise DataError("no picture of the bank has a label. Choose another label column.")
+    return features[known.to(features.device)], label[known].long().to(features.device)
