@@ -196,6 +196,8 @@ def _write(folder: Path) -> None:
     writer = DatasetWriter(str(folder / BETON), fields, page_size=page_bytes(pictures.index), num_workers=1)
     parent = os.getppid()
     threading.Thread(target=_watch, args=(writer, parent), daemon=True).start()
+    here = os.getpid()
+    os.register_at_fork(after_in_child=lambda: threading.Thread(target=_follow, args=(here,), daemon=True).start())
     signal.signal(signal.SIGTERM, lambda *_: _give_up(writer, 128 + signal.SIGTERM))
     writer.from_indexed_dataset(pictures)
 
@@ -208,9 +210,19 @@ def _watch(writer: Any, parent: int) -> None:
         with contextlib.suppress(ChildProcessError):
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if dead is not None and dead.si_status != 0:
+                if dead.si_code != os.CLD_EXITED:  # else its own traceback says why
+                    name = signal.Signals(dead.si_status).name
+                    print(f"ChildProcessError: its worker was killed by {name}", file=sys.stderr, flush=True)
                 _give_up(writer, 1)
         if os.getppid() != parent:
             _give_up(writer, 1)
+
+
+def _follow(parent: int) -> None:
+    """In FFCV's worker: end when the writer is gone. It holds both ends of its queue and would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
 
 
 def _give_up(writer: Any, code: int) -> None:

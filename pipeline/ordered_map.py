@@ -24,12 +24,14 @@ R = TypeVar("R")
 
 # Enough to keep a worker busy while the parent writes; few enough that the tasks fit into the pipe's buffer.
 QUEUED = 2
+STARTING = -1
+START_SECONDS = 120.0  # a fresh process imports first, on a busy machine or a cold disk for long
 
 
 class _Worker:
     def __init__(self, context: Any, function: Callable, common: Any) -> None:
         self.pipe, theirs = context.Pipe()
-        self.item: Synchronized = context.Value("q", 0, lock=False)
+        self.item: Synchronized = context.Value("q", STARTING, lock=False)  # place in its task
         self.process = context.Process(target=_work, args=(theirs, function, common, self.item), daemon=True)
         self.process.start()
         theirs.close()
@@ -57,7 +59,7 @@ def ordered_map(
     team = [_Worker(context, function, common) for _ in range(max(1, min(workers, len(tasks))))]
     answers: dict[int, list[R]] = {}
     given = yielded = 0
-    moved = time.monotonic()
+    moved, limit = time.monotonic(), START_SECONDS
     try:
         while yielded < len(tasks):
             for worker in sorted(team, key=lambda one: len(one.tasks)):
@@ -74,9 +76,13 @@ def ordered_map(
                         raise error
                     answers[place] = result
                     moved = time.monotonic()
-            if not ready and time.monotonic() - moved > stall_seconds:
+            if any(worker.item.value == STARTING for worker in busy):
+                limit = max(stall_seconds, START_SECONDS)
+            elif limit != stall_seconds:
+                limit, moved = stall_seconds, time.monotonic()
+            if not ready and time.monotonic() - moved > limit:
                 stuck = ", ".join(_at(worker, describe) for worker in busy)
-                raise StalledError(f"nothing has moved for {stall_seconds:.0f} s while reading {stuck}.")
+                raise StalledError(f"nothing has moved for {limit:.0f} s while reading {stuck}.")
             while yielded in answers:
                 yield answers.pop(yielded)
                 yielded += 1
@@ -117,13 +123,16 @@ def _died(worker: _Worker, describe: Callable) -> StalledError:
 
 def _at(worker: _Worker, describe: Callable) -> str:
     items = worker.tasks[0][1]
-    return describe(items[min(worker.item.value, len(items) - 1)])
+    return describe(items[max(0, min(worker.item.value, len(items) - 1))])
 
 
 def _work(pipe: Connection, function: Callable, common: Any, item: Synchronized) -> None:
     # Ctrl-C reaches the whole foreground group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # C libraries comment on damaged files here; what matters comes back as a result or an error.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    item.value = 0
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             place, items = pipe.recv()

@@ -93,7 +93,8 @@ def read_picture(path: bytes | str | Path, encoding: Encoding) -> Stored:
     tables and scans are the source's. Only its metadata (EXIF, XMP, thumbnails, comments, bytes after the end) is
     left out.
 
-    Raises Rejected with the reason. Truncated files are refused; flipped bits that still decode cannot be seen.
+    Raises Rejected with the reason. Truncated files are refused. Not seen are flipped bits that still decode, and a cut
+    JPEG that something has closed with an end marker: decoders show grey there without a word.
     """
     data = _read(path, encoding)
     # The limit is ours, checked below, before anything is decoded.
@@ -112,6 +113,14 @@ def read_picture(path: bytes | str | Path, encoding: Encoding) -> Stored:
         # A damaged file makes Pillow's parsers raise almost anything: SyntaxError, struct.error, KeyError, EOFError.
         except Exception as error:
             raise Rejected(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def try_picture(path: bytes, encoding: Encoding) -> Stored | str:
+    """What a worker process does with a file: the verified picture, or why it is none."""
+    try:
+        return read_picture(path, encoding)
+    except Rejected as reason:
+        return str(reason)
 
 
 def _read(path: bytes | str | Path, encoding: Encoding) -> bytes:

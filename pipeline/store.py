@@ -29,7 +29,6 @@ from pipeline.errors import DataError
 FORMAT = 1
 MANIFEST = "manifest.json"
 BETON = "images.beton"
-PIXELS_OR_LABELS = ("index.npy", "labels.npy")
 
 # offset counts from the start of the shard to the first byte of the JPEG, not to its tar header.
 INDEX = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])
@@ -105,8 +104,8 @@ class Store:
     def fingerprint(self) -> str:
         """Short name of exactly these images, labels and bytes: 16 hex digits over what the manifest vouches for."""
         vouched = {key: self.manifest[key] for key in ("format", "count", "columns")}
-        # A .beton holds the shards' bytes once more: with or without it the data set is the same.
-        names = [name for name in self.manifest["files"] if name in PIXELS_OR_LABELS or name.startswith("shard-")]
+        # A .beton beside shards holds their bytes once more: with or without it the data set is the same.
+        names = ["index.npy", "labels.npy", *self.manifest["shards"]]
         vouched["files"] = {name: self.manifest["files"][name]["sha256"] for name in names}
         return hashlib.sha256(json.dumps(vouched, sort_keys=True).encode()).hexdigest()[:16]
 

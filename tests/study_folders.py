@@ -23,9 +23,8 @@ def score(value: float, error: float = 0.01, count: int = 1600) -> dict[str, flo
 
 
 def exam(value: float, error: float = 0.01) -> dict[str, Any]:
-    scores = {
-        test: {"subcategory": {"ridge": score(value, error), "knn20": score(value)}} for test in ("fluent", "one")
-    }
+    probes = {"ridge": score(value, error), "knn20": score(value)}
+    scores = {test: {"subcategory": probes} for test in ("fluent", "emojione")}
     return {"label": "subcategory", "leading": score(value, error), "leading_name": NAME, "scores": scores}
 
 

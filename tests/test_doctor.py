@@ -16,21 +16,23 @@ from tests.conftest import needs_ffcv
 from tools import doctor
 from tools.doctor import Finding, cpu_quota, exit_code, memory_limit, package, probe, summary
 
-MISSING = {
-    "ffcv": 'raise ModuleNotFoundError("No module named \'ffcv\'", name="ffcv")',
-    "dali": 'raise ModuleNotFoundError("No module named \'nvidia.dali\'", name="nvidia.dali")',
-}
-PLACES = {"ffcv": "ffcv", "dali": "nvidia/dali"}
+HIDE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
 
 
-def shadow(root: Path, code: dict[str, str]) -> dict[str, str]:
-    """An environment in which packages run this code when they are imported, before the real ones are found."""
+def changed(root: Path, hidden: tuple[str, ...] = (), **code: str) -> dict[str, str]:
+    """An environment for new processes in which some packages are not there and others run this code on import."""
+    root.mkdir(exist_ok=True)
+    (root / "sitecustomize.py").write_text(HIDE.format(names=hidden))
     for name, body in code.items():
-        folder = root / PLACES.get(name, name)
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text(body)
-    here = Path(__file__).parents[1]
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{here}"}
+        (root / f"{name}.py").write_text(body)
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{Path(__file__).parents[1]}"}
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
@@ -38,8 +40,8 @@ def shadow(root: Path, code: dict[str, str]) -> dict[str, str]:
 
 def test_the_real_examination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     # Two slow imports are spared, which shows how a machine without them looks; other tests import them.
-    hidden = shadow(tmp_path, {"ffcv": MISSING["ffcv"], "timm": "raise OSError('libjpeg.so.8 is missing')"})
-    monkeypatch.setenv("PYTHONPATH", hidden["PYTHONPATH"])
+    environment = changed(tmp_path, ("ffcv",), timm="raise OSError('libjpeg.so.8 is missing')")
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
     threads = torch.get_num_threads()
     code = doctor.main(["--json"])
     found = json.loads(capsys.readouterr().out)
@@ -173,7 +175,7 @@ def test_every_way_in_which_an_import_fails_is_seen(tmp_path: Path, monkeypatch:
         "torn": 'raise ImportError("libopencv_core.so.410: cannot open shared object file")',
         "exiting": "raise SystemExit(3)",
     }
-    monkeypatch.setenv("PYTHONPATH", shadow(tmp_path, code)["PYTHONPATH"])
+    monkeypatch.setenv("PYTHONPATH", changed(tmp_path, (), **code)["PYTHONPATH"])
     names = ["crashing", "json", "torn", "absent_package", "hanging", "exiting"]
     found = dict(probe(names, seconds=3.0))
     assert list(found) == names
@@ -256,15 +258,16 @@ TRAIN = """
 import json
 from train import pretrain
 from train.command import run
-shape = "--model.side 32 --model.width 32 --model.depth 1 --model.heads 2 --model.decoder-width 32 --model.decoder-heads 2".split()
+encoder = "--model.side 32 --model.width 32 --model.depth 1 --model.heads 2".split()
+decoder = "--model.decoder-width 32 --model.decoder-heads 2".split()
 def train(loader):
-    flags = ["--preset", "mae-tiny", *shape, "--data", DATA, "--out", OUT + loader, "--loader", loader]
-    return run(pretrain.main, [*flags, "--steps", "1", "--batch", "8", "--quiet"])
+    flags = ["--preset", "mae-tiny", *encoder, *decoder, "--data", DATA, "--out", OUT + loader, "--loader", loader]
+    return run(pretrain.main, [*flags, "--steps", "2", "--limit-steps", "1", "--batch", "8", "--quiet"])
 """
 
 
 def test_without_ffcv_dali_trains(store_path: Path, tmp_path: Path):
-    environment = shadow(tmp_path / "shadow", {"ffcv": MISSING["ffcv"]})
+    environment = changed(tmp_path / "changed", ("ffcv",))
     script = f"DATA, OUT = {str(store_path)!r}, {str(tmp_path / 'run-')!r}\n{TRAIN}\n"
     script += 'codes = [train(name) for name in ("ffcv", "dali", "auto")]\nprint(json.dumps({"codes": codes}))'
     found = python(script, environment)
@@ -280,7 +283,7 @@ def test_without_ffcv_dali_trains(store_path: Path, tmp_path: Path):
 
 @needs_ffcv
 def test_without_dali_ffcv_trains_on_all_cores(store_path: Path, tmp_path: Path):
-    environment = shadow(tmp_path / "shadow", {"dali": MISSING["dali"]})
+    environment = changed(tmp_path / "changed", ("nvidia.dali",))
     script = f"DATA, OUT = {str(store_path)!r}, {str(tmp_path / 'run-')!r}\n{TRAIN}\n"
     script += (
         "import torch; before = torch.get_num_threads()\n"

@@ -110,6 +110,8 @@ def test_threads_that_wait_mean_the_disk():
     words = verdict(found)
     assert "Its threads wait 96 % of the time for the disk. Put the store on a local disk" in words
     assert words.endswith("(up to 10x).")
+    # Nor are they idle for want of data where other processes have the cores.
+    assert "disk" not in verdict(replace(found, other_cores=5.0))
     # DALI decodes on the GPU: idle threads of the CPU say nothing there.
     assert "disk" not in verdict(
         replace(found, backend="dali", loader={"dali": found.loader["ffcv"]}, both={"dali": found.both["ffcv"]})
@@ -156,6 +158,14 @@ def test_on_a_cpu_a_faster_loader_can_still_cost_the_step():
     assert verdict(alone).endswith("Use a GPU, or more cores.")
     shared = measured(stage(410, 5.0), stage(400, 5.0), stage(200, 10.0, 0.4))
     assert "since they share 2 cores" in verdict(shared)
+
+
+def test_a_round_that_was_disturbed_does_not_contradict_another():
+    """Together they cannot be faster than either is alone: the higher rate stands, whichever round it is from."""
+    found = measured(stage(1569, 0.6), stage(7, 138.0), stage(42, 22.9, 0.01), other_cores=1.1)
+    assert verdict(found).startswith("The step limits this run: 42 images/s against the loader's 1,569")
+    found = measured(stage(300, 3.0), stage(2000, 0.3), stage(500, 3.3, 0.8), **GPU)
+    assert verdict(found).startswith("The loader limits this run: 500 images/s against the step's 2,000")
 
 
 def test_an_epoch_counts_whole_batches_of_the_run():
@@ -272,7 +282,8 @@ def test_the_table_ends_in_the_verdict(
     assert profile.main(flags) == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert all(len(line) <= 80 for line in lines if "--images-per-second" not in line)  # which is to be copied whole
+    # The command is to be copied whole, and holds a path of any length.
+    assert all(len(line) <= 80 for line in lines if " --data " not in line)
     assert lines[0].startswith("daae-tiny, batch 8")
     last = " ".join(text.rstrip().rsplit("\n\n", 1)[1].split())
     assert last.startswith(("The step limits", "The loader limits", "Balanced"))

@@ -50,7 +50,7 @@ def chart(
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     # parse_math: an arm may be called "$lr$". path.simplify drops points that no eye can tell.
     settings: dict[Any, Any] = {
@@ -59,7 +59,9 @@ def chart(
         "text.color": INK, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.6, 2.9) if small else (8.6, 3.9), layout="constrained")
+        figure = Figure(figsize=(4.6, 2.9) if small else (8.6, 3.9))
+        # Fixed margins: matplotlib's own layout takes longer than all the drawing.
+        figure.subplots_adjust(*((0.16, 0.18, 0.98, 0.96) if small else (0.08, 0.13, 0.985, 0.97)))
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
@@ -77,7 +79,7 @@ def chart(
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
         for place, level in enumerate(sorted(levels, key=lambda each: each.y)):
             # Baselines lie close together: the name of the lowest goes under its line.
             under = place == 0 and len(levels) > 1

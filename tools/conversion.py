@@ -22,7 +22,7 @@ from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing, move_index, write_beton
 from pipeline.folder import Labels, Listing, find_labels, scan
 from pipeline.ordered_map import ordered_map
-from pipeline.pictures import Encoding, Rejected, Stored, read_picture
+from pipeline.pictures import Encoding, try_picture
 from pipeline.shards import ShardWriter, describe_file, printable, write_file, write_manifest, write_tables
 from pipeline.staging import size_in_words, staging, write_durably
 from pipeline.store import BETON, MANIFEST, Store
@@ -144,14 +144,6 @@ def _decode(flags: Convert, listing: Listing, labels: Labels, folder: Path) -> M
         raise
     made.bad.sort(key=lambda row: row["path"])
     return made
-
-
-def try_picture(path: bytes, encoding: Encoding) -> Stored | str:
-    """What a worker does with a file: the verified picture, or why it is none."""
-    try:
-        return read_picture(path, encoding)
-    except Rejected as reason:
-        return str(reason)
 
 
 def tolerated(share: float, count: int) -> int:

@@ -19,9 +19,9 @@ from train.command import parse, run
 class Convert:
     """Turn a folder of images, of any depth and with or without labels, into a store that loads fast."""
 
-    src: Annotated[Path, tyro.conf.Positional]
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Folder of images. Labels come from SRC/labels.csv (path,column,...) or else from sub-folder names."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The store to make."""
     max_side: int = 500
     """Shrink pictures whose longer side is larger, in pixels."""

@@ -153,11 +153,11 @@ def probe(names: list[str], seconds: float = IMPORT_SECONDS) -> Iterator[tuple[s
     left = list(names)
     while left:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROBE, *left], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, "-P", "-c", PROBE, *left], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         assert child.stdout is not None
         try:
-            for line in _lines(child.stdout, seconds):
+            for line in _lines(child.stdout.fileno(), seconds):
                 found = json.loads(line)
                 if len(found) > 1:
                     left.remove(found["name"])
@@ -176,15 +176,17 @@ def probe(names: list[str], seconds: float = IMPORT_SECONDS) -> Iterator[tuple[s
             child.stdout.close()
 
 
-def _lines(stream, seconds: float) -> Iterator[str]:
+def _lines(pipe: int, seconds: float) -> Iterator[str]:
     """Lines of a pipe. Raises TimeoutError where the next one takes longer."""
     with selectors.DefaultSelector() as selector:
-        selector.register(stream, selectors.EVENT_READ)
+        selector.register(pipe, selectors.EVENT_READ)
+        rest = b""
         while selector.select(seconds):
-            line = stream.readline()
-            if not line:
+            more = os.read(pipe, 1 << 16)  # not readline: what its buffer holds, select does not see
+            if not more:
                 return
-            yield line
+            *whole, rest = (rest + more).split(b"\n")
+            yield from (line.decode() for line in whole)
     raise TimeoutError
 
 

@@ -44,10 +44,10 @@ MAX_MEMBER = 64 << 20  # bytes; no picture or table of these data sets comes nea
 class Fetch:
     """Bring a named data set into a folder of image files: emoji, elpv, imagenette or synthetic."""
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """emoji (npm: 13,629 small colour pictures by four vendors), elpv (PyPI: 2,624 photographs of solar cells),
     imagenette (340 MB: 13,394 photographs, 10 classes), synthetic (drawn here, no network)."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to make."""
     count: int = 2000
     """synthetic: training pictures; a fifth as many more go into val."""

@@ -100,7 +100,8 @@ table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:
 th{font-weight:600;color:var(--faint);text-align:left;font-size:.82rem;vertical-align:bottom}
 th,td{padding:.4rem .6rem;border-bottom:1px solid var(--rule)}
 th:first-child,td:first-child{padding-left:0}
-td{overflow-wrap:anywhere}.n{text-align:right;white-space:nowrap}th.n{white-space:normal}
+td:first-child,th:first-child{min-width:7rem}
+table.plain td:last-child{overflow-wrap:anywhere}.n{text-align:right;white-space:nowrap}th.n{white-space:normal}
 table.plain thead{display:none}table.plain td:first-child{color:var(--faint);white-space:nowrap;width:12rem}
 .yes{color:var(--good)}.no{color:var(--bad);font-weight:600}
 .chip{display:inline-block;width:.75em;height:.75em;border-radius:50%;margin-right:.5em}

@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from pipeline.errors import ResourceError, UsageError
 from train.command import parse, read_yaml, run
 
@@ -54,7 +52,7 @@ class Profile:
     loader: Literal["auto", "ffcv", "dali", "both"] = "auto"
     """auto: the one that `daae pretrain` would take. both: compare them."""
     batch: int | None = None
-    """Images per step. Default: the preset's, or fewer where a single step of it would outlast --seconds."""
+    """Images per step. Default: the preset's, or fewer where a step of it would take too long or not fit."""
     workers: int | None = None
     """Decoding threads, 0 chooses. Default: the preset's."""
     device: str = "auto"
@@ -64,6 +62,7 @@ class Profile:
     compile: bool = False
     """torch.compile the loss, as `daae pretrain --compile` does."""
     quiet: bool = False
+    """No progress on the terminal."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
@@ -129,6 +128,16 @@ class Measured:
         return self.both[self.backend].rate
 
     @property
+    def loader_rate(self) -> float:
+        """Images/s of the loader alone: what it reaches beside the step it reaches alone too, whatever a round says."""
+        return max(self.loader[self.backend].rate, self.images_per_second)
+
+    @property
+    def step_rate(self) -> float:
+        """Images/s of the step alone. Beside other busy processes a round of it alone may even be the slower one."""
+        return max(self.step.rate, self.images_per_second)
+
+    @property
     def seconds_per_epoch(self) -> float:
         whole = self.images // self.run_batch * self.run_batch
         return (whole or self.images) / self.images_per_second
@@ -139,54 +148,54 @@ class Measured:
 
 def verdict(measured: Measured) -> str:
     """What limits the run, by how much, and the setting to change with the gain to expect at most."""
-    loader, step, both = measured.loader[measured.backend], measured.step, measured.both[measured.backend]
-    wait = f"data-wait {both.data_wait:.0%}".replace("%", " %")
-    if max(loader.rate, step.rate) <= (1 + BALANCED) * min(loader.rate, step.rate):
-        together = f"{loader.rate:,.0f} and {step.rate:,.0f} images/s, {both.rate:,.0f} together"
-        if both.rate < FREE_RIDE * min(loader.rate, step.rate):
+    loader, step, both = measured.loader_rate, measured.step_rate, measured.both[measured.backend]
+    wait = f"data-wait {percent(both.data_wait)}"
+    if max(loader, step) <= (1 + BALANCED) * min(loader, step):
+        together = f"{loader:,.0f} and {step:,.0f} images/s, {both.rate:,.0f} together"
+        if both.rate < FREE_RIDE * min(loader, step):
             return (
                 f"Balanced: loader and step are within 10 % ({together}, since they share {measured.cores:g} cores). "
-                f"{_advice(_cheaper_loading(measured), measured) or 'More cores help both'}."
+                f"{_advice(_cheaper_loading(measured)) or 'More cores help both'}."
             )
         return f"Balanced: loader and step are within 10 % ({together}). Speeding up only one of them gains nothing."
-    if loader.rate < step.rate:
+    if loader < step:
         return (
-            f"The loader limits this run: {loader.rate:,.0f} images/s against the step's {step.rate:,.0f} ({wait}). "
+            f"The loader limits this run: {loader:,.0f} images/s against the step's {step:,.0f} ({wait}). "
             f"{_loader_limits(measured)}."
         )
-    if both.rate < FREE_RIDE * step.rate and measured.device == "cpu":
-        advice = _advice(_cheaper_loading(measured), measured) or "Use a GPU, or more cores"
+    if both.rate < FREE_RIDE * step and measured.device == "cpu":
+        advice = _advice(_cheaper_loading(measured)) or "Use a GPU, or more cores"
         return (
             f"The step limits this run, and the loader takes cores from it: {both.rate:,.0f} images/s together, "
-            f"{step.rate:,.0f} without loading ({wait}). {advice}."
+            f"{step:,.0f} without loading ({wait}). {advice}."
         )
     return (
-        f"The step limits this run: {step.rate:,.0f} images/s against the loader's {loader.rate:,.0f} ({wait}). "
-        f"A faster loader gains nothing; {_faster_step(measured)} (at most {_times(loader.rate / step.rate)}, "
+        f"The step limits this run: {step:,.0f} images/s against the loader's {loader:,.0f} ({wait}). "
+        f"A faster loader gains nothing; {_faster_step(measured)} (at most {_times(loader / step)}, "
         "then the loader limits)."
     )
 
 
 def _loader_limits(measured: Measured) -> str:
     """The sentence that says why, if it is not plainly decoding, and what to change."""
-    loader, gpu = measured.loader[measured.backend], measured.device != "cpu"
+    loader = measured.loader[measured.backend]
     copy = measured.copy_images_per_second
     if copy is not None and copy < 1.25 * loader.rate:
         remedies = [each for each in _cheaper_loading(measured) if each[1] != "workers"]
         what = f"It is the copy to the GPU, which manages {copy:,.0f} images/s alone"
-        return f"{what}. {_advice(remedies, measured) or 'Store smaller pictures, or use --loader dali'}"
-    decodes_on_gpu = gpu and measured.backend == "dali"
+        return f"{what}. {_advice(remedies) or 'Store smaller pictures, or use --loader dali'}"
+    decodes_on_gpu = measured.device != "cpu" and measured.backend == "dali"
     idle = 1 - loader.cores / min(measured.workers, measured.cores)
-    if idle > 0.5 and not decodes_on_gpu:
+    if idle > 0.5 and not decodes_on_gpu and not measured.other_cores:
         gain = _times(
             _together(measured, loader.rate / (1 - idle), loader.cpu_ms_per_image) / measured.images_per_second
         )
         return (
-            f"Its threads wait {idle:.0%} of the time for the disk. ".replace("%", " %")
-            + f"Put the store on a local disk or into memory, such as /dev/shm (up to {gain})"
+            f"Its threads wait {percent(idle)} of the time for the disk. "
+            f"Put the store on a local disk or into memory, such as /dev/shm (up to {gain})"
         )
-    advice = _advice(_cheaper_loading(measured), measured)
-    return advice or f"More cores gain up to {_times(measured.step.rate / measured.images_per_second)}"
+    advice = _advice(_cheaper_loading(measured))
+    return advice or f"More cores gain up to {_times(measured.step_rate / measured.images_per_second)}"
 
 
 Remedy = tuple[float, str, str]  # gain, kind, words
@@ -200,7 +209,7 @@ def _cheaper_loading(measured: Measured) -> list[Remedy]:
         if name != measured.backend:
             found.append((stage.rate / now, "backend", f"pass --loader {name}"))
     workers = int(measured.cores)
-    if workers > measured.workers and loader.rate < measured.step.rate:
+    if workers > measured.workers and loader.rate < measured.step_rate:
         faster = _together(measured, loader.rate * workers / measured.workers, cpu_ms)
         found.append((faster / now, "workers", f"raise --workers from {measured.workers} to {workers}"))
     side = math.ceil(1.75 * measured.view_side / 16) * 16  # at 224: 400, which decodes 1.6 times as fast as 500
@@ -213,14 +222,15 @@ def _cheaper_loading(measured: Measured) -> list[Remedy]:
 
 def _together(measured: Measured, loader_rate: float, cpu_ms: float) -> float:
     """Images/s of a run whose loader manages `loader_rate` alone at `cpu_ms` an image. On a CPU the two share cores."""
-    rate = min(loader_rate, measured.step.rate)
+    rate = min(loader_rate, measured.step_rate)
     if measured.device == "cpu":
-        rate = min(rate, measured.cores * 1000 / (cpu_ms + measured.step.cpu_ms_per_image))
+        step_ms = min(measured.step.cpu_ms_per_image, measured.both[measured.backend].cpu_ms_per_image)
+        rate = min(rate, measured.cores * 1000 / (cpu_ms + step_ms))
     return rate
 
 
-def _advice(remedies: list[Remedy], measured: Measured) -> str:
-    """ "Raise --workers from 1 to 2 (up to 1.8x), or …", of the two best; nothing where nothing helps."""
+def _advice(remedies: list[Remedy]) -> str:
+    """The two best as the beginning of a sentence; nothing where nothing helps."""
     best = [f"{words} (up to {_times(gain)})" for gain, _, words in remedies[:2]]
     sentence = ", or ".join(best)
     return sentence[:1].upper() + sentence[1:]
@@ -347,7 +357,7 @@ def fit_batch(machine: Machine, limit: float) -> int:
         pictures = machine.random_batch(size)
         try:
             machine.step(pictures)  # the first of a size allocates
-            took = machine.time(lambda batch=pictures: batch, machine.step, 0.0).seconds
+            took = min(machine.time(lambda batch=pictures: batch, machine.step, 0.0).seconds for _ in range(2))
         except ResourceError:
             if size == first:
                 raise
@@ -405,6 +415,7 @@ def profile(flags: Profile) -> Measured:
 
     Raises DataError, ResourceError and UsageError as `daae pretrain` would: nothing is profiled that cannot train.
     """
+    import numpy as np
     import torch
 
     from pipeline.store import Store
@@ -422,7 +433,7 @@ def profile(flags: Profile) -> Measured:
         say("finding the batch")
         with stopwatch(warm_up, "step"):
             machine = Machine(wish, device)
-            batch = flags.batch or fit_batch(machine, max(1.0, flags.seconds / ROUNDS))
+            batch = flags.batch or fit_batch(machine, max(1.0, flags.seconds / ROUNDS / 2))
         loaders = {}
         for name in backends:
             say(f"{NAMES[name]} starts" + (" and compiles, about 15 s" if name == "ffcv" else ""))
@@ -434,7 +445,7 @@ def profile(flags: Profile) -> Measured:
             resident, took = warm_step(machine, loaders[wish.loader])
         # Three timings of --seconds each, whatever is compared: with two loaders each of the five has less.
         share = 3 * flags.seconds / (1 + 2 * len(loaders))
-        rounds = max(1, min(ROUNDS, int(share / took / 2)))
+        rounds = max(1, min(ROUNDS, int(share / took)))
         neighbours, samples = Neighbours(), []
         for turn in range(rounds):
             say(f"round {turn + 1} of {rounds}")
@@ -569,16 +580,17 @@ def show(measured: Measured, data: Path) -> None:
         table.add_row(
             name, number(stage.rate), f"{number(spread.min)} to {number(spread.max)}",
             f"{stage.cpu_ms_per_image:.2f}", f"{stage.cores:.1f}",
-            f"{stage.data_wait:.0%}".replace("%", " %") if name.startswith("both") else "",
+            percent(stage.data_wait) if name.startswith("both") else "",
         )  # fmt: skip
     out = Console(highlight=False, soft_wrap=False)
     workers = "1 worker" if measured.workers == 1 else f"{measured.workers} workers"
     out.print(
         f"[bold]{measured.preset}[/bold], batch {measured.batch:,}, {measured.precision} on {measured.device_name}"
     )
+    rounds = f"{measured.rounds} interleaved rounds" if measured.rounds > 1 else "one round"
     out.print(
         f"{measured.images:,} images of {measured.stored_side:.0f} px, {workers}, {measured.cores:g} cores, "
-        f"{measured.rounds} interleaved rounds, {measured.memory_gb:.1f} GB\n"
+        f"{rounds}, {measured.memory_gb:.1f} GB\n"
     )
     out.print(table)
     out.print()
@@ -588,19 +600,22 @@ def show(measured: Measured, data: Path) -> None:
         out.print(f"The batch of {measured.run_batch:,} was cut to {measured.batch:,} for this; --batch sets it.")
     if measured.other_cores:
         out.print(
-            f"Other processes took {measured.other_cores} cores meanwhile: alone, images/s would be higher; "
-            "CPU-ms would not.",
+            f"Other processes took {measured.other_cores:g} cores meanwhile: on a quiet machine images/s are higher.",
             style="yellow",
         )
     out.print(f"An epoch takes {duration(measured.seconds_per_epoch)}. To plan a run:")
     out.print(
-        f"  daae pretrain --preset {measured.preset} --data {shlex.quote(str(data))} --dry-run "
-        f"--images-per-second {measured.images_per_second:.4g}\n",
+        f"  daae pretrain --preset {measured.preset} --data {shlex.quote(str(data))} \\\n"
+        f"    --dry-run --images-per-second {measured.images_per_second:.4g}\n",
         soft_wrap=True,
     )
     # A percentage is not torn from its sign at the end of a line.
     words = textwrap.fill(verdict(measured).replace(" %", "\xa0%"), out.width, break_on_hyphens=False)
     out.print(words.replace("\xa0", " "), style="bold", soft_wrap=True)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def number(rate: float) -> str:

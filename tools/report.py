@@ -295,8 +295,8 @@ def _curves(study: Study, colours: dict[str, str]) -> str:
     arms = dict.fromkeys(group.arm for group, _, _ in drawn)
     return (
         "<section><h2>Score against training time</h2>"
-        f"<p>One line per run: every seed is drawn. Score: {escape(leading_name(study))}. Training seconds leave out set-up, "
-        f'evaluation and checkpoints.</p>{_legend(arms, colours)}<figure class="chart">{svg}</figure></section>'
+        f"<p>One line per run: every seed is drawn. Score: {escape(leading_name(study))}. Training seconds leave out "
+        f'set-up, evaluation and checkpoints.</p>{_legend(arms, colours)}<figure class="chart">{svg}</figure></section>'
     )
 
 
@@ -327,8 +327,8 @@ def _losses(study: Study, colours: dict[str, str]) -> str:
         figures.append(f'<figure class="chart">{svg}</figure>')
     arms = dict.fromkeys(group.arm for group, _ in trials)
     return (
-        "<section><h2>Losses</h2><p>The reconstruction loss, on hidden patches, is what MAE and DAAE share; whole losses of "
-        "two methods do not compare, and a lower loss is not a better encoder.</p>"
+        "<section><h2>Losses</h2><p>The reconstruction loss, on hidden patches, is what MAE and DAAE share; whole "
+        "losses of two methods do not compare, and a lower loss is not a better encoder.</p>"
         f'{_legend(arms, colours)}<div class="pair">{"".join(figures)}</div></section>'
     )
 

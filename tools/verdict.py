@@ -288,13 +288,16 @@ def warnings(study: Study) -> list[str]:
     """What a reader must know before believing a number."""
     found = []
     for group in study.groups:
-        for name, each in margins(group).items():
-            if not each.enough:
-                found.append(
-                    f"{group.arm} is {points(each.points)} points ({each.errors:.1f} standard errors) from "
-                    f"{BASELINES[name]}; {100 * ENOUGH_POINTS:.0f} points and {_number(ENOUGH_ERRORS)} standard errors "
-                    "are asked for. The run is too short or broken."
-                )
+        short = [
+            f"{points(each.points)} points from the {BASELINES[name]} ({each.errors:.1f} standard errors)"
+            for name, each in margins(group).items()
+            if not each.enough
+        ]
+        if short:
+            found.append(
+                f"{group.arm} is only {listed(short)}; {100 * ENOUGH_POINTS:.0f} points and {_number(ENOUGH_ERRORS)} "
+                "standard errors are asked for. The run is too short or broken."
+            )
     scored = [group for group in study.groups if arm_score(group) is not None]
     for group in scored:
         if not margins(group):

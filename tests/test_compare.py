@@ -1,0 +1,347 @@
+"""Comparisons: what they refuse, their order, signals, and one real one from start to report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.errors import DataError, Preempted, UsageError
+from pipeline.store import Store
+from tests.study_folders import write_run
+from tools import compare, report
+from tools.records import read_lines, read_study, target_score
+from train.command import parse
+
+ROOT = Path(__file__).parent.parent
+TINY = ("model.side=32", "model.width=32", "model.depth=1", "model.heads=2", "model.decoder_width=32")
+TINY += ("model.decoder_depth=1", "model.decoder_heads=2", "optim.batch=16", "watch.log_every=2", "loader=dali")
+
+
+def plan_of(*words: str) -> compare.Plan:
+    return compare.make_plan(parse(compare.Compare, words, prog="daae compare"))
+
+
+def words_for(store: Path, out: Path, *more: str, presets: tuple[str, ...] = ("mae-tiny", "daae-tiny")) -> list[str]:
+    return ["--presets", *presets, "--data", str(store), "--out", str(out), *more]
+
+
+def experiment(path: Path, **values: Any) -> str:
+    path.write_text(yaml.safe_dump({"arms": {"a": "mae-tiny", "b": "daae-tiny"}, "steps": 4} | values))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------- what may differ
+
+
+def test_methods_may_differ_and_nothing_else_does(store_path, tmp_path):
+    plan = plan_of(*words_for(store_path, tmp_path / "out", "--steps", "4"))
+    assert compare.differs(plan, "mae-tiny") == {}
+    names = compare.differs(plan, "daae-tiny")
+    assert names["objective"] == "daae"
+    assert all(name == "objective" or name.startswith("method.") for name in names)
+
+
+def test_presets_of_two_sizes_are_refused_by_what_differs(store_path, tmp_path):
+    words = words_for(store_path, tmp_path / "out", "--steps", "4", presets=("mae-tiny", "daae-vits16"))
+    with pytest.raises(
+        UsageError, match=r"mae-tiny and daae-vits16 differ in .*model\.depth \(6 / 12\).* no one declared"
+    ):
+        plan_of(*words)
+
+
+def test_a_declared_difference_is_let_through_and_recorded(store_path, tmp_path):
+    arms = {"mae": "mae-tiny", "slow": {"preset": "daae-tiny", "settings": {"optim": {"lr": 1e-4}}}}
+    file = experiment(tmp_path / "e.yaml", arms=arms, data=str(store_path))
+    plan = plan_of("--experiment", file, "--out", str(tmp_path / "out"))
+    assert plan.arms["slow"].settings == {"optim.lr": 1e-4}
+    assert plan.wish("slow").optim.lr == 1e-4
+    assert plan.wish("mae").optim.lr == 1e-3
+    assert compare.differs(plan, "slow")["optim.lr"] == 1e-4
+
+
+@pytest.mark.parametrize("name", ["data", "device", "precision", "loader", "seed", "optim.batch", "watch.label"])
+def test_the_bench_is_one_for_all_arms(store_path, tmp_path, name):
+    arms = {"a": "mae-tiny", "b": {"preset": "daae-tiny", "settings": {name: 1}}}
+    file = experiment(tmp_path / "e.yaml", arms=arms, data=str(store_path))
+    with pytest.raises(UsageError, match=f"arms: b: {name} is one for all arms"):
+        plan_of("--experiment", file, "--out", str(tmp_path / "out"))
+
+
+def test_arms_may_have_epochs_of_their_own(store_path, tmp_path):
+    arms = {name: {"preset": "mae-tiny", "settings": {"budget.epochs": n}} for name, n in (("long", 16), ("short", 6))}
+    values = {"arms": arms, "data": str(store_path), "steps": None}
+    plan = plan_of("--experiment", experiment(tmp_path / "e.yaml", **values), "--out", str(tmp_path / "out"))
+    assert [plan.wish(name).budget.epochs for name in plan.arms] == [16, 6]
+    assert "--steps" not in plan.pretrain_words("long", 0)
+    with pytest.raises(UsageError, match="steps is given for all arms, and arm long declares a budget"):
+        plan_of("--experiment", str(tmp_path / "e.yaml"), "--out", str(tmp_path / "out"), "--steps", "5")
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "message"),
+    [
+        ({"armz": {}}, (), "armz is unknown. Did you mean arms?"),
+        ({"arms": {}}, (), "which arms"),
+        ({"arms": {"a": "mae-tini"}}, (), "preset mae-tini is unknown. Did you mean mae-tiny?"),
+        ({"arms": {"a": {"preset": "mae-tiny", "setting": {}}}}, (), "setting is unknown. Did you mean settings?"),
+        ({"arms": {"a/b": "mae-tiny"}}, (), "names a folder"),
+        ({"arms": {"a": {"preset": "mae-tiny", "settings": {"optim.lrr": 1}}}}, (), "lrr is unknown. Did you mean lr?"),
+        ({"steps": None}, (), "how long"),
+        ({"seconds": 5}, (), "seconds and steps are given"),
+        ({}, ("--steps", "0"), "--steps must be above 0"),
+        ({}, ("--target", "fast"), "--target fast is none of"),
+        ({}, ("--settings", "model.depth"), "wants NAME=VALUE"),
+        ({"seeds": "all"}, (), "seeds wants"),
+    ],
+)
+def test_wrong_experiments_are_one_sentence(store_path, tmp_path, values, words, message):
+    file = experiment(tmp_path / "e.yaml", **{"data": str(store_path), **values})
+    with pytest.raises(UsageError) as raised:
+        plan_of("--experiment", file, "--out", str(tmp_path / "out"), *words)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stores_and_labels_are_checked_before_anything_runs(store_path, tmp_path):
+    with pytest.raises(UsageError, match="--data"):
+        plan_of("--presets", "mae-tiny", "--out", str(tmp_path / "out"), "--steps", "4")
+    with pytest.raises(DataError, match="no finished store"):
+        plan_of(*words_for(tmp_path, tmp_path / "out", "--steps", "4"))
+    with pytest.raises(DataError, match="no label column 'colour'"):
+        plan_of(*words_for(store_path, tmp_path / "out", "--steps", "4", "--label", "colour"))
+
+
+def test_flags_go_before_the_file(store_path, tmp_path):
+    file = experiment(tmp_path / "e.yaml", data="nowhere", seeds=[5], evaluations=9, target="none")
+    more = ("--data", str(store_path), "--seeds", "1", "2", "--seconds", "3", "--evaluations", "0", "--target", "31")
+    plan = plan_of("--experiment", file, "--out", str(tmp_path / "out"), *more)
+    assert (plan.seeds, plan.given(), plan.evaluations, plan.target) == ((1, 2), {"seconds": 3.0}, 0, "31")
+
+
+def test_the_saved_experiment_is_the_same_plan(store_path, tmp_path):
+    plan = plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "4", "--settings", *TINY))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(plan.as_values()))
+    assert plan_of("--experiment", str(tmp_path / "again.yaml"), "--out", str(tmp_path / "out")) == plan
+
+
+def test_arms_take_turns_to_go_first(store_path, tmp_path):
+    plan = plan_of(*words_for(store_path, tmp_path / "out", "--steps", "4", "--seeds", "0", "1", "2"))
+    assert [f"{arm[0]}{seed}" for arm, seed in plan.order()] == ["m0", "d0", "d1", "m1", "m2", "d2"]
+
+
+def test_unlabelled_images_are_not_scored(unlabelled_path, tmp_path):
+    plan = plan_of(*words_for(unlabelled_path, tmp_path / "out", "--steps", "4"))
+    assert (plan.labelled, plan.evaluations) == (False, 0)
+
+
+@pytest.mark.parametrize(("wish", "share"), [("31.5", 0.315), (0.31, 0.31), ("baseline", None), ("none", None)])
+def test_targets(wish, share):
+    assert target_score(wish) == (None if share is None else pytest.approx(share))
+
+
+# ------------------------------------------------------------------------------------- against earlier records
+
+
+def record_of(plan: compare.Plan, arm: str, **changes: Any) -> dict:
+    """What a finished run of the plan leaves, from a run folder in the program's format."""
+    wish = compare.flat(compare.as_values(plan.wish(arm)))
+    folder = plan.folder(arm, 0)
+    if not folder.exists():
+        write_run(folder, preset=plan.arms[arm].preset)
+    record = compare.make_record(plan, arm, 0)
+    settled = {"device": "cpu", "precision": "fp32", "loader": "ffcv", "budget.steps": 4}
+    record["settings"] = {**wish, **settled, **changes}
+    record["env"]["cores"] = compare.cores()
+    return record
+
+
+@pytest.fixture
+def plan(store_path, tmp_path) -> compare.Plan:
+    return plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "200"))
+
+
+def test_a_record_of_the_same_plan_agrees(plan):
+    compare.check_records(plan, [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")])
+
+
+@pytest.mark.parametrize(
+    ("arm", "name", "value", "message"),
+    [
+        ("mae-tiny", "model.depth", 3, r"arm mae-tiny with other settings: model\.depth \(3 / 6\)"),
+        ("daae-tiny", "method.temperature", 0.5, r"other settings: method\.temperature \(0\.5 / 0\.2\)"),
+        ("mae-tiny", "budget.seconds", 100.0, r"budget\.seconds \(100\.0 / 200\.0\)"),
+        ("mae-tiny", "optim.lr", None, r"optim\.lr \(none / 0\.001\)"),
+        ("mae-tiny", "watch.label", "type", r"watch\.label \(type / none\)"),
+    ],
+)
+def test_a_record_of_other_settings_is_refused(plan, arm, name, value, message):
+    with pytest.raises(UsageError, match=message):
+        compare.check_records(plan, [record_of(plan, arm, **{name: value})])
+
+
+def test_a_new_arm_has_to_agree_with_the_records_of_others(plan):
+    record = record_of(plan, "mae-tiny", **{"optim.weight_decay": 0.3})
+    record["arm"] = "earlier"
+    with pytest.raises(UsageError, match=r"arm earlier, from which arm mae-tiny differs .*optim\.weight_decay"):
+        compare.check_records(plan, [record])
+    record["declared"] = ["optim.weight_decay"]
+    compare.check_records(plan, [record])
+
+
+def test_other_images_and_other_machines_are_refused(plan):
+    record = record_of(plan, "mae-tiny")
+    with pytest.raises(UsageError, match="other images or tests"):
+        compare.check_records(plan, [{**record, "fingerprints": {"data": "0" * 16}}])
+    with pytest.raises(UsageError, match="timed on 999 cores"):
+        compare.check_records(plan, [{**record, "env": {**record["env"], "cores": 999}}])
+    for name in ("device", "precision", "loader"):
+        other = {**record, "settings": {**record["settings"], name: "other"}}
+        with pytest.raises(UsageError, match=f"ran with {name} other"):
+            compare.check_bench(other, [record])
+    with pytest.raises(UsageError, match="ran with processor faster"):
+        compare.check_bench({**record, "env": {**record["env"], "device": "faster"}}, [record])
+
+
+def test_records_without_run_folders_still_make_a_study(plan):
+    records = [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")]
+    alone = plan.out.parent / "moved"
+    alone.mkdir()
+    (alone / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    study = read_study([alone])
+    assert [group.arm for group in study.groups] == ["mae-tiny", "daae-tiny"]
+    assert study.base.trials[0].final == {"value": 0.34, "standard_error": 0.01, "count": 1600}
+    assert study.base.trials[0].rate == pytest.approx(640.0)
+
+
+def test_a_folder_in_use_or_of_something_else_is_refused(plan, tmp_path):
+    busy = compare.claimed(tmp_path / "busy", overwrite=False)
+    again = compare.claimed(tmp_path / "busy", overwrite=False)
+    with busy, pytest.raises(UsageError, match="in use"), again:
+        pass
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(UsageError, match="no comparison"), compare.claimed(tmp_path / "holiday", overwrite=True):
+        pass
+    assert (tmp_path / "holiday" / "photo.jpg").exists()
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+CHILD = """
+import signal, sys, time
+def stop(*_):
+    print("saving", flush=True); time.sleep({save}); print("saved", flush=True); sys.exit(75)
+signal.signal(signal.SIGTERM, stop); print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def watched(save: float, patience: float, number: int = signal.SIGINT) -> tuple[int, str, float, str]:
+    """A child that takes `save` seconds to end, and a signal to ourselves once it listens."""
+    with compare.Stop(patience) as stop:
+        command = [sys.executable, "-c", CHILD.format(save=save)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        start = time.monotonic()
+        code = stop.watch(child)
+        seconds = time.monotonic() - start
+        with pytest.raises(Preempted) as raised:
+            stop.check("it")
+        with child.stdout:
+            return code, child.stdout.read(), seconds, str(raised.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_once_and_waited_for(number):
+    before = signal.getsignal(number)
+    code, said, _, sentence = watched(0.4, 30.0, number)
+    assert (code, said) == (75, "saving\nsaved\n")
+    assert sentence.startswith(f"it was stopped by {signal.Signals(number).name};")
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_that_does_not_end_is_killed():
+    code, said, seconds, _ = watched(30.0, 1.0)
+    assert (code, said) == (-signal.SIGKILL, "saving\n")
+    assert seconds < 10
+
+
+def test_a_failing_run_ends_with_its_code_and_reason(tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "reason": "NumericsError: loss not finite"}))
+    with compare.Stop() as stop, pytest.raises(compare.DaaeError) as raised:
+        compare.call(["train.pretrain", "--preset", "nonsense"], "a seed 0", tmp_path, stop, subprocess.DEVNULL)
+    assert raised.value.code == 2
+    assert "a seed 0 failed with exit code 2 (NumericsError: loss not finite)" in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------- for real
+
+
+def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, capfd):
+    out = tmp_path / "out"
+    more = ("--steps", "6", "--evaluations", "2", "--target", "baseline", "--settings", *TINY)
+    command = [sys.executable, "-m", "tools.compare", *words_for(store_path, out, *more)]
+
+    # Ctrl-C as soon as the first run has started.
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    line = first.stderr.readline()
+    assert line == "[1/2] mae-tiny, seed 0\n"
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 75
+    assert "stopped by SIGINT" in said.splitlines()[-1]
+    assert not (out / "records.jsonl").exists()
+
+    # The same command does the rest.
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["arms"]) == {"mae-tiny", "daae-tiny"}
+    records = read_lines(out / "records.jsonl")
+    assert [(each["arm"], each["seed"]) for each in records] == [("mae-tiny", 0), ("daae-tiny", 0)]
+    fingerprint = Store.open(store_path).fingerprint
+    for record in records:
+        assert (record["steps"], record["images"]) == (6, 96)
+        assert record["settings"]["model.depth"] == 1
+        assert record["fingerprints"] == {"data": fingerprint}
+        assert record["env"]["data"] == fingerprint
+        assert [row["step"] for row in record["evaluations"]] == [3, 6]
+        assert 0 < record["evaluation"]["leading"]["count"] < 96
+        assert set(record["evaluation"]["baselines"]) == {"pixels", "untrained"}
+        assert record["images_per_second"] > 0
+        assert record["env"]["command"].startswith(f"daae pretrain --preset {record['arm']} --config ")
+    assert records[0]["digest"] != records[1]["digest"]
+    assert result["arms"]["mae-tiny"]["leading"] == [records[0]["evaluation"]["leading"]["value"]]
+
+    # Once more there is nothing to do, and no run starts: this process could not even wait for one.
+    before = (out / "records.jsonl").read_bytes()
+    assert compare.main([*words_for(store_path, out, *more)]) == 0
+    said = capfd.readouterr()
+    assert "mae-tiny" in said.out
+    assert "raw 32 px pixels" in said.out
+    assert "[1/2]" not in said.err
+    assert (out / "records.jsonl").read_bytes() == before
+
+    # Other settings are refused; the report takes the folder.
+    with pytest.raises(UsageError, match=r"model\.depth \(1 / 2\)"):
+        compare.main([*words_for(store_path, out, *more), "model.depth=2"])
+    assert report.main([str(out), "--json"]) == 0
+    page = (out / "report.html").read_text()
+    assert json.loads(capfd.readouterr().out)["bytes"] < 3e6
+    assert "experiment.yaml" in page
+    assert page.count("data:image/png") == 2

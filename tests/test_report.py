@@ -1,0 +1,305 @@
+"""The report of runs written by hand: what it answers, what it admits, and that it stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UsageError
+from tests.study_folders import write_run
+from tools import report
+from tools.records import read_study
+from tools.verdict import verdict
+
+MAE = ((50, 0.28), (100, 0.31), (200, 0.34))
+DAAE = ((50, 0.31), (100, 0.34), (200, 0.37))
+VOID = ("meta", "img", "path", "use", "br")
+
+
+class Page(HTMLParser):
+    """Text, addresses and balance of an HTML file."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        assert self.open == [], "tags left open"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "srcset", "poster", "data"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def page_of(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> tuple[Page, dict, str]:
+    """Run the command; the page, what --json said, and the raw file."""
+    out = folders[0].parent / "page.html"
+    assert report.main([*map(str, folders), "--out", str(out), "--json"]) == 0
+    html = out.read_text(encoding="utf-8")
+    return Page(html), json.loads(capsys.readouterr().out), html
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    return [
+        write_run(tmp_path / "mae", curve=MAE),
+        write_run(tmp_path / "daae", preset="daae-tiny", rate=480.0, curve=DAAE),
+    ]
+
+
+def test_one_seed_gives_a_ratio_and_refuses_an_interval(pair, capsys):
+    page, said, _ = page_of(pair, capsys)
+    assert said["verdict"] == (
+        "After 200 s of training each, daae-tiny scores 37.0 % and mae-tiny 34.0 % (+3.0 points); daae-tiny reaches "
+        "mae-tiny's final score of 34.0 % 2.00 times as fast, from one seed and so without an interval."
+    )
+    assert said["tone"] == "open"
+    assert said["verdict"] in page.text
+    assert "One seed cannot tell a gain from chance" in page.text
+    assert page.text.index(said["verdict"]) < page.text.index("Scores at the end")
+    # 640 against 480 images/s: an epoch costs 4/3, so 2x as fast is 8/3 fewer epochs.
+    assert "2.67x epochs factor" in page.text.replace("2.67xepochs", "2.67x epochs")
+    assert "0.75x" in page.text
+
+
+def test_three_seeds_give_an_interval(tmp_path, capsys):
+    folders = []
+    for seed, shift in enumerate((0.0, 0.004, -0.003)):
+        folders.append(write_run(tmp_path / f"mae{seed}", seed=seed, curve=MAE))
+        curve = [(at, value + shift) for at, value in DAAE]
+        folders.append(write_run(tmp_path / f"daae{seed}", preset="daae-tiny", seed=seed, rate=480.0, curve=curve))
+    page, said, html = page_of(folders, capsys)
+    found = re.search(r"([\d.]+) times as fast \(95 % interval ([\d.]+) to ([\d.]+), 3 seeds\)", said["verdict"])
+    assert found is not None
+    mean, low, high = map(float, found.groups())
+    assert 1 < low < mean < high
+    assert said["tone"] == "good"
+    scores = html[html.index("Score against") : html.index("What the speed")]
+    marks = [chunk for chunk in scores.split("<g ") if "line2d" in chunk and "stroke: #" in chunk]
+    assert sum("stroke-width: 2" in mark for mark in marks) == 6  # a line for each run
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_page_stands_alone(pair, capsys):
+    page, said, html = page_of(pair, capsys)
+    assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
+    assert len([address for address in page.addresses if address.startswith("data:")]) == 2
+    assert not re.search(r"https?://|@import|//[a-z]+\.", html)
+    assert all(target in page.ids for target in re.findall(r"url\(#([^)]+)\)", html))
+    assert all(address[1:] in page.ids for address in page.addresses if address.startswith("#"))
+    assert "script" not in page.tags
+    assert said["bytes"] == len(html.encode()) < 3e6
+
+
+def test_large_pictures_still_fit(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / f"run{seed}", preset=preset, seed=seed, gallery=(1830, 1144))
+        for seed, preset in enumerate(("mae-tiny", "daae-tiny", "contrast-tiny"))
+    ]
+    page, said, _ = page_of(folders, capsys)  # noise: nine megabytes of PNG
+    assert said["bytes"] < 3e6
+    assert sum(address.startswith("data:image/jpeg") for address in page.addresses) == 3
+
+
+def test_the_slides_stand_apart_and_are_named_theirs(pair, capsys):
+    _, _, html = page_of(pair, capsys)
+    slides = html[html.index('<aside class="slides">') : html.index("</aside>")]
+    assert "theirs, not measured here" in slides
+    for number in ("83.3", "83.5", "42.5", "42.8", "44.8", "2.05x", "1.08x", "1.45x"):
+        assert number in slides
+    elsewhere = Page(html.replace(slides + "</aside>", "")).text
+    for number in ("83.3", "83.5", "42.5", "42.8", "44.8"):
+        assert number not in elsewhere
+
+
+def test_scores_stand_beside_their_baselines(pair, capsys):
+    page, _, _ = page_of(pair, capsys)
+    assert "raw 32 px pixels22.01.0" in page.text
+    assert "untrained encoder24.01.0" in page.text
+    assert "+12.0+10.0" in page.text  # MAE above pixels and above untrained
+
+
+def test_a_weak_run_is_called_too_short_or_broken(tmp_path, capsys):
+    weak = ((50, 0.23), (100, 0.24), (200, 0.26))
+    folders = [
+        write_run(tmp_path / "mae", curve=MAE),
+        write_run(tmp_path / "daae", preset="daae-tiny", curve=weak),
+    ]
+    page, said, _ = page_of(folders, capsys)
+    assert said["tone"] == "bad"
+    assert said["meaning"].startswith("The run is too short or broken: daae-tiny does not beat raw pixels and")
+    assert any("daae-tiny" in line and "too short or broken" in line for line in said["warnings"])
+    assert not any("mae-tiny is only" in line and not line.startswith("daae") for line in said["warnings"])
+    assert "Before you believe it" in page.text
+
+
+def test_five_points_do_not_do_without_three_errors(tmp_path, capsys):
+    folders = [write_run(tmp_path / "mae", curve=MAE, error=0.05)]
+    _, said, _ = page_of(folders, capsys)
+    assert said["tone"] == "bad"  # 12 and 10 points, but 2.4 and 2.0 standard errors
+
+
+def test_a_target_never_reached_is_shown_as_such(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / "mae", curve=DAAE),
+        write_run(tmp_path / "daae", preset="daae-tiny", rate=480.0, curve=MAE),
+    ]
+    page, said, _ = page_of(folders, capsys)
+    assert "daae-tiny did not reach mae-tiny's final score of 37.0 %: at most 1.00 times as fast" in said["verdict"]
+    assert "not reached in 200 s" in page.text
+    assert "≤ 1.00x" in page.text
+    assert "2.05x is not shown here" in said["meaning"]
+
+
+def test_different_seconds_are_said(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / "mae", curve=MAE),
+        write_run(tmp_path / "daae", preset="daae-tiny", curve=((40, 0.31), (100, 0.35)), seconds=100.0),
+    ]
+    _, said, _ = page_of(folders, capsys)
+    assert "After 100 s and 200 s of training" in said["verdict"]
+    assert any("different times" in line for line in said["warnings"])
+
+
+def test_names_and_settings_are_escaped(tmp_path, capsys):
+    bad = '<script>alert("1")</script>&amp;$x^$'
+    folders = [
+        write_run(tmp_path / "mae", curve=MAE, settings={"preset": bad, "data": "<b>data</b>"}),
+        write_run(tmp_path / "daae", preset="daae-tiny", curve=DAAE),
+    ]
+    page, said, html = page_of(folders, capsys)
+    assert bad in said["verdict"]
+    assert "script" not in page.tags
+    assert "<b>data" not in html
+    assert said["verdict"] in page.text
+
+
+def test_one_run_is_enough(tmp_path, capsys):
+    page, said, _ = page_of([write_run(tmp_path / "mae", curve=MAE)], capsys)
+    beside = "(raw 32 px pixels 22.0 %; untrained encoder 24.0 %)"
+    assert said["verdict"] == f"mae-tiny scores 34.0 ± 1.0 % {beside} after 200 s of training."
+    assert "`daae compare`" in said["meaning"]
+    assert "slides" not in page.text
+
+
+def test_unlabelled_runs_show_loss_speed_and_pictures(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / "mae", labelled=False),
+        write_run(tmp_path / "daae", preset="daae-tiny", rate=480.0, labelled=False),
+    ]
+    page, said, _ = page_of(folders, capsys)
+    assert said["verdict"] == "No verdict on quality: nothing was scored, since the images have no labels."
+    assert any(line.startswith("Scores:") for line in said["missing"])
+    assert "Scores at the end" not in page.text
+    assert "Losses" in page.text
+    assert "0.75x" in page.text  # the pace is known all the same
+    assert page.tags.count("img") == 2
+
+
+def test_missing_baselines_are_missed(tmp_path, capsys):
+    folders = [write_run(tmp_path / "mae", curve=MAE, baselines=None)]
+    page, said, _ = page_of(folders, capsys)
+    assert any("scored without its baselines" in line for line in said["warnings"])
+    assert "raw 32 px pixels" not in page.text.replace(said["warnings"][0], "")
+
+
+def test_an_unfinished_run_is_named_and_does_not_count(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / "mae", curve=MAE),
+        write_run(tmp_path / "daae", preset="daae-tiny", curve=DAAE, state="preempted"),
+    ]
+    page, said, _ = page_of(folders, capsys)
+    assert said["missing"] == ["daae-tiny seed 0 is not finished: preempted at step 500 of 1,000 (stopped by SIGTERM)."]
+    assert "mae-tiny scores 34.0" in said["verdict"]
+    assert "37.0" not in page.text
+    assert "1 of 2 runs finished" in page.text
+
+
+def test_nothing_finished_is_no_verdict(tmp_path, capsys):
+    _, said, _ = page_of([write_run(tmp_path / "mae", state="running")], capsys)
+    assert said["verdict"] == "No verdict yet: none of one run is finished."
+
+
+def test_runs_of_one_preset_with_other_settings_are_other_arms(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1)
+    write_run(tmp_path / "c", seed=2, settings={"optim": {"lr": 0.5}})
+    study = read_study([tmp_path / name for name in "abc"])
+    assert [(group.arm, len(group.trials)) for group in study.groups] == [("mae-tiny", 2), (str(tmp_path / "c"), 1)]
+
+
+def test_mae_is_the_baseline_whatever_the_order(pair):
+    assert read_study(pair[::-1]).base.arm == "mae-tiny"
+
+
+def test_a_run_without_evaluation_gives_the_last_score_of_its_training(tmp_path):
+    folder = write_run(tmp_path / "mae", curve=MAE)
+    (folder / "evaluation.json").unlink()
+    assert "mae-tiny scores 34.0 % after 200 s" in verdict(read_study([folder])).sentence
+
+
+def test_torn_files_are_read_as_far_as_they_go(tmp_path, capsys):
+    folder = write_run(tmp_path / "mae", curve=MAE)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99')
+    (folder / "media" / "gallery.png").write_bytes(b"\x89PNG torn")
+    (folder / "env.json").write_text("{")
+    page, said, _ = page_of([folder], capsys)
+    assert "mae-tiny scores 34.0" in said["verdict"]
+    assert "img" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "is not a folder"),
+        (lambda path: path.mkdir(), "holds no run"),
+        (lambda path: path.write_text("x"), "is not a folder"),
+    ],
+)
+def test_no_runs_is_an_error_of_use(tmp_path, make, words):
+    path = tmp_path / "runs"
+    make(path)
+    with pytest.raises(UsageError, match=words):
+        report.main([str(path)])
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_no_folder_at_all(capsys):
+    with pytest.raises(UsageError, match="which runs"):
+        report.main([])
+
+
+def test_html_that_is_a_folder(pair, tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        report.main([str(pair[0]), "--html", str(tmp_path)])
