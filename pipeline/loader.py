@@ -237,6 +237,6 @@ def choose_backend(store: Store) -> Literal["ffcv", "dali"]:
     """FFCV where it can be used, since it reads one memory-mapped file; DALI otherwise."""
     with contextlib.suppress(ImportError):
         if store.beton is not None:
-            importlib.import_module("ffcv")
+            importlib.import_module(MODULES["ffcv"][0])  # ours, not ffcv itself: that one takes torch's threads away
             return "ffcv"
     return "dali"

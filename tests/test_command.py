@@ -127,7 +127,7 @@ def test_values_are_coerced_to_what_a_field_wants():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(UsageError, match="not a multiple of --model.patch"):
+    with pytest.raises(UsageError, match=r"not a multiple of --model\.patch"):
         settings("--preset", "mae-tiny", "--model.side", "60").model.check()
     with pytest.raises(UsageError, match="heads"):
         settings("--preset", "mae-tiny", "--model.heads", "5").model.check()

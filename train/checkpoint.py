@@ -60,6 +60,8 @@ def save(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, sta
         partial.mkdir(parents=True)
         save_file(_contiguous(network.state_dict()), partial / FILES[0])
         save_file(_contiguous(optimizer_tensors(network, optimizer)), partial / FILES[1])
+        for name in FILES[:2]:
+            share(partial / name)
         (partial / FILES[2]).write_text(json.dumps(state, indent=1))
         for name in FILES:
             _sync(partial / name)
@@ -128,6 +130,13 @@ def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors
         parameter = parameters[name]
         on_host = field == "step" and not optimizer.defaults.get("fused")
         optimizer.state[parameter][field] = value.to("cpu" if on_host else parameter.device)
+
+
+def share(path: Path) -> None:
+    """Give a file the mode that any other new file has; safetensors makes its files readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_atomically(path: Path, text: str) -> None:
