@@ -63,12 +63,14 @@ class Loader:
         stall_seconds: float,
         rank: int,
         ranks: int,
+        only: np.ndarray | None = None,
     ):
         self.store, self.source, self.views, self.batch, self.seed = store, source, views, batch, seed
         self.device, self.shuffle, self.stall_seconds = device, shuffle, stall_seconds
         self.rank, self.ranks = rank, ranks
         # Training drops the last partial batch; evaluation must see every image and takes it.
-        self.batches = store.count // batch if shuffle else -(-store.count // batch)
+        self.ordered = np.arange(store.count) if only is None else np.asarray(only, np.int64)
+        self.batches = store.count // batch if shuffle else -(-len(self.ordered) // batch)
         self.sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
         self.labels = store.label(label)[0].astype(np.int64) if label else np.full(store.count, -1, np.int64)
 
@@ -77,7 +79,7 @@ class Loader:
         if self.shuffle:
             order = sampling.epoch_order(self.seed, epoch, self.store.count)
         else:
-            order = np.arange(self.store.count)
+            order = self.ordered
         plan = [
             sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
         ]
@@ -191,11 +193,12 @@ def open_loader(
     stall_seconds: float = 300.0,
     rank: int = 0,
     ranks: int = 1,
+    only: np.ndarray | None = None,
 ) -> Loader:
     """Open a store for training (`shuffle`) or for one ordered pass over every image.
 
     batch: images over all ranks. workers: decoding threads, 0 chooses. backend: "auto" takes FFCV where the store
-    has a .beton and the package is there, and DALI otherwise.
+    has a .beton and the package is there, and DALI otherwise. only: sample ids that an ordered pass is cut down to.
     Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
     """
     if shuffle and store.count < batch:
@@ -211,7 +214,7 @@ def open_loader(
     source = _open_source(store, backend, device, workers, batch // ranks)
     return Loader(
         store, source, views, batch=batch, seed=seed, device=device, label=label, shuffle=shuffle,
-        stall_seconds=stall_seconds, rank=rank, ranks=ranks,
+        stall_seconds=stall_seconds, rank=rank, ranks=ranks, only=only,
     )  # fmt: skip
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from model.network import Network
 from pipeline.errors import DataError, Preempted, UsageError
 from pipeline.store import Store
 from tests.study_folders import write_run
@@ -213,6 +215,23 @@ def test_other_images_and_other_machines_are_refused(plan):
         compare.check_bench({**record, "env": {**record["env"], "device": "faster"}}, [record])
 
 
+def test_baselines_are_scored_once_for_a_seed_and_a_size(plan):
+    record = record_of(plan, "mae-tiny")
+    known = record["evaluation"]["baselines"]
+    assert compare.known_baselines(plan, "daae-tiny", 0, [record]) is known
+    assert compare.known_baselines(plan, "daae-tiny", 1, [record]) is None
+    other = record_of(plan, "mae-tiny", **{"model.depth": 3})
+    assert compare.known_baselines(plan, "daae-tiny", 0, [other]) is None
+
+
+def test_arms_of_one_size_start_from_the_same_encoder(plan):
+    """What lets one score of the untrained encoder stand for all arms."""
+    wishes = [plan.wish(arm) for arm in plan.arms]
+    one, other = (Network(wish.method, wish.model, 3).encoder.state_dict() for wish in wishes)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_records_without_run_folders_still_make_a_study(plan):
     records = [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")]
     alone = plan.out.parent / "moved"
@@ -326,6 +345,7 @@ def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, cap
         assert record["images_per_second"] > 0
         assert record["env"]["command"].startswith(f"daae pretrain --preset {record['arm']} --config ")
     assert records[0]["digest"] != records[1]["digest"]
+    assert records[0]["evaluation"]["baselines"] == records[1]["evaluation"]["baselines"]
     assert result["arms"]["mae-tiny"]["leading"] == [records[0]["evaluation"]["leading"]["value"]]
 
     # Once more there is nothing to do, and no run starts: this process could not even wait for one.

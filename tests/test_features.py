@@ -151,3 +151,12 @@ def test_raw_pixels_are_the_central_square(store: Store, side: int):
     expected = squares(store, side, 1.0).flatten(1).float() / 255
     assert (found - expected).abs().max() <= 4 / 255
     assert ((found - expected).square().mean(dim=1) < 10**-5).all()  # 50 dB, each picture
+
+
+def test_a_selection_of_samples_has_the_features_of_the_whole(store: Store, encoder: Encoder):
+    whole = encode(encoder, store, side=SIDE, backend="dali")
+    only = np.array([7, 2, 9])
+    some = encode(encoder, store, side=SIDE, backend="dali", batch=2, only=only)
+    assert torch.allclose(some.cls, whole.cls[only], atol=1e-5)
+    every = pixels(store, backend="dali")
+    assert torch.equal(pixels(store, backend="dali", only=only), every[only])

@@ -510,14 +510,30 @@ def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> Non
         stop.check(f"the comparison in {plan.out}")
         if not flags.quiet:
             print(f"[{place}/{len(runs)}] {arm}, seed {seed}", file=sys.stderr, flush=True)
-        record = run_one(plan, arm, seed, flags.quiet, stop)
+        record = run_one(plan, arm, seed, known_baselines(plan, arm, seed, records), flags.quiet, stop)
         check_bench(record, records)
         records.append(record)
         write_whole(plan.out / RECORDS, "".join(json.dumps(each) + "\n" for each in records))
 
 
-def run_one(plan: Plan, arm: str, seed: int, quiet: bool, stop: Stop) -> dict:
-    """Train and score one arm with one seed, or finish doing so. Returns its record."""
+def known_baselines(plan: Plan, arm: str, seed: int, records: list[dict]) -> dict | None:
+    """What pixels and the untrained encoder scored in a run with the same seed and encoder: the same as here.
+
+    A network draws its encoder before anything that its method adds, so arms of one size start from equal encoders.
+    """
+    shape = {name: value for name, value in flat(as_values(plan.wish(arm))).items() if _under(name, ("model",))}
+    for record in records:
+        same = all(record["settings"].get(name) == value for name, value in shape.items())
+        if record["seed"] == seed and same and (record["evaluation"] or {}).get("baselines"):
+            return record["evaluation"]["baselines"]
+    return None
+
+
+def run_one(plan: Plan, arm: str, seed: int, baselines: dict | None, quiet: bool, stop: Stop) -> dict:
+    """Train and score one arm with one seed, or finish doing so. Returns its record.
+
+    baselines: their scores if they are known; else they are scored too.
+    """
     folder, words = plan.folder(arm, seed), plan.pretrain_words(arm, seed)
     # A finished run is not asked again: starting it would rewrite its env.json, which says where it was timed.
     if read_object(folder / "status.json").get("state") != "done":
@@ -525,9 +541,13 @@ def run_one(plan: Plan, arm: str, seed: int, quiet: bool, stop: Stop) -> dict:
     if plan.labelled:
         device = read_yaml(folder / "config.yaml")["device"]
         score = ["train.evaluate", str(folder), "--device", device, "--json"]
+        score += ["--no-baselines"] if baselines else []
         call(score, f"scoring {arm} seed {seed}", folder, stop, subprocess.DEVNULL)
+        result = read_object(folder / "evaluation.json")
+        if baselines:
+            write_whole(folder / "evaluation.json", json.dumps({**result, "baselines": baselines}, indent=1))
         if not quiet:
-            print(read_object(folder / "evaluation.json").get("sentence", ""), file=sys.stderr, flush=True)
+            print(result.get("sentence", ""), file=sys.stderr, flush=True)
     return make_record(plan, arm, seed)
 
 

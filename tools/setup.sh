@@ -30,7 +30,7 @@ if ! headers; then
 fi
 
 # FFCV's build and, on Python 3.12, its imports need setuptools.
-"$VENV/bin/python" -m pip install -q --upgrade pip "setuptools>=69" wheel
+"$VENV/bin/python" -m pip install -q --upgrade pip "setuptools>=77" wheel
 "$VENV/bin/python" -m pip install -q -r "$wanted"
 "$VENV/bin/python" -m pip install -q --no-deps --no-build-isolation -e .
 "$VENV/bin/daae" doctor || echo "notice: see the lines marked above; the rest works" >&2

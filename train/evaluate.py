@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +16,7 @@ from pipeline.errors import DataError, UsageError
 from train.command import parse, run
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -95,7 +93,7 @@ def main(argv: list[str]) -> int:
     result = {"step": point.step, "train_seconds": point.state["clock"]["train_seconds"], **result}
     if flags.baselines:
         result["baselines"] = {
-            "pixels": pixel_baseline(exam, flags.protocols, device),
+            "pixels": exam.sit(pixel_features(device), flags.protocols),
             "untrained": exam.sit(encoder_features(untrained, settings, device, flags.feature), flags.protocols),
         }
     result["sentence"] = sentence(result)
@@ -108,57 +106,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-Featurise = Callable[["Store"], "Tensor"]
+Featurise = Callable[["Store", "np.ndarray"], "Tensor"]  # a store and the ids of samples in it -> (n, D)
 
 
 def encoder_features(network: Network, settings: Run, device: torch.device, feature: str) -> Featurise:
-    """A function from a store to (N, D) features of the network's encoder, computed once per store."""
+    """Features of samples by the network's encoder."""
     from train.device import autocast
     from train.features import encode
 
-    done: dict[Path, Tensor] = {}
-
-    def featurise(store: Store) -> Tensor:
-        if store.root not in done:
-            features = encode(
-                network.encoder, store, side=settings.model.side, device=device, backend=quick_backend(store),
-                precision_context=autocast(device, settings.precision), centre=centre_share(settings.model.side),
-            )  # fmt: skip
-            done[store.root] = getattr(features, feature)
-        return done[store.root]
+    def featurise(store: Store, ids: np.ndarray) -> Tensor:
+        features = encode(
+            network.encoder, store, side=settings.model.side, device=device, backend=quick_backend(store), only=ids,
+            precision_context=autocast(device, settings.precision), centre=centre_share(settings.model.side),
+        )  # fmt: skip
+        return getattr(features, feature)
 
     return featurise
-
-
-def pixel_baseline(exam: Exam, protocols: tuple[Protocol, ...], device: torch.device) -> dict:
-    """The score of raw pixels, which no run changes: computed once per data set and kept in the user's cache.
-
-    Its ridge probe over 3,072 values takes longer than a small encoder's whole evaluation.
-    """
-    from train.checkpoint import write_atomically
-    from train.folder import read_json
-
-    code = [(Path(__file__).parent / name).read_text() for name in ("evaluate.py", "probes.py", "features.py")]
-    tests = {name: store.fingerprint for name, store in exam.tests.items()}
-    facts = json.dumps([exam.bank.fingerprint, tests, exam.leading, protocols, PIXEL_SIDE, code])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "daae"
-    kept = cache / f"pixels-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
-    result = read_json(kept) or exam.sit(pixel_features(device), protocols)
-    with contextlib.suppress(OSError):  # a home that cannot be written only costs the time again
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(result))
-    return result
 
 
 def pixel_features(device: torch.device) -> Featurise:
     from train.features import pixels
 
-    done: dict[Path, Tensor] = {}
-
-    def featurise(store: Store) -> Tensor:
-        if store.root not in done:
-            done[store.root] = pixels(store, side=PIXEL_SIDE, device=device, backend=quick_backend(store))
-        return done[store.root]
+    def featurise(store: Store, ids: np.ndarray) -> Tensor:
+        return pixels(store, side=PIXEL_SIDE, device=device, backend=quick_backend(store), only=ids)
 
     return featurise
 
@@ -219,9 +189,11 @@ class Exam:
         scores: test -> column -> probe -> {value, standard_error, count}. The leading score is the first protocol's on
         the leading column, averaged over the test sets.
         """
+        columns = columns or self.columns()
         scores: dict = {name: {} for name in self.tests}
-        for column in columns or self.columns():
-            for name, answers in self._probe(featurise, protocols, column).items():
+        features = {root: featurise(store, self.labelled(store, columns)) for root, store in self._stores().items()}
+        for column in columns:
+            for name, answers in self._probe(features, protocols, columns, column).items():
                 scores[name][column] = answers
         first = "knn20" if protocols[0] == "knn" else protocols[0]
         parts = [scores[name][self.leading].get(first) for name in self.tests]
@@ -235,6 +207,15 @@ class Exam:
         shared = [c for c in self.bank.columns if all(c in store.columns for store in self.tests.values())]
         return [self.leading, *(column for column in shared if column != self.leading)]
 
+    def labelled(self, store: Store, columns: list[str]) -> np.ndarray:
+        """Ids of the samples that have a label in any of these columns: nothing else is worth encoding."""
+        import numpy as np
+
+        return np.flatnonzero(np.any([store.label(column)[0] >= 0 for column in columns], axis=0))
+
+    def _stores(self) -> dict[Path, Store]:
+        return {store.root: store for store in (self.bank, *self.tests.values())}
+
     def _near_duplicates(self, column: str) -> Tensor | None:
         """Pictures of one thing (one code point drawn by several vendors), which must not sit on both sides of a fold.
 
@@ -247,26 +228,31 @@ class Exam:
             return None
         return torch.from_numpy(self.bank.label(finest)[0].astype("int64"))
 
-    def _probe(self, featurise: Featurise, protocols: tuple[Protocol, ...], column: str) -> dict[str, dict]:
+    def _probe(
+        self, features: dict[Path, Tensor], protocols: tuple[Protocol, ...], columns: list[str], column: str
+    ) -> dict[str, dict]:
         import torch
 
         from train import probes
 
-        bank_label, names = self.bank.label(column)
-        known = torch.from_numpy(bank_label.astype("int64"))
-        held_out = self.held_out.get(self.bank.root)
-        if held_out is not None:
-            known = torch.where(held_out, -1, known)
+        def labels(store: Store, column: str) -> Tensor:
+            return torch.from_numpy(store.label(column)[0].astype("int64"))[self.labelled(store, columns)]
+
+        def held_out(store: Store) -> Tensor:
+            return self.held_out[store.root][self.labelled(store, columns)]
+
+        known, names = labels(self.bank, column), self.bank.columns[column]
+        if self.bank.root in self.held_out:
+            known = torch.where(held_out(self.bank), -1, known)
         rows = known >= 0
-        bank, known = featurise(self.bank)[rows], known[rows]
+        bank, known = features[self.bank.root][rows], known[rows]
         questions = {}
         for name, store in self.tests.items():
-            label, theirs = store.label(column)
-            truth = probes.match_labels(names, theirs, torch.from_numpy(label.astype("int64")))
+            truth = probes.match_labels(names, store.columns[column], labels(store, column))
             if store.root in self.held_out:
-                truth = torch.where(self.held_out[store.root], truth, -1)
+                truth = torch.where(held_out(store), truth, -1)
             asked = truth >= 0
-            questions[name] = (featurise(store)[asked], truth[asked])
+            questions[name] = (features[store.root][asked], truth[asked])
         every = torch.cat([query for query, _ in questions.values()])
         per_class = len(known) / len(names)
         answers: dict[str, Tensor] = {}
@@ -276,7 +262,7 @@ class Exam:
                     answers[f"knn{k}"] = probes.knn(bank, known, every, k=k, classes=len(names))
             elif protocol == "ridge" and per_class >= RIDGE_MIN_PER_CLASS:
                 groups = self._near_duplicates(column)
-                groups = None if groups is None else groups[rows]
+                groups = None if groups is None else groups[self.labelled(self.bank, columns)][rows]
                 answers["ridge"] = probes.ridge(bank, known, every, classes=len(names), groups=groups).predicted
             elif protocol == "linear" and per_class >= RIDGE_MIN_PER_CLASS:
                 answers["linear"] = probes.linear_probe(

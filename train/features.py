@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ VIEW = "eval"
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Row i belongs to sample i of the store. float32, on the host."""
+    """Row i belongs to sample i of the store, or to the i-th of the samples asked for. float32, on the host."""
 
     patch_mean: Tensor  # (N, D): mean of the patch tokens after the final norm, class token left out
     cls: Tensor  # (N, D): class token after the final norm
@@ -40,23 +41,25 @@ def encode(
     centre: float = 1.0,
     crop_epoch: int | None = None,
     seed: int = 0,
+    only: np.ndarray | None = None,
 ) -> Features:
-    """Features of every image of a store, by an encoder that lies on `device` and is left as it was.
+    """Features of every image of a store, or of the samples `only`, by an encoder on `device`, left as it was.
 
     side: pixels that a picture is resized to. centre: the central square of this share of the shorter side; .875 is
     ImageNet's 224 out of 256. crop_epoch: instead, the random crops (8 to 100 % of the area) and flips of that epoch
     under `seed`, the only augmentation of MAE's linear probe. precision_context: such as train.device.autocast gives.
-    Memory is bounded by the result, 8 N D bytes, and one batch.
+    Row i is sample i, or sample only[i]. Memory is bounded by the result, 8 N D bytes, and one batch.
 
     Raises UsageError (side is no multiple of the patch) and whatever open_loader and the loader raise.
     """
     view = View(side=side, centre=centre) if crop_epoch is None else View(side=side, area=(0.08, 1.0))
     views = {VIEW: view}
     check_views(views, encoder.patch)
-    result = Features(torch.empty(store.count, encoder.width), torch.empty(store.count, encoder.width))
+    count = store.count if only is None else len(only)
+    result = Features(torch.empty(count, encoder.width), torch.empty(count, encoder.width))
     loader = open_loader(
-        store, views, batch=min(batch, store.count), seed=seed, backend=backend, device=device, workers=workers,
-        shuffle=False,
+        store, views, batch=min(batch, count), seed=seed, backend=backend, device=device, workers=workers,
+        shuffle=False, only=only,
     )  # fmt: skip
     # Not inference_mode: the position code that the encoder keeps would be a tensor that autograd may not save.
     with (
@@ -65,11 +68,13 @@ def encode(
         torch.no_grad(),
         precision_context or contextlib.nullcontext(),
     ):
+        done = 0
         for each in loader.epoch(crop_epoch or 0):
             (tokens,) = encoder(make_views(each, views, patch=encoder.patch, seed=seed)[VIEW])
             tokens = tokens.float()
-            result.patch_mean[each.id] = patch_mean(tokens).cpu()
-            result.cls[each.id] = tokens[:, 0].cpu()
+            rows = slice(done, done := done + len(tokens))
+            result.patch_mean[rows] = patch_mean(tokens).cpu()
+            result.cls[rows] = tokens[:, 0].cpu()
     return result
 
 
@@ -93,17 +98,20 @@ def pixels(
     backend: Backend = "auto",
     batch: int = 256,
     workers: int = 0,
+    only: np.ndarray | None = None,
 ) -> Tensor:
     """(N, 3 side^2) float32 in [0, 1] on the host: the whole central square, antialiased, rows first, RGB last.
 
     The baseline of every evaluation: what can be told from the pictures without having learned anything.
     """
-    result = torch.empty(store.count, 3 * side * side)
+    count = store.count if only is None else len(only)
+    result, done = torch.empty(count, 3 * side * side), 0
     loader = open_loader(
-        store, {VIEW: View(side=side, centre=1.0)}, batch=min(batch, store.count), backend=backend, device=device,
-        workers=workers, shuffle=False,
+        store, {VIEW: View(side=side, centre=1.0)}, batch=min(batch, count), backend=backend, device=device,
+        workers=workers, shuffle=False, only=only,
     )  # fmt: skip
     with contextlib.closing(loader):
         for each in loader.epoch(0):
-            result[each.id] = each.images[VIEW].flatten(1).cpu().float().div_(255)
+            rows = slice(done, done := done + len(each.id))
+            result[rows] = each.images[VIEW].flatten(1).cpu().float().div_(255)
     return result

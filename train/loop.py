@@ -6,6 +6,7 @@ checkpoint needs only weights, moments and counters, and a resumed run on a CPU 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,7 +30,7 @@ from train import checkpoint, folder
 from train.clock import Clock
 from train.config import Budget, Run
 from train.device import autocast, choose_device, choose_precision, device_name, memory_gb
-from train.journal import Journal, duration, environment
+from train.journal import Journal, duration, environment, read_rows
 from train.optim import make_optimizer
 from train.schedule import learning_rate, warmup_steps
 
@@ -87,7 +88,11 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
     )  # fmt: skip
     try:
         if run.budget.steps is None:
-            run = dataclasses.replace(run, budget=freeze_budget(run, loader, device, journal))
+            try:
+                with stop.at_once():
+                    run = dataclasses.replace(run, budget=freeze_budget(run, loader, device, journal))
+            except CutShort:
+                raise Preempted(f"stopped by {stop.name} before the first step. Run the same command again.") from None
         folder.write_settings(out, run)
         name = device_name(device)
         facts = {**environment(name), "data": store.fingerprint, "images": store.count}
@@ -213,6 +218,9 @@ class Trainer:
         evaluate_at = evaluation_steps(self.steps, run.watch.evaluations) if self.exam is not None else set()
         self.journal.status(state="running", code=None, reason="", step=self.step, steps=self.steps)
         self.network.train()
+        scored = {row["step"] for row in read_rows(self.journal.out / "evaluations.jsonl")}
+        if self.step in evaluate_at - scored:
+            self.evaluate_or_stop()
         while self.step < last:
             epoch, start = divmod(self.step, self.loader.batches)
             clock.start()
@@ -230,7 +238,7 @@ class Trainer:
                     if self.stop.asked and self.step < self.steps:
                         self.preempted()
                     if evaluate:
-                        self.evaluate()
+                        self.evaluate_or_stop()
                     if time.monotonic() - self.saved_at > run.watch.checkpoint_minutes * 60:
                         self.save()
                     clock.start()
@@ -282,11 +290,12 @@ class Trainer:
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
 
     def evaluate(self) -> None:
-        """Off the clock. The encoder comes back in training mode."""
+        """Off the clock. The encoder comes back in training mode. A score cut off by a signal is made up on resume."""
         from train.evaluate import score_network, sentence
 
         assert self.exam is not None
-        result = score_network(self.network, self.exam, self.run, self.device)
+        with self.stop.at_once():
+            result = score_network(self.network, self.exam, self.run, self.device)
         leading = result["leading"] and result["leading"]["value"]
         at = {"step": self.step, "train_seconds": round(self.clock.train_seconds, 3), "images": self.clock.images}
         self.journal.row("evaluations", {**at, "leading": leading, "scores": result["scores"]})
@@ -301,6 +310,12 @@ class Trainer:
         path = checkpoint.save(where, self.network, self.optimizer, state, self.run.watch.keep_checkpoints)
         self.saved_at = time.monotonic()
         self.journal.status(last_checkpoint=path.name)
+
+    def evaluate_or_stop(self) -> None:
+        try:
+            self.evaluate()
+        except CutShort:
+            self.preempted()
 
     def preempted(self) -> None:
         self.save()
@@ -333,13 +348,17 @@ def evaluation_steps(steps: int, count: int) -> set[int]:
     return {max(1, round(steps * place / count)) for place in range(1, count + 1)} if count else set()
 
 
+class CutShort(Exception):
+    """A signal came during work that need not be finished."""
+
+
 class Stop:
     """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask the loop to save and end; a second one ends the process at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
-        self.asked, self.name, self._before = False, "", {}
+        self.asked, self.name, self._before, self._at_once = False, "", {}, False
 
     def __enter__(self) -> Stop:
         self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
@@ -350,6 +369,17 @@ class Stop:
             raise KeyboardInterrupt
         self.asked, self.name = True, signal.Signals(number).name
         print(f"{self.name}: finishing this step, then saving. Once more to stop without.", file=sys.stderr, flush=True)
+        if self._at_once:
+            raise CutShort
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises CutShort where it strikes: for work that may be lost, between two steps."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
