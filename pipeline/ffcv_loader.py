@@ -10,6 +10,7 @@ from __future__ import annotations
 # pyright: reportFunctionMemberAccess=false, reportIncompatibleMethodOverride=false
 import contextlib
 import queue
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,6 +42,19 @@ def _only_numba_threads(cls, count: int) -> None:
 # a training step on the CPU would run on one core. It keeps its hands off torch from here on.
 Compiler.set_num_threads = classmethod(_only_numba_threads)
 torch.set_num_threads(threads)
+
+
+def _without_numbas_farewell(shown: Callable) -> Callable:
+    """At exit numba's finalizers fail on FFCV's compiled functions and print a traceback that means nothing."""
+
+    def hook(failure) -> None:
+        if not (failure.exc_type is KeyError and type(failure.object).__name__ == "finalize"):
+            shown(failure)
+
+    return hook
+
+
+sys.unraisablehook = _without_numbas_farewell(sys.unraisablehook)
 
 STATUS = 1  # bytes behind each canvas: 0 where TurboJPEG was content
 POLL_SECONDS = 1.0

@@ -48,13 +48,13 @@ class Demo:
     """emoji, elpv, imagenette, synthetic, or a folder of your own images."""
     out: Path = Path("demo")
     """Where everything goes."""
-    seconds: float = 150.0
+    seconds: float = 90.0
     """Training seconds of each run."""
     seeds: tuple[int, ...] = (0,)
     """Three give an interval, and take three times as long."""
     presets: tuple[str, ...] = ("mae-tiny", "daae-tiny")
     """The recipes to compare; the first is the baseline."""
-    evaluations: int = 3
+    evaluations: int = 2
     """Scores taken during a run."""
 
 
