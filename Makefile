@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Headers that FFCV is compiled against; it is the only part that needs a compiler.
 APT := libturbojpeg0-dev libopencv-dev pkg-config g++ python3-dev
 
-.PHONY: help setup demo test check tests faults bench clean
+.PHONY: help setup demo test check tests faults clean
 help:
 	@echo "make setup   .venv with everything in requirements.txt; afterwards .venv/bin/daae is there"
 	@echo "make demo    fetch, convert, profile, train MAE and DAAE equally long, report (DATA=emoji|synthetic|/my/images)"
