@@ -240,7 +240,8 @@ def test_one_group_cannot_be_cross_validated():
 def test_the_linear_probe_tells_separable_blobs_apart():
     bank, label = blobs(600, 24, 6, spread=0.5, seed=1)
     query, truth = blobs(300, 24, 6, spread=0.5, seed=2)
-    predicted = linear_probe(bank, label, query, classes=6, epochs=400, batch=256)
+    # 400 epochs move LARS so little that the outcome hangs on the first weights, which differ between torch versions.
+    predicted = linear_probe(bank, label, query, classes=6, epochs=1500, batch=300)
     assert accuracy(predicted, truth).value > 0.95
 
 

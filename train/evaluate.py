@@ -30,6 +30,7 @@ KNN = (1, 20)
 RIDGE_MIN_PER_CLASS = 4  # below, a class is missing from some fold and the penalty cannot be chosen on the bank
 HELD_OUT = 0.2
 FINER = 4  # times as many classes as another column, and a column names things rather than kinds
+LINEAR_ROWS = 4_000_000  # rows x epochs that the linear probe needs to arrive
 LEADING_BATCH = 4096  # of the linear probe; MAE's 16384 is for ImageNet
 
 
@@ -266,8 +267,9 @@ class Exam:
                 answers["ridge"] = probes.ridge(bank, known, every, classes=len(names), groups=groups).predicted
             elif protocol == "linear" and per_class >= RIDGE_MIN_PER_CLASS:
                 answers["linear"] = probes.linear_probe(
-                    bank, known, every, classes=len(names), batch=min(LEADING_BATCH, len(bank))
-                )
+                    bank, known, every, classes=len(names), batch=min(LEADING_BATCH, len(bank)),
+                    epochs=linear_epochs(len(bank)),
+                )  # fmt: skip
         result: dict[str, dict] = {}
         for name, (query, truth) in questions.items():
             result[name] = {}
@@ -275,6 +277,12 @@ class Exam:
                 mine, answers[probe] = predicted[: len(query)], predicted[len(query) :]
                 result[name][probe] = dataclasses.asdict(probes.accuracy(mine, truth))
         return result
+
+
+def linear_epochs(rows: int) -> int:
+    """MAE's 90 epochs, or more where there are few rows: LARS moves a matrix by its share of rows x epochs at most,
+    and 90 passes over some thousand rows would stop on the way (see probes.linear_probe)."""
+    return min(1000, max(90, LINEAR_ROWS // rows))
 
 
 def mean_score(parts: list[dict]) -> dict:
