@@ -6,6 +6,7 @@ weights: those live in a Network, beside the encoder. torch is imported where it
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,29 +29,29 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(ABC):
     """Base of all methods. The loop knows this class and none of its children."""
 
     idea: ClassVar[str]
     paper: ClassVar[str]
     supervised: ClassVar[bool] = False
 
+    @abstractmethod
     def views(self, shape: Shape) -> dict[str, View]:
         """The views of an image that the loss wants, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, shape: Shape) -> dict[str, nn.Module]:
         """What is trained or kept beside the encoder: decoder, heads, momentum copies, queues."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, net: Network, views: dict[str, Patches], label: Tensor) -> Outcome:
         """label: (B,) int64, -1 where unknown."""
-        raise NotImplementedError
 
-    def after_step(self, net: Network) -> None:
+    def after_step(self, net: Network) -> None:  # noqa: B027 (most methods have nothing to do here)
         """Once after every optimizer step: momentum updates, queues, renormalised prototypes."""
 
+    @abstractmethod
     def macs(self, shape: Shape) -> int:
         """Multiply-accumulates of one image's forward pass in trained-forward units: what has no gradient counts a
         third. Six times this is the FLOPs of a training step."""
-        raise NotImplementedError
