@@ -197,8 +197,8 @@ def open_loader(
 ) -> Loader:
     """Open a store for training (`shuffle`) or for one ordered pass over every image.
 
-    batch: images over all ranks. workers: decoding threads, 0 chooses. backend: "auto" takes FFCV where the store
-    has a .beton and the package is there, and DALI otherwise. only: sample ids that an ordered pass is cut down to.
+    batch: images over all ranks. workers: decoding threads, 0 chooses. backend: "auto" takes DALI where the store
+    has shards and the package is there, and FFCV otherwise. only: sample ids that an ordered pass is cut down to.
     Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
     """
     if shuffle and store.count < batch:
@@ -237,9 +237,10 @@ def _open_source(store: Store, backend: Backend, device: torch.device, workers: 
 
 
 def choose_backend(store: Store) -> Literal["ffcv", "dali"]:
-    """FFCV where it can be used, since it reads one memory-mapped file; DALI otherwise."""
+    """DALI where it can be used: its decoder is the more exact and starts in a second; FFCV's is compiled by each
+    process for a quarter of a minute. At equal pixels the one reads as fast as the other."""
     with contextlib.suppress(ImportError):
-        if store.beton is not None:
-            importlib.import_module(MODULES["ffcv"][0])  # ours, not ffcv itself: that one takes torch's threads away
-            return "ffcv"
-    return "dali"
+        if store.shards:
+            importlib.import_module(MODULES["dali"][0])
+            return "dali"
+    return "ffcv" if store.beton is not None else "dali"

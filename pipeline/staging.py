@@ -1,4 +1,7 @@
-"""A folder that appears complete or not at all: built beside its destination under a hidden name, then renamed."""
+"""Files and folders that are there whole or not at all, and folders that one process at a time may write in.
+
+What is built grows beside its destination under a hidden name and is renamed when it is on the disk.
+"""
 
 from __future__ import annotations
 
@@ -73,11 +76,11 @@ def staging(destination: Path, *, replace: bool = False) -> Iterator[Path]:
         raise ResourceError(f"{parent} cannot be written: {error.strerror}.") from None
     try:
         yield folder
-        _sync_folder(folder)
+        sync(folder)
         if replace and destination.exists():
             os.rename(destination, old)
         os.rename(folder, destination)
-        _sync_folder(parent)
+        sync(parent)
     except OSError as error:
         raise disk_error(error, folder) from None
     finally:
@@ -126,8 +129,9 @@ def _clear_leftovers(parent: Path, name: str, destination: Path) -> None:
                 shutil.rmtree(left)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -140,3 +144,50 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small file: a reader sees the old one or the new one, never half of it. Raises ResourceError."""
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        write_durably(aside, text.encode())
+        os.replace(aside, path)
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}.") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(out: Path, kind: str, marks: tuple[str, ...], *, overwrite: bool) -> Iterator[Path]:
+    """Make the folder `out` of a `kind` of work and hold its lock; with `overwrite`, empty it.
+
+    marks: files by which such a folder is known; what holds anything else is left alone, whatever is asked.
+    The lock is the kernel's (flock), so it ends with the process however that ends.
+    Raises UsageError: in use, or holds something else; ResourceError: cannot be written.
+    """
+    lock = out / ".lock"
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file, not a folder.")
+        ours = any((out / name).exists() for name in (*marks, lock.name))
+        if out.is_dir() and any(out.iterdir()) and not ours:
+            raise UsageError(f"--out {out} holds files that are no {kind}. Choose another folder.")
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ResourceError(f"--out {out} cannot be written: {error.strerror}.") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(handle, 100).decode(errors="replace").strip() or "another process"
+            raise UsageError(f"--out {out} is in use by {owner}.") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        if overwrite:
+            for path in (path for path in out.iterdir() if path != lock):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield out
+    finally:
+        os.close(handle)

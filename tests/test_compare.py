@@ -18,9 +18,11 @@ import yaml
 
 from model.network import Network
 from pipeline.errors import DataError, Preempted, UsageError
+from pipeline.staging import claimed
 from pipeline.store import Store
 from tests.study_folders import write_run
-from tools import compare, report
+from tools import children, compare, report
+from tools import experiment as asked
 from tools.records import read_lines, read_study, target_score
 from train.command import parse
 
@@ -29,8 +31,8 @@ TINY = ("model.side=32", "model.width=32", "model.depth=1", "model.heads=2", "mo
 TINY += ("model.decoder_depth=1", "model.decoder_heads=2", "optim.batch=16", "watch.log_every=2", "loader=dali")
 
 
-def plan_of(*words: str) -> compare.Plan:
-    return compare.make_plan(parse(compare.Compare, words, prog="daae compare"))
+def plan_of(*words: str) -> asked.Plan:
+    return asked.make_plan(parse(asked.Compare, words, prog="daae compare"))
 
 
 def words_for(store: Path, out: Path, *more: str, presets: tuple[str, ...] = ("mae-tiny", "daae-tiny")) -> list[str]:
@@ -155,26 +157,26 @@ def test_targets(wish, share):
 # ------------------------------------------------------------------------------------- against earlier records
 
 
-def record_of(plan: compare.Plan, arm: str, **changes: Any) -> dict:
+def record_of(plan: asked.Plan, arm: str, **changes: Any) -> dict:
     """What a finished run of the plan leaves, from a run folder in the program's format."""
-    wish = compare.flat(compare.as_values(plan.wish(arm)))
+    wish = asked.flat(asked.as_values(plan.wish(arm)))
     folder = plan.folder(arm, 0)
     if not folder.exists():
         write_run(folder, preset=plan.arms[arm].preset)
     record = compare.make_record(plan, arm, 0)
     settled = {"device": "cpu", "precision": "fp32", "loader": "ffcv", "budget.steps": 4}
     record["settings"] = {**wish, **settled, **changes}
-    record["env"]["cores"] = compare.cores()
+    record["env"]["cores"] = asked.cores()
     return record
 
 
 @pytest.fixture
-def plan(store_path, tmp_path) -> compare.Plan:
+def plan(store_path, tmp_path) -> asked.Plan:
     return plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "200"))
 
 
 def test_a_record_of_the_same_plan_agrees(plan):
-    compare.check_records(plan, [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")])
+    asked.check_records(plan, [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")])
 
 
 @pytest.mark.parametrize(
@@ -189,39 +191,30 @@ def test_a_record_of_the_same_plan_agrees(plan):
 )
 def test_a_record_of_other_settings_is_refused(plan, arm, name, value, message):
     with pytest.raises(UsageError, match=message):
-        compare.check_records(plan, [record_of(plan, arm, **{name: value})])
+        asked.check_records(plan, [record_of(plan, arm, **{name: value})])
 
 
 def test_a_new_arm_has_to_agree_with_the_records_of_others(plan):
     record = record_of(plan, "mae-tiny", **{"optim.weight_decay": 0.3})
     record["arm"] = "earlier"
     with pytest.raises(UsageError, match=r"arm earlier, from which arm mae-tiny differs .*optim\.weight_decay"):
-        compare.check_records(plan, [record])
+        asked.check_records(plan, [record])
     record["declared"] = ["optim.weight_decay"]
-    compare.check_records(plan, [record])
+    asked.check_records(plan, [record])
 
 
 def test_other_images_and_other_machines_are_refused(plan):
     record = record_of(plan, "mae-tiny")
     with pytest.raises(UsageError, match="other images or tests"):
-        compare.check_records(plan, [{**record, "fingerprints": {"data": "0" * 16}}])
+        asked.check_records(plan, [{**record, "fingerprints": {"data": "0" * 16}}])
     with pytest.raises(UsageError, match="timed on 999 cores"):
-        compare.check_records(plan, [{**record, "env": {**record["env"], "cores": 999}}])
+        asked.check_records(plan, [{**record, "env": {**record["env"], "cores": 999}}])
     for name in ("device", "precision", "loader"):
         other = {**record, "settings": {**record["settings"], name: "other"}}
         with pytest.raises(UsageError, match=f"ran with {name} other"):
-            compare.check_bench(other, [record])
+            asked.check_bench(other, [record])
     with pytest.raises(UsageError, match="ran with processor faster"):
-        compare.check_bench({**record, "env": {**record["env"], "device": "faster"}}, [record])
-
-
-def test_baselines_are_scored_once_for_a_seed_and_a_size(plan):
-    record = record_of(plan, "mae-tiny")
-    known = record["evaluation"]["baselines"]
-    assert compare.known_baselines(plan, "daae-tiny", 0, [record]) is known
-    assert compare.known_baselines(plan, "daae-tiny", 1, [record]) is None
-    other = record_of(plan, "mae-tiny", **{"model.depth": 3})
-    assert compare.known_baselines(plan, "daae-tiny", 0, [other]) is None
+        asked.check_bench({**record, "env": {**record["env"], "device": "faster"}}, [record])
 
 
 def test_arms_of_one_size_start_from_the_same_encoder(plan):
@@ -244,13 +237,14 @@ def test_records_without_run_folders_still_make_a_study(plan):
 
 
 def test_a_folder_in_use_or_of_something_else_is_refused(plan, tmp_path):
-    busy = compare.claimed(tmp_path / "busy", overwrite=False)
-    again = compare.claimed(tmp_path / "busy", overwrite=False)
-    with busy, pytest.raises(UsageError, match="in use"), again:
+    def claim(name: str):
+        return claimed(tmp_path / name, "comparison", ("records.jsonl",), overwrite=True)
+
+    with claim("busy"), pytest.raises(UsageError, match="in use by process"), claim("busy"):
         pass
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "photo.jpg").write_bytes(b"x")
-    with pytest.raises(UsageError, match="no comparison"), compare.claimed(tmp_path / "holiday", overwrite=True):
+    with pytest.raises(UsageError, match="no comparison"), claim("holiday"):
         pass
     assert (tmp_path / "holiday" / "photo.jpg").exists()
 
@@ -269,7 +263,7 @@ time.sleep(60)
 
 def watched(save: float, patience: float, number: int = signal.SIGINT) -> tuple[int, str, float, str]:
     """A child that takes `save` seconds to end, and a signal to ourselves once it listens."""
-    with compare.Stop(patience) as stop:
+    with children.Stop(patience) as stop:
         command = [sys.executable, "-c", CHILD.format(save=save)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
         assert child.stdout is not None
@@ -301,10 +295,36 @@ def test_a_run_that_does_not_end_is_killed():
 
 def test_a_failing_run_ends_with_its_code_and_reason(tmp_path):
     (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "reason": "NumericsError: loss not finite"}))
-    with compare.Stop() as stop, pytest.raises(compare.DaaeError) as raised:
-        compare.call(["train.pretrain", "--preset", "nonsense"], "a seed 0", tmp_path, stop, subprocess.DEVNULL)
+    with children.Stop() as stop, pytest.raises(children.DaaeError) as raised:
+        children.call(["train.pretrain", "--preset", "nonsense"], "a seed 0", tmp_path, stop, subprocess.DEVNULL)
     assert raised.value.code == 2
     assert "a seed 0 failed with exit code 2 (NumericsError: loss not finite)" in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------- equal seconds
+
+
+def test_seconds_become_steps_once_and_together(store_path, tmp_path):
+    plan = plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "4", "--settings", *TINY))
+    plan.out.mkdir()
+    with children.Stop() as stop:
+        steps = compare.planned_steps(plan, stop, quiet=True)
+        known = json.loads((plan.out / "pace.json").read_text())
+        assert steps == {arm: round(4 / known[arm]["seconds_per_step"]) for arm in plan.arms}
+        assert min(steps.values()) > 4
+        # What was measured once stays, and an arm that joins is placed by its ratio to one that was there.
+        known["mae-tiny"]["seconds_per_step"] = 2000.0
+        (plan.out / "pace.json").write_text(json.dumps({"mae-tiny": known["mae-tiny"]}))
+        assert compare.planned_steps(plan, stop, quiet=True) == {"mae-tiny": 1, "daae-tiny": 1}
+        joined = json.loads((plan.out / "pace.json").read_text())
+        assert joined["mae-tiny"]["seconds_per_step"] == 2000.0
+        assert 500 < joined["daae-tiny"]["seconds_per_step"] < 20_000
+        assert not (plan.out / ".pace.json").exists()
+        # Other settings are another pace.
+        other = plan_of(*words_for(store_path, plan.out, "--seconds", "4", "--settings", *TINY, "optim.batch=8"))
+        assert min(compare.planned_steps(other, stop, quiet=True).values()) > 4
+    words = plan.pretrain_words("mae-tiny", 0, 7)
+    assert words[words.index("--seconds") :][:4] == ["--seconds", "4", "--steps", "7"]
 
 
 # ------------------------------------------------------------------------------------------------- for real
@@ -329,10 +349,12 @@ def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, cap
     # The same command does the rest.
     done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    turns = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    assert turns == [f"[{n}/2] {arm}-tiny, seed 0" for n, arm in ((1, "mae"), (2, "daae"), (2, "daae"), (1, "mae"))]
     result = json.loads(done.stdout)
     assert set(result["arms"]) == {"mae-tiny", "daae-tiny"}
     records = read_lines(out / "records.jsonl")
-    assert [(each["arm"], each["seed"]) for each in records] == [("mae-tiny", 0), ("daae-tiny", 0)]
+    assert [(each["arm"], each["seed"]) for each in records] == [("daae-tiny", 0), ("mae-tiny", 0)]
     fingerprint = Store.open(store_path).fingerprint
     for record in records:
         assert (record["steps"], record["images"]) == (6, 96)
@@ -346,7 +368,7 @@ def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, cap
         assert record["env"]["command"].startswith(f"daae pretrain --preset {record['arm']} --config ")
     assert records[0]["digest"] != records[1]["digest"]
     assert records[0]["evaluation"]["baselines"] == records[1]["evaluation"]["baselines"]
-    assert result["arms"]["mae-tiny"]["leading"] == [records[0]["evaluation"]["leading"]["value"]]
+    assert result["arms"]["daae-tiny"]["leading"] == [records[0]["evaluation"]["leading"]["value"]]
 
     # Once more there is nothing to do, and no run starts: this process could not even wait for one.
     before = (out / "records.jsonl").read_bytes()

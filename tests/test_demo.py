@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import DaaeError, UsageError
 from tests.images import make_folder
 from tools import demo
-from tools.compare import Stop
+from tools.children import Stop
 from train.command import parse
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.store import MANIFEST
-from tools.compare import Stop, failure
+from tools.children import Stop, failure
 from train.command import nearest, parse, run
 
 PATIENCE_SECONDS = 150.0  # after a signal; a comparison gives its own run 120

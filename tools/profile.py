@@ -282,7 +282,7 @@ class Machine:
         """Raises ResourceError where the batch does not fit the GPU."""
         import torch
 
-        from train.loop import train_step
+        from train.step import train_step
 
         try:
             # Rate 0: the weights stay where they are, so that no round meets a network that diverged.
@@ -420,8 +420,7 @@ def profile(flags: Profile) -> Measured:
 
     from pipeline.store import Store
     from tools.doctor import usable_cores
-    from train.device import choose_precision, device_name, memory_gb
-    from train.loop import resolve
+    from train.device import choose_precision, device_name, memory_gb, resolve
 
     store, wish = Store.open(flags.data), settings(flags)
     wish = resolve(wish, store)

@@ -3,6 +3,7 @@
     OUT of `daae compare`:  experiment.yaml   arms, data, budget, seeds, target: `daae compare --experiment` takes it
                             arms/NAME.yaml    settings of an arm that its preset does not have
                             runs/NAME-seedK/  a run folder each
+                            pace.json         seconds of a step of each arm, measured in turns
                             records.jsonl     one object per finished run
 
 Everything here tolerates what is missing: a run that has just begun has neither scores nor pictures.
@@ -22,8 +23,8 @@ from tools.analysis import Contrast, Curve, Outcome, contrast, steady_rate
 from train.command import read_yaml
 from train.config import flat
 
-RECORDS, EXPERIMENT, RUNS, ARMS = "records.jsonl", "experiment.yaml", "runs", "arms"
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+RECORDS, EXPERIMENT, PACE, RUNS, ARMS = "records.jsonl", "experiment.yaml", "pace.json", "runs", "arms"
+CONFIG, METRICS, BASELINE_SCORES = "config.yaml", "metrics.jsonl", "baselines.json"
 
 # Settings that are a place, a wish or a consequence; the others decide what a run computes.
 PLACES = ("out", "data", "seed", "budget.steps", "preset")

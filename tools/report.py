@@ -20,9 +20,9 @@ import tyro
 import yaml
 
 from pipeline.errors import UsageError
+from pipeline.staging import write_whole
 from tools.analysis import Contrast
 from tools.charts import COLOURS, Level, Line, chart
-from tools.compare import write_whole
 from tools.page import document, marked, notes, picture, table
 from tools.records import Study, Trial, as_typed, deciding, read_study
 from tools.verdict import (

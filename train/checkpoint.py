@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, ResourceError
+from pipeline.staging import sync, write_durably
 
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
@@ -64,15 +65,14 @@ def save(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, sta
             share(partial / name)
         (partial / FILES[2]).write_text(json.dumps(state, indent=1))
         for name in FILES:
-            _sync(partial / name)
-        write_atomically(
-            partial / "manifest.json", json.dumps({name: _facts(partial / name) for name in FILES}, indent=1)
-        )
-        _sync(partial)
+            sync(partial / name)
+        manifest = json.dumps({name: _facts(partial / name) for name in FILES}, indent=1)
+        write_durably(partial / "manifest.json", manifest.encode())
+        sync(partial)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
@@ -139,16 +139,6 @@ def share(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -157,14 +147,6 @@ def _facts(path: Path) -> dict:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

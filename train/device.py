@@ -1,12 +1,28 @@
-"""Which device a run uses, in which precision, and how fast arithmetic there is switched on."""
+"""What a run leaves to the program: its device, the precision there, and the decoder."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.errors import ResourceError, UsageError
+from pipeline.loader import choose_backend
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
+    from train.config import Run
+
+
+def resolve(run: Run, store: Store) -> Run:
+    """The run with every "auto" settled."""
+    device = choose_device(run.device)
+    loader = choose_backend(store) if run.loader == "auto" else run.loader
+    return dataclasses.replace(
+        run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
+    )
 
 
 def choose_device(wish: str) -> torch.device:

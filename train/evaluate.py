@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from pipeline.errors import DataError, UsageError
+from pipeline.staging import write_whole
 from train.command import parse, run
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from train.config import Run
 
 Protocol = Literal["ridge", "knn", "linear"]
+PROTOCOLS: tuple[Protocol, ...] = ("ridge", "knn")
+EVALUATION = "evaluation.json"  # in a run folder: the newest checkpoint's scores and the baselines'
 PIXEL_SIDE = 32
 KNN = (1, 20)
 RIDGE_MIN_PER_CLASS = 4  # below, a class is missing from some fold and the penalty cannot be chosen on the bank
@@ -40,7 +43,7 @@ class Evaluate:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of `daae pretrain`."""
-    protocols: tuple[Protocol, ...] = ("ridge", "knn")
+    protocols: tuple[Protocol, ...] = PROTOCOLS
     """ridge: closed-form probe for small sets; knn: weighted neighbours; linear: MAE's probe (LARS, 90 epochs)."""
     data: Path | None = None
     """Store whose labels train the probe; default: the run's own."""
@@ -62,7 +65,7 @@ class Evaluate:
 def main(argv: list[str]) -> int:
     flags = parse(Evaluate, argv, prog="daae evaluate")
     from train import folder
-    from train.checkpoint import newest, verify, write_atomically
+    from train.checkpoint import newest, verify
     from train.config import Run, with_values
     from train.device import choose_device
 
@@ -88,18 +91,14 @@ def main(argv: list[str]) -> int:
 
     device = choose_device(flags.device)
     network = Network(settings.method, settings.model, settings.seed).to(device)
-    untrained = Network(settings.method, settings.model, settings.seed).to(device)
     network.load_state_dict(point.weights())
     result = exam.sit(encoder_features(network, settings, device, flags.feature), flags.protocols)
     result = {"step": point.step, "train_seconds": point.state["clock"]["train_seconds"], **result}
     if flags.baselines:
-        result["baselines"] = {
-            "pixels": exam.sit(pixel_features(device), flags.protocols),
-            "untrained": exam.sit(encoder_features(untrained, settings, device, flags.feature), flags.protocols),
-        }
+        result["baselines"] = score_baselines(exam, settings, device, flags.protocols, flags.feature)
     result["sentence"] = sentence(result)
     if flags.checkpoint is None:
-        write_atomically(flags.run / "evaluation.json", json.dumps(result, indent=1))
+        write_whole(flags.run / EVALUATION, json.dumps(result, indent=1))
     if flags.json:
         print(json.dumps(result))
     else:
@@ -117,7 +116,7 @@ def encoder_features(network: Network, settings: Run, device: torch.device, feat
 
     def featurise(store: Store, ids: np.ndarray) -> Tensor:
         features = encode(
-            network.encoder, store, side=settings.model.side, device=device, backend=quick_backend(store), only=ids,
+            network.encoder, store, side=settings.model.side, device=device, only=ids,
             precision_context=autocast(device, settings.precision), centre=centre_share(settings.model.side),
         )  # fmt: skip
         return getattr(features, feature)
@@ -129,18 +128,9 @@ def pixel_features(device: torch.device) -> Featurise:
     from train.features import pixels
 
     def featurise(store: Store, ids: np.ndarray) -> Tensor:
-        return pixels(store, side=PIXEL_SIDE, device=device, backend=quick_backend(store), only=ids)
+        return pixels(store, side=PIXEL_SIDE, device=device, only=ids)
 
     return featurise
-
-
-def quick_backend(store: Store) -> Literal["ffcv", "dali"]:
-    """DALI starts in a second, FFCV compiles for a quarter of a minute: for one pass over a small set that decides."""
-    from importlib.util import find_spec
-
-    from pipeline.loader import choose_backend
-
-    return "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else choose_backend(store)
 
 
 def centre_share(side: int) -> float:
@@ -295,10 +285,27 @@ def mean_score(parts: list[dict]) -> dict:
     }
 
 
-def score_network(network: Network, exam: Exam, settings: Run, device: torch.device) -> dict:
-    """The quick score that is taken during training: ridge and neighbours on the leading column."""
+def score_network(network: Network, exam: Exam, settings: Run, device: torch.device, *, final: bool) -> dict:
+    """The score that is taken during training: ridge and neighbours on the leading column, at the end on every one."""
     featurise = encoder_features(network, settings, device, "patch_mean")
-    return exam.sit(featurise, ("ridge", "knn"), [exam.leading])
+    return exam.sit(featurise, PROTOCOLS, None if final else [exam.leading])
+
+
+def score_baselines(
+    exam: Exam,
+    settings: Run,
+    device: torch.device,
+    protocols: tuple[Protocol, ...] = PROTOCOLS,
+    feature: str = "patch_mean",
+) -> dict[str, dict]:
+    """What needs no training: raw pixels, and the encoder as the run's seed draws it."""
+    from model.network import Network
+
+    untrained = Network(settings.method, settings.model, settings.seed).to(device)
+    return {
+        "pixels": exam.sit(pixel_features(device), protocols),
+        "untrained": exam.sit(encoder_features(untrained, settings, device, feature), protocols),
+    }
 
 
 def sentence(result: dict) -> str:

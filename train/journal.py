@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.errors import ResourceError
-from train.checkpoint import write_atomically
+from pipeline.staging import write_whole
 
 LINE_SECONDS = 30.0  # between plain lines where there is no terminal
 
@@ -36,7 +36,7 @@ class Journal:
             path = self.out / name
             rows = [row for row in read_rows(path) if row["step"] <= step]
             if path.exists():
-                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def row(self, name: str, values: dict) -> None:
         """Append one JSON object to `name`.jsonl."""
@@ -50,8 +50,8 @@ class Journal:
         """Rewrite status.json: what a job script decides by, since torchrun hides exit codes."""
         self._status.update(values)
         stamp = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
-        with contextlib.suppress(OSError):  # a full disk ends the run where a checkpoint needs it, not here
-            write_atomically(self.out / "status.json", json.dumps({**self._status, **stamp}, indent=1))
+        with contextlib.suppress(ResourceError):  # a full disk ends the run where a checkpoint needs it, not here
+            write_whole(self.out / "status.json", json.dumps({**self._status, **stamp}, indent=1))
 
     def say(self, sentence: str) -> None:
         """A line for a person, on stderr and in train.log."""

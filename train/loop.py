@@ -11,10 +11,10 @@ import dataclasses
 import json
 import math
 import signal
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,22 +23,22 @@ from torch import Tensor
 from model.network import Network
 from model.objectives import Outcome
 from pipeline.errors import DataError, NumericsError, Preempted, UsageError
-from pipeline.loader import Loader, choose_backend, open_loader
+from pipeline.loader import Loader, open_loader
+from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
-from pipeline.views import Batch, check_views, make_views
+from pipeline.views import check_views
 from train import checkpoint, folder
 from train.clock import Clock
 from train.config import Budget, Run
-from train.device import autocast, choose_device, choose_precision, device_name, memory_gb
+from train.device import device_name, memory_gb, resolve
 from train.journal import Journal, duration, environment, read_rows
 from train.optim import make_optimizer
+from train.pace import seconds_per_step, steps_for
 from train.schedule import learning_rate, warmup_steps
+from train.step import train_step
 
 if TYPE_CHECKING:
     from train.pretrain import Controls
-
-CALIBRATION_SHARE = 0.1  # of a seconds budget, spent on measuring a step before it
-CALIBRATION_SECONDS = (2.0, 20.0)
 
 
 def pretrain(wish: Run, controls: Controls) -> dict:
@@ -47,7 +47,7 @@ def pretrain(wish: Run, controls: Controls) -> dict:
     assert wish.out is not None
     store = Store.open(wish.data)
     run = resolve(wish, store)
-    with folder.claimed(wish.out, overwrite=controls.overwrite) as out, Stop() as stop:
+    with claimed(wish.out, "run", (folder.CONFIG,), overwrite=controls.overwrite) as out, Stop() as stop:
         folder.check_same_run(out, wish, allow_resume=not controls.no_resume)
         journal = Journal(out, quiet=controls.quiet)
         try:
@@ -60,15 +60,6 @@ def pretrain(wish: Run, controls: Controls) -> dict:
             raise
         finally:
             journal.close()
-
-
-def resolve(run: Run, store: Store) -> Run:
-    """Settle what was left to the program: device, precision, backend."""
-    device = choose_device(run.device)
-    loader = choose_backend(store) if run.loader == "auto" else run.loader
-    return dataclasses.replace(
-        run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
-    )
 
 
 def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop: Stop) -> dict:
@@ -90,97 +81,55 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         if run.budget.steps is None:
             try:
                 with stop.at_once():
-                    run = dataclasses.replace(run, budget=freeze_budget(run, loader, device, journal))
+                    run = dataclasses.replace(run, budget=freeze_budget(run, loader, journal))
             except CutShort:
                 raise Preempted(f"stopped by {stop.name} before the first step. Run the same command again.") from None
         folder.write_settings(out, run)
         name = device_name(device)
         facts = {**environment(name), "data": store.fingerprint, "images": store.count}
-        checkpoint.write_atomically(out / "env.json", json.dumps(facts, indent=1))
-        trainer = Trainer(run, store, loader, device, journal, stop)
+        write_whole(out / "env.json", json.dumps(facts, indent=1))
+        trainer = Trainer(run, store, loader, device, journal, stop, controls.baselines)
         if point is not None:
             trainer.load(point)
             journal.say(f"resumed {out} at step {point.step:,} of {trainer.steps:,}.")
         else:
             journal.say(f"{run.preset}: {trainer.steps:,} steps of {run.optim.batch} images from {run.data} on {name}.")
         journal.rewind(trainer.step)
-        trainer.train(controls.limit_steps)
+        trainer.train(controls.limit_steps, until_score=controls.until_score)
         return trainer.finish()
     finally:
         loader.close()
 
 
-def freeze_budget(run: Run, loader: Loader, device: torch.device, journal: Journal) -> Budget:
-    """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step.
-
-    Seconds are measured on a throwaway network with the run's own loader: the median of whole steps times the wish.
-    """
+def freeze_budget(run: Run, loader: Loader, journal: Journal) -> Budget:
+    """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step."""
     wish = run.budget
     if wish.epochs is not None and wish.seconds is None:
         return dataclasses.replace(wish, steps=max(1, int(wish.epochs * loader.batches)))
     if wish.seconds is None:
         raise UsageError("how long? Give one of --epochs, --steps and --seconds.")
-    low, high = CALIBRATION_SECONDS
-    until = min(high, max(low, wish.seconds * CALIBRATION_SHARE))
-    network = Network(run.method, run.model, run.seed).to(device)
-    optimizer = make_optimizer(network, run.optim, device)
-    seconds: list[float] = []
-    step, start, mark = 0, math.inf, 0.0
-    while len(seconds) < 3 or mark - start < until:
-        for batch in loader.epoch(0):
-            train_step(run, network, optimizer, batch, device, lr=0.0)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            now, step = time.perf_counter(), step + 1
-            if step == 2:  # the first steps allocate, compile and fill the loader's queue
-                start = now
-            elif step > 2:
-                seconds.append(now - mark)  # waiting for the loader included
-            mark = now
-            if len(seconds) >= 3 and now - start >= until:
-                break
-    pace = statistics.median(seconds)
-    steps = max(1, round(wish.seconds / pace))
-    journal.say(f"calibrated: {pace * 1000:.0f} ms a step, so {wish.seconds:g} s are {steps:,} steps.")
-    return dataclasses.replace(wish, steps=steps)
+    (pace,) = seconds_per_step([(run, loader)], wish.seconds)
+    budget = steps_for(wish, pace)
+    journal.say(f"calibrated: {pace * 1000:.0f} ms a step, so {wish.seconds:g} s are {budget.steps:,} steps.")
+    return budget
 
 
-def train_step(run: Run, network: Network, optimizer, batch: Batch, device: torch.device, lr: float) -> list[Outcome]:
-    """One optimizer step. Nothing here reads a value back from the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    outcomes, parts = [], run.optim.accumulate
-    for part in cut(batch, parts):
-        views = make_views(part, run.method.views(run.model), patch=run.model.patch, seed=run.seed)
-        with autocast(device, run.precision):
-            outcome = network(views, part.label)
-        loss = torch.stack(list(outcome.terms.values())).sum()
-        (loss / parts).backward()
-        outcomes.append(outcome)
-    if run.optim.clip_grad is not None:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), run.optim.clip_grad)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    run.method.after_step(network)
-    return outcomes
-
-
-def cut(batch: Batch, parts: int) -> Iterator[Batch]:
-    """The batch in equal parts, for gradient accumulation."""
-    if parts == 1:
-        yield batch
-        return
-    count = len(batch.id) // parts
-    for at in range(0, count * parts, count):
-        rows = slice(at, at + count)
-        images = {name: image[rows] for name, image in batch.images.items()}
-        yield Batch(images, batch.label[rows], batch.id[rows], batch.epoch)
+BASELINE_SCORES = "baselines.json"
 
 
 class Trainer:
     """One run's weights, clock and records, from its first or a resumed step to its last."""
 
-    def __init__(self, run: Run, store: Store, loader: Loader, device: torch.device, journal: Journal, stop: Stop):
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        loader: Loader,
+        device: torch.device,
+        journal: Journal,
+        stop: Stop,
+        baselines: Path | None,
+    ):
         assert run.budget.steps is not None
         self.run, self.store, self.loader, self.device = run, store, loader, device
         self.journal, self.stop, self.steps = journal, stop, run.budget.steps
@@ -191,6 +140,8 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}
         self.saved_at, self.logged = time.monotonic(), (0, 0.0)
         self.exam = self._prepare_exam() if run.watch.evaluations else None
+        self.baselines_from = baselines
+        self.baselines: dict = {}
         if run.speed.compile:
             self.network.compile(dynamic=False)
 
@@ -212,15 +163,19 @@ class Trainer:
         self.step = point.step
         self.logged = (self.step, self.clock.train_seconds)
 
-    def train(self, limit: int | None) -> None:
+    def train(self, limit: int | None, *, until_score: bool) -> None:
         run, clock = self.run, self.clock
         last = self.steps if limit is None else min(self.steps, self.step + limit)
         evaluate_at = evaluation_steps(self.steps, run.watch.evaluations) if self.exam is not None else set()
         self.journal.status(state="running", code=None, reason="", step=self.step, steps=self.steps)
         self.network.train()
+        if self.exam is not None:
+            self.or_stop(self.score_baselines)
         scored = {row["step"] for row in read_rows(self.journal.out / "evaluations.jsonl")}
         if self.step in evaluate_at - scored:
-            self.evaluate_or_stop()
+            self.or_stop(self.evaluate)
+        if until_score:
+            last = min([last, *(step for step in evaluate_at if step > self.step)])
         while self.step < last:
             epoch, start = divmod(self.step, self.loader.batches)
             clock.start()
@@ -238,7 +193,7 @@ class Trainer:
                     if self.stop.asked and self.step < self.steps:
                         self.preempted()
                     if evaluate:
-                        self.evaluate_or_stop()
+                        self.or_stop(self.evaluate)
                     if time.monotonic() - self.saved_at > run.watch.checkpoint_minutes * 60:
                         self.save()
                     clock.start()
@@ -289,17 +244,42 @@ class Trainer:
         ))  # fmt: skip
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
 
-    def evaluate(self) -> None:
-        """Off the clock. The encoder comes back in training mode. A score cut off by a signal is made up on resume."""
-        from train.evaluate import score_network, sentence
+    def score_baselines(self) -> None:
+        """What the scores will stand beside: taken once, before the first of them, or from a run that has the same."""
+        from train.evaluate import score_baselines
 
         assert self.exam is not None
-        with self.stop.at_once():
-            result = score_network(self.network, self.exam, self.run, self.device)
+        path = self.journal.out / BASELINE_SCORES
+        # What the scores depend on: with another seed or encoder they would be another network's.
+        key = {
+            "seed": self.run.seed, "model": dataclasses.asdict(self.run.model), "precision": self.run.precision,
+            "label": self.exam.leading, "bank": self.exam.bank.fingerprint,
+            "tests": {name: store.fingerprint for name, store in self.exam.tests.items()},
+        }  # fmt: skip
+        for known in (path, self.baselines_from and self.baselines_from / BASELINE_SCORES):
+            found = folder.read_json(known) if known else {}
+            if found.get("key") == key:
+                self.baselines = found["scores"]
+        if not self.baselines:
+            self.baselines = score_baselines(self.exam, self.run, self.device)
+        write_whole(path, json.dumps({"key": key, "scores": self.baselines}))
+
+    def evaluate(self) -> None:
+        """Off the clock. The encoder comes back in training mode. A score cut off by a signal is made up on resume."""
+        from train.evaluate import EVALUATION, score_network, sentence
+
+        assert self.exam is not None
+        final = self.step == self.steps
+        result = score_network(self.network, self.exam, self.run, self.device, final=final)
         leading = result["leading"] and result["leading"]["value"]
-        at = {"step": self.step, "train_seconds": round(self.clock.train_seconds, 3), "images": self.clock.images}
+        seconds = round(self.clock.train_seconds, 3)
+        at = {"step": self.step, "train_seconds": seconds, "images": self.clock.images}
+        result = {"step": self.step, "train_seconds": seconds, **result, "baselines": self.baselines}
+        result["sentence"] = sentence(result)
+        if final:
+            write_whole(self.journal.out / EVALUATION, json.dumps(result, indent=1))
         self.journal.row("evaluations", {**at, "leading": leading, "scores": result["scores"]})
-        self.journal.say(f"step {self.step:,}, {self.clock.train_seconds:.0f} s: {sentence(result)}")
+        self.journal.say(f"step {self.step:,}, {seconds:.0f} s: {result['sentence']}")
 
     def save(self) -> None:
         state = {
@@ -311,9 +291,11 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
-    def evaluate_or_stop(self) -> None:
+    def or_stop(self, work: Callable[[], None]) -> None:
+        """Do what a signal may cut off between two steps, since a resumed run makes up for it."""
         try:
-            self.evaluate()
+            with self.stop.at_once():
+                work()
         except CutShort:
             self.preempted()
 
@@ -334,7 +316,7 @@ class Trainer:
             draw_gallery(self.journal.out, self.network, self.run, self.store, self.device)
         self.journal.status(state="done" if done else "paused", code=0, reason="", step=self.step)
         seconds = self.clock.train_seconds
-        what = "finished" if done else f"stopped after --limit-steps at step {self.step:,} of {self.steps:,}"
+        what = "finished" if done else f"paused at step {self.step:,} of {self.steps:,}"
         return {
             "out": str(self.journal.out), "state": "done" if done else "paused", "step": self.step, "steps": self.steps,
             "train_seconds": round(seconds, 3), "images": self.clock.images,

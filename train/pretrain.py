@@ -39,6 +39,10 @@ class Controls:
     """For --dry-run without --data: how many images an epoch has."""
     limit_steps: int | None = None
     """Stop with a checkpoint after this many steps of this call; the schedule stays that of the whole run."""
+    until_score: bool = False
+    """Stop with a checkpoint after the next score, or at the end; the same command goes on."""
+    baselines: Path | None = None
+    """Run folder with the same seed, encoder and tests, whose scores of pixels and the untrained encoder are taken."""
     print_config: bool = False
     """Print every setting with where it comes from, and stop."""
     list_presets: bool = False

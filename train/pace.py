@@ -1,0 +1,117 @@
+"""How many seconds a step takes, measured before a run is planned in seconds.
+
+Several recipes are measured in turns of a few steps: a slow minute of the machine then slows all of them, and what they
+are given for the same seconds stays fair. `daae compare` has its arms measured so, by `python -m train.pace FILE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import DataError
+from pipeline.staging import write_whole
+from train.command import run as run_command
+
+if TYPE_CHECKING:
+    from pipeline.loader import Loader
+    from pipeline.views import Batch
+    from train.config import Budget, Run
+
+WARM_STEPS = 2  # they allocate, compile and fill the loader's queue
+TURN_STEPS = 4
+SHARE = 0.1  # of the seconds that are planned, spent on measuring
+SECONDS = (2.0, 20.0)  # for each recipe, at least and at most
+
+
+def seconds_per_step(recipes: list[tuple[Run, Loader]], wanted: float) -> list[float]:
+    """Median seconds of a whole step of each recipe: waiting for data, views, forward, backward, optimizer.
+
+    wanted: seconds of the run that is planned; a tenth of them, within limits, is spent on each recipe. The steps are
+    those of the run, on a throwaway network and at a learning rate of 0.
+    """
+    each = min(SECONDS[1], max(SECONDS[0], SHARE * wanted))
+    rehearsals = [_rehearse(run, loader) for run, loader in recipes]
+    with contextlib.ExitStack() as stack:
+        for steps in rehearsals:
+            stack.enter_context(contextlib.closing(steps))  # pyright: ignore[reportArgumentType]
+            for _ in range(WARM_STEPS):
+                next(steps)
+        taken: list[list[float]] = [[] for _ in recipes]
+        while min(map(sum, taken)) < each:
+            for steps, seconds in zip(rehearsals, taken, strict=True):
+                seconds += [next(steps) for _ in range(TURN_STEPS)]
+    return [statistics.median(seconds) for seconds in taken]
+
+
+def _rehearse(run: Run, loader: Loader) -> Iterator[float]:
+    """Seconds of one step after another, without end."""
+    import torch
+
+    from model.network import Network
+    from train.optim import make_optimizer
+    from train.step import train_step
+
+    device = torch.device(run.device)
+    network = Network(run.method, run.model, run.seed).to(device)
+    if run.speed.compile:
+        network.compile(dynamic=False)
+    optimizer = make_optimizer(network, run.optim, device)
+    batches = _endless(loader)
+    while True:
+        start = time.perf_counter()
+        train_step(run, network, optimizer, next(batches), device, lr=0.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        yield time.perf_counter() - start
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    while True:
+        yield from loader.epoch(0)
+
+
+def steps_for(wish: Budget, pace: float) -> Budget:
+    """A wish for seconds, frozen as a number of steps."""
+    assert wish.seconds is not None
+    return dataclasses.replace(wish, steps=max(1, round(wish.seconds / pace)))
+
+
+def main(argv: list[str]) -> int:
+    """Measure what a file asks for, {"settings": {name: settings of a run}}, and write "seconds_per_step" into it."""
+    from pipeline.loader import open_loader
+    from pipeline.store import Store
+    from train.config import Run, with_values
+    from train.device import resolve
+
+    path = Path(argv[0])
+    question = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.ExitStack() as stack:
+        recipes, wanted = [], 0.0
+        for name, values in question["settings"].items():
+            wish = with_values(Run(), values, f"{path}: {name}")
+            if wish.data is None or wish.budget.seconds is None:
+                raise DataError(f"{path}: {name} names no data or no seconds.")
+            store, wanted = Store.open(wish.data), max(wanted, wish.budget.seconds)
+            run = resolve(wish, store)
+            loader = open_loader(
+                store, run.method.views(run.model), batch=run.optim.batch, seed=run.seed, backend=run.loader,
+                device=run.device, workers=run.speed.workers, stall_seconds=run.speed.stall_seconds,
+            )  # fmt: skip
+            stack.callback(loader.close)
+            recipes.append((run, loader))
+        paces = seconds_per_step(recipes, wanted)
+    answer = {**question, "seconds_per_step": dict(zip(question["settings"], paces, strict=True))}
+    write_whole(path, json.dumps(answer, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
