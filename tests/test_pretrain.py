@@ -16,10 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.errors import DataError, NumericsError, ResourceError, UsageError
+from pipeline.store import Store
 from tests.conftest import COUNT, PYTHON
 from tests.images import make_folder
 from tools import convert
-from train import checkpoint
+from train import checkpoint, evaluate
 from train.journal import duration, read_rows
 from train.loop import evaluation_steps
 from train.pretrain import main
@@ -340,3 +341,38 @@ def test_no_pickle_is_ever_loaded():
         text = file.read_text()
         assert "torch.load(" not in text, file
         assert "import pickle" not in text, file
+
+
+def test_a_run_goes_from_score_to_score_beside_baselines_that_are_scored_once(store_path, tmp_path):
+    command = [*flags("mae-tiny", store_path, tmp_path / "a", "--steps", "6", "--evaluations", "3"), "--until-score"]
+    for turn in (1, 2, 3):
+        assert main(command) == 0
+        assert [row["step"] for row in read_rows(tmp_path / "a" / "evaluations.jsonl")] == [2, 4, 6][:turn]
+        state = read_json(tmp_path / "a" / "status.json")
+        assert (state["state"], state["step"]) == ("done" if turn == 3 else "paused", 2 * turn)
+    # In parts or in one go: the same weights, the same scores.
+    assert main(flags("mae-tiny", store_path, tmp_path / "b", "--steps", "6", "--evaluations", "3")) == 0
+    one, other = weights(tmp_path / "a", 6), weights(tmp_path / "b", 6)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    evaluation = read_json(tmp_path / "a" / "evaluation.json")
+    assert {**evaluation, "train_seconds": 0} == {
+        **read_json(tmp_path / "b" / "evaluation.json"), "train_seconds": 0
+    }  # fmt: skip
+    assert set(evaluation["scores"]["held-out"]) == {"class", *Store.open(store_path).columns}
+    # The last score is what `daae evaluate` says of the same checkpoint.
+    assert evaluate.main([str(tmp_path / "a"), "--json"]) == 0
+    assert read_json(tmp_path / "a" / "evaluation.json") == evaluation
+
+
+def test_baselines_of_a_twin_are_taken_and_those_of_a_stranger_are_not(store_path, tmp_path):
+    more = ("--steps", "2", "--evaluations", "1")
+    assert main(flags("mae-tiny", store_path, tmp_path / "a", *more)) == 0
+    known = read_json(tmp_path / "a" / "baselines.json")
+    known["scores"]["pixels"]["leading"]["value"] = 0.125  # no score of 96 pictures: a fifth of them is asked
+    (tmp_path / "a" / "baselines.json").write_text(json.dumps(known))
+    taken = ("--baselines", str(tmp_path / "a"))
+    strangers = {"seed": ("--seed", "1"), "width": ("--model.width", "64")}
+    for name, words in {"twin": (), **strangers}.items():
+        assert main(flags("daae-tiny", store_path, tmp_path / name, *more, *taken, *words)) == 0
+        value = read_json(tmp_path / name / "evaluation.json")["baselines"]["pixels"]["leading"]["value"]
+        assert (value == 0.125) == (name == "twin")

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UsageError
-from pipeline.store import Store
 from tools.records import ARMS, RUNS, run_name, target_score
 from train.command import coerce, nearest, plain, read_yaml
 from train.config import Budget, Run, as_values, flat, with_values
@@ -161,6 +160,8 @@ class Plan:
 
 def make_plan(flags: Compare) -> Plan:
     """Flags over the experiment file, checked before anything starts. Raises UsageError, DataError."""
+    from pipeline.store import Store
+
     values = _file_values(flags)
     arms = _arms(flags, values)
     if flags.data is None and values["data"] is None:

@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     network = Network(settings.method, settings.model, settings.seed).to(device)
     network.load_state_dict(point.weights())
     result = exam.sit(encoder_features(network, settings, device, flags.feature), flags.protocols)
-    result = {"step": point.step, "train_seconds": point.state["clock"]["train_seconds"], **result}
+    result = {"step": point.step, "train_seconds": round(point.state["clock"]["train_seconds"], 3), **result}
     if flags.baselines:
         result["baselines"] = score_baselines(exam, settings, device, flags.protocols, flags.feature)
     result["sentence"] = sentence(result)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from model.shape import Shape
-from pipeline.sampling import View
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from model.network import Network
+    from pipeline.sampling import View
     from pipeline.views import Patches
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from model.objectives.base import Objective, Outcome
 from model.objectives.mae import build_decoder, decoded_count, repaint_loss, scored_patches
 from model.shape import Shape, decoder_macs, encoder_macs, head_macs
-from pipeline.sampling import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from model.decoder import Decoder
     from model.network import Network
+    from pipeline.sampling import View
     from pipeline.views import Patches
 
 
@@ -64,6 +64,8 @@ class DAAE(Objective):
     head_norm: Literal["batch", "layer"] = "batch"
 
     def views(self, shape: Shape) -> dict[str, View]:
+        from pipeline.sampling import View
+
         return {
             "holed": View(side=shape.side, mask_ratio=self.mask_ratio),
             "small": View(

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from model.objectives.base import Objective, Outcome
 from model.shape import Shape, decoder_macs, encoder_macs
-from pipeline.sampling import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from model.decoder import Decoder
     from model.network import Network
+    from pipeline.sampling import View
     from pipeline.views import Patches
 
 
@@ -53,6 +53,8 @@ class MAE(Objective):
     """Probability of grayscale; MAE uses none."""
 
     def views(self, shape: Shape) -> dict[str, View]:
+        from pipeline.sampling import View
+
         return {
             "holed": View(
                 side=shape.side, area=self.area, mask_ratio=self.mask_ratio, jitter=self.jitter, gray=self.gray
