@@ -14,7 +14,7 @@ from pipeline.store import Store
 from tests.images import make_folder
 from tests.test_pretrain import flags
 from tools import convert
-from train import evaluate
+from train import evaluate, probes
 from train.evaluate import Exam, mean_score
 from train.pretrain import main as pretrain
 
@@ -91,6 +91,32 @@ def test_near_duplicates_stay_on_one_side_of_a_fold(tmp_path):
     assert np.bincount(groups.numpy()).tolist() == [2] * 12
     assert exam._near_duplicates("thing") is None
     assert exam.columns() == ["kind", "thing"]
+
+
+def test_where_tests_are_by_other_makers_each_maker_of_the_bank_is_left_out_in_turn(tmp_path, monkeypatch):
+    stores = {}
+    for name, first in (("bank", 0), ("other", 40)):
+        root = tmp_path / name
+        paths = make_folder(root, 24, 32, first=first)
+        rows = [f"{path.name},kind-{i % 2},{'abc'[i % 3]}" for i, path in enumerate(paths)]
+        (root / "labels.csv").write_text("path,kind,source\n" + "\n".join(rows) + "\n")
+        stores[name] = tmp_path / f"{name}-store"
+        assert convert.main([str(root), str(stores[name]), "--backends", "dali", "--quiet"]) == 0
+    exam = Exam.prepare(stores["bank"], (stores["other"],), "kind")
+    assert exam.columns() == ["kind"]
+    asked = []
+
+    def ridge(*args, groups, **more):
+        asked.append(groups)
+        return genuine(*args, groups=groups, **more)
+
+    genuine = probes.ridge
+    monkeypatch.setattr(probes, "ridge", ridge)
+    exam.sit(lambda _, ids: torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0)), ("ridge",))
+    assert asked[0].tolist() == Store.open(stores["bank"]).label("source")[0].tolist()
+    assert [len(part) for part in probes.folds(24, asked[0], 0)] == [8, 8, 8]
+    # Held out of the bank itself, the test is by the same makers.
+    assert Exam.prepare(stores["bank"], (), "kind")._fold_groups("kind") is None
 
 
 def test_mean_of_two_tests_and_its_error():

@@ -132,9 +132,9 @@ def test_emoji_are_matched_in_every_spelling_and_once_per_vendor():
         "v/not-an-emoji.png",
     ]
     assert sorted(fetch.emoji_labels(paths, EMOJI)) == [
-        ("v/0023-fe0f-20e3.png", "Symbols", "keycap", "0023-fe0f-20e3"),
-        ("v/1f600.png", "Smileys", "face", "1f600"),
-        ("v/a9.png", "Symbols", "other", "00a9-fe0f"),
+        ("v/0023-fe0f-20e3.png", "Symbols", "keycap", "0023-fe0f-20e3", "v"),
+        ("v/1f600.png", "Smileys", "face", "1f600", "v"),
+        ("v/a9.png", "Symbols", "other", "00a9-fe0f", "v"),
     ]
 
 
@@ -180,11 +180,11 @@ def test_emoji_from_packages_to_a_folder_with_labels_and_licences(tmp_path, npm,
     }  # fmt: skip
     with open(out / "train/labels.csv", newline="") as file:
         assert list(csv.reader(file)) == [
-            ["path", "category", "subcategory", "codepoint"],
-            ["google/0023-fe0f-20e3.png", "Symbols", "keycap", "0023-fe0f-20e3"],
-            ["google/1f600.png", "Smileys", "face", "1f600"],
-            ["twitter/0023-fe0f-20e3.png", "Symbols", "keycap", "0023-fe0f-20e3"],
-            ["twitter/1f600.png", "Smileys", "face", "1f600"],
+            ["path", "category", "subcategory", "codepoint", "source"],
+            ["google/0023-fe0f-20e3.png", "Symbols", "keycap", "0023-fe0f-20e3", "google"],
+            ["google/1f600.png", "Smileys", "face", "1f600", "google"],
+            ["twitter/0023-fe0f-20e3.png", "Symbols", "keycap", "0023-fe0f-20e3", "twitter"],
+            ["twitter/1f600.png", "Smileys", "face", "1f600", "twitter"],
         ]
     said = capsys.readouterr().out
     for licence in ("Apache-2.0", "CC-BY-4.0", "MIT", "EmojiOne's own"):

@@ -286,7 +286,7 @@ def fetch_emoji(flags: Fetch, folder: Path) -> dict:
         rows = [row for vendor in _by_folder(pictures) for row in emoji_labels(vendor, emoji)]
         with open(folder / part / "labels.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "category", "subcategory", "codepoint"])
+            writer.writerow(["path", "category", "subcategory", "codepoint", "source"])
             writer.writerows((str(PurePosixPath(path).relative_to(part)), *labels) for path, *labels in sorted(rows))
         counts[part], labelled[part] = len(pictures), len(rows)
     return {"versions": list(digests), "sha256": digests, "pictures": counts, "labelled": labelled}
@@ -357,10 +357,11 @@ def _by_folder(paths: Iterable[str]) -> Iterator[list[str]]:
     yield from folders.values()
 
 
-def emoji_labels(paths: Iterable[str], emoji: Iterable[dict]) -> list[tuple[str, str, str, str]]:
-    """Rows (path, category, subcategory, codepoint) for the base emoji among one vendor's pictures.
+def emoji_labels(paths: Iterable[str], emoji: Iterable[dict]) -> list[tuple[str, str, str, str, str]]:
+    """Rows (path, category, subcategory, codepoint, vendor) for the base emoji among one vendor's pictures.
 
-    paths: named by code points, joined by - or _, with or without leading zeros and variation selector.
+    paths: in the vendor's folder, named by code points, joined by - or _, with or without leading zeros and variation
+    selector.
     emoji: emoji.json's rows. A picture that they do not know, above all a skin-tone variant, gets no row: against its
     own base it would be a neighbour that pixels find. One row per code point: of two files for one emoji the
     file with the fully qualified name has it, the other stays unlabelled.
@@ -376,7 +377,8 @@ def emoji_labels(paths: Iterable[str], emoji: Iterable[dict]) -> list[tuple[str,
                 continue
             unified = one["unified"].lower()
             if (_stem(path) == unified) == exact and unified not in rows:
-                rows[unified] = (path, one["category"], one["subcategory"], unified)
+                vendor = PurePosixPath(path).parent.name
+                rows[unified] = (path, one["category"], one["subcategory"], unified, vendor)
     return list(rows.values())
 
 

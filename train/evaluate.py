@@ -32,6 +32,7 @@ PIXEL_SIDE = 32
 KNN = (1, 20)
 RIDGE_MIN_PER_CLASS = 4  # below, a class is missing from some fold and the penalty cannot be chosen on the bank
 HELD_OUT = 0.2
+SOURCE = "source"  # the label column that tells who made a picture; it is never asked for
 FINER = 4  # times as many classes as another column, and a column names things rather than kinds
 LINEAR_ROWS = 4_000_000  # rows x epochs that the linear probe needs to arrive
 LEADING_BATCH = 4096  # of the linear probe; MAE's 16384 is for ImageNet
@@ -196,6 +197,7 @@ class Exam:
     def columns(self) -> list[str]:
         """The leading column first, then the others that every test set has too."""
         shared = [c for c in self.bank.columns if all(c in store.columns for store in self.tests.values())]
+        shared = [column for column in shared if column != SOURCE]
         return [self.leading, *(column for column in shared if column != self.leading)]
 
     def labelled(self, store: Store, columns: list[str]) -> np.ndarray:
@@ -206,6 +208,18 @@ class Exam:
 
     def _stores(self) -> dict[Path, Store]:
         return {store.root: store for store in (self.bank, *self.tests.values())}
+
+    def _fold_groups(self, column: str) -> Tensor | None:
+        """(N,) which pictures of the bank stay together when the ridge penalty is chosen; None where any may part.
+
+        The folds ask what the test asks. Where the tests are by other makers, each maker of the bank is left out in
+        turn: a penalty that serves for new things by the same hand is far too small for the same things by another.
+        """
+        import torch
+
+        if self.bank.root not in self.held_out and len(self.bank.columns.get(SOURCE, ())) > 1:
+            return torch.from_numpy(self.bank.label(SOURCE)[0].astype("int64"))
+        return self._near_duplicates(column)
 
     def _near_duplicates(self, column: str) -> Tensor | None:
         """Pictures of one thing (one code point drawn by several vendors), which must not sit on both sides of a fold.
@@ -252,7 +266,7 @@ class Exam:
                 for k in KNN:
                     answers[f"knn{k}"] = probes.knn(bank, known, every, k=k, classes=len(names))
             elif protocol == "ridge" and per_class >= RIDGE_MIN_PER_CLASS:
-                groups = self._near_duplicates(column)
+                groups = self._fold_groups(column)
                 groups = None if groups is None else groups[self.labelled(self.bank, columns)][rows]
                 answers["ridge"] = probes.ridge(bank, known, every, classes=len(names), groups=groups).predicted
             elif protocol == "linear" and per_class >= RIDGE_MIN_PER_CLASS:

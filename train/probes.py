@@ -21,7 +21,7 @@ from pipeline.sampling import epoch_order
 from train.config import Optim
 from train.schedule import learning_rate
 
-PENALTIES = tuple(10.0**power for power in range(-4, 5))
+PENALTIES = tuple(10.0 ** (power / 2) for power in range(-8, 9))
 FOLDS = 5
 FOLD_ROWS = 2048  # more folds than five once they grow larger than this: the cost is rows times rows of a fold
 BLOCK = 2**26  # numbers in the largest temporary table, 256 MB in float32
@@ -176,13 +176,15 @@ class _Ridge:
         """For each penalty, (n, C): what the fit without the rows `part` of the bank says of them.
 
         H = 1/N + Z (Z^T Z + penalty)^-1 Z^T takes targets to fitted values. With H_FF its block of a fold and r the
-        fold's residuals in the fit of everything, the residuals without the fold are (1 - H_FF)^-1 r, exactly.
+        fold's residuals in the fit of everything, the residuals without the fold are (1 - H_FF)^-1 r, exactly. The
+        penalty counts the rows that are left: half of a bank is to be fitted as strictly a row as the whole of it.
         """
         part = part.to(self.bank.device)
         z = self._standard(self.bank[part]) @ self.basis
         target = F.one_hot(self.label[part], self.classes).double()
+        left = 1 - len(part) / len(self.bank)
         for penalty in penalties:
-            shrunk = 1 / (self.value + penalty * self.unit)
+            shrunk = 1 / (self.value + penalty * left * self.unit)
             residual = target - self.share - z @ (shrunk[:, None] * self.moment)
             rest = -(z * shrunk) @ z.T - 1 / len(self.bank)
             rest.diagonal().add_(1)
