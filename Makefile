@@ -4,8 +4,8 @@ DATA ?= emoji
 DEMO ?= demo
 VENV := .venv
 BIN := $(VENV)/bin
-# Headers that FFCV is compiled against; it is the only part that needs a compiler.
-APT := libturbojpeg0-dev libopencv-dev pkg-config g++ python3-dev
+# Headers that our decoder (libjpeg) and FFCV (the others) are compiled against.
+APT := libjpeg-dev libturbojpeg0-dev libopencv-dev pkg-config gcc g++ python3-dev
 
 .PHONY: help setup demo test check tests faults clean
 help:

@@ -1,28 +1,34 @@
-"""DALI backend: JPEG bytes from WebDataset shards by sample id, decoded by DALI on the CPU or by nvJPEG on the GPU."""
+"""DALI backend: JPEG bytes from WebDataset shards by sample id, decoded by DALI on the CPU or the GPU.
+
+On a GPU nvJPEG and the hardware decoder do the work and every view is cut there: the host only reads bytes.
+"""
 
 from __future__ import annotations
 
 # DALI fills its modules at import, out of pyright's sight.
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
-from collections.abc import Iterator
+# pyright: reportCallIssue=false
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
+from pipeline.decoder import PillowDecoder
 from pipeline.errors import DataError
-from pipeline.jpeg import JpegReader, damaged
+from pipeline.geometry import crop_resize
+from pipeline.jpeg import StoredJpegs
+from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 
 
 class DALISource:
     """Feeds DALI our samples in our order: its own readers shuffle by a window and crop by a hidden state."""
 
-    def __init__(self, store: Store, *, device: torch.device, workers: int, batch: int):
-        self.store, self.reader = store, JpegReader(store)
+    def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int):
+        self.jpegs, self.sides = StoredJpegs.in_shards(store), {name: view.side for name, view in views.items()}
         on_gpu = device.type == "cuda"
-        height, width = store.max_height, store.max_width
 
         @pipeline_def(
             batch_size=batch,
@@ -37,20 +43,30 @@ class DALISource:
                 jpeg, device="mixed" if on_gpu else "cpu", output_type=types.RGB,
                 use_fast_idct=False, jpeg_fancy_upsampling=True,
             )  # fmt: skip
-            return fn.pad(picture, axes=(0, 1), shape=(height, width), fill_value=0)
+            return fn.pad(picture, axes=(0, 1), shape=(store.max_height, store.max_width), fill_value=0)
 
         self.pipeline = decode()
         self.pipeline.build()
 
-    def canvases(self, ids: list[np.ndarray]) -> Iterator[Tensor]:
-        for batch in ids:
-            self.pipeline.feed_input("jpeg", [self.reader.read(sample) for sample in batch.tolist()])
+    def batches(
+        self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
+    ) -> Iterator[dict[str, Tensor]]:
+        for ids in plan:
+            self.pipeline.feed_input("jpeg", [self.jpegs.read(sample) for sample in ids.tolist()])
             try:
-                (canvas,) = self.pipeline.run()
+                (decoded,) = self.pipeline.run()
             except RuntimeError as error:
-                # DALI names no sample, so ask Pillow.
-                raise DataError(damaged(self.store, self.reader, batch) or f"DALI cannot decode: {error}.") from None
-            yield torch.from_dlpack(canvas.as_tensor())
+                raise DataError(self._damaged(ids) or f"DALI cannot decode: {error}.") from None
+            canvas = torch.from_dlpack(decoded.as_tensor())
+            # Not DALI's resize: at the edge of a box it repeats pixels where Pillow cuts the filter off.
+            yield {name: crop_resize(canvas, geometry, self.sides[name]) for name, geometry in where(ids).items()}
+
+    def _damaged(self, ids: np.ndarray) -> str | None:
+        """DALI names no sample: ask Pillow which one it cannot decode either."""
+        rows, decoder = self.jpegs.rows(ids), PillowDecoder(1)
+        failed = decoder.decode(rows, [], [])
+        decoder.close()
+        return self.jpegs.sentence(int(ids[failed[0]]), int(rows["status"][failed[0]])) if failed.size else None
 
     def close(self) -> None:
-        self.reader.close()
+        self.jpegs.close()

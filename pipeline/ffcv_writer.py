@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.beton import picture_offsets
 from pipeline.errors import ResourceError, StalledError
 from pipeline.staging import size_in_words
 from pipeline.store import BETON
@@ -97,14 +98,9 @@ def write_beton(
 
 
 def move_index(beton: Path, rows: Sequence[tuple]) -> list[tuple]:
-    """INDEX rows that point at the shards -> the same pictures inside the FFCV file, as shard 0.
-
-    Reads FFCV's table itself (header of 24 bytes, a description of 1041 per field, then 24 bytes a picture): importing
-    FFCV for it would take seconds.
-    """
-    table = np.dtype({"names": ["data_ptr"], "formats": ["<u8"], "offsets": [5], "itemsize": 24})
-    pointers = np.fromfile(beton, table, count=len(rows), offset=24 + 2 * 1041)["data_ptr"]
-    return [(0, size, int(at), height, width) for (_, size, _, height, width), at in zip(rows, pointers, strict=True)]
+    """INDEX rows that point at the shards -> the same pictures inside the FFCV file, as shard 0."""
+    pointers = picture_offsets(beton, len(rows))
+    return [(0, row[1], int(at), *row[3:]) for row, at in zip(rows, pointers, strict=True)]
 
 
 def _failure(said: str, code: int, folder: Path) -> ResourceError:

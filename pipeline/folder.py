@@ -3,51 +3,61 @@
 from __future__ import annotations
 
 import csv
-import hashlib
+import io
 import os
 import stat
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.entries import Entry, Labels, Listing, Vocabulary, no_labels
 from pipeline.errors import DataError
-from pipeline.pictures import has_picture_extension, sniff
+from pipeline.pictures import has_picture_extension, read_file, sniff
 from pipeline.shards import printable
 
 LABELS = b"labels.csv"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    path: bytes  # relative to SRC
-    size: int
-    mtime_ns: int
-
-
-@dataclass
-class Listing:
-    """What lies under SRC. `files`: what claims to be a picture, in the order of the store."""
-
+@dataclass(frozen=True)
+class FolderReader:
     root: bytes
-    files: list[Source] = field(default_factory=list)
-    others: list[Source] = field(default_factory=list)  # regular files that are no pictures
-    skipped: Counter = field(default_factory=Counter)  # reason -> files or folders
-    unreadable: list[tuple[bytes, str]] = field(default_factory=list)  # folders, and why
+
+    def read(self, entry: Entry, largest: int) -> bytes:
+        return read_file(os.path.join(self.root, entry.path), largest)
+
+
+class FolderSource:
+    """Image files at any depth. Labels come from labels.csv or else from the folders at the top."""
+
+    kind = "folder"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def _listing(self) -> Listing:
+        return scan(self.root)
 
     def digest(self) -> str:
-        """sha256 over path, size and time of every file: another digest means that SRC has changed."""
-        state = hashlib.sha256()
-        for one in sorted([*self.files, *self.others], key=lambda one: one.path):
-            state.update(b"%d %d %d %s\0" % (len(one.path), one.size, one.mtime_ns, one.path))
-        return state.hexdigest()
+        return self._listing.digest()
 
-    def looked_at(self) -> str:
-        number = len(self.files) + sum(self.skipped.values())
-        parts = [f"{count} {reason}" for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1])]
-        example = f", e.g. {printable(self.others[0].path)}" if self.others else ""
-        return f"looked at {number} files" + (f": {', '.join(parts)}{example}" if parts else "")
+    def listing(self, spool: Path, tick: Callable[[int], None] = lambda files: None) -> Listing:
+        listing = self._listing
+        table = None
+        if listing.others.find(LABELS) is not None:
+            try:
+                table = (self.root / os.fsdecode(LABELS)).read_bytes()
+            except OSError as error:
+                raise DataError(f"{self.root / os.fsdecode(LABELS)} cannot be read: {error.strerror}.") from None
+        name = str(self.root / os.fsdecode(LABELS))
+        listing.labels = find_labels(listing, table, name, lambda one: sniff(_head(os.fsencode(self.root), one.path)))
+        return listing
+
+    def reader(self, spool: Path) -> FolderReader:
+        return FolderReader(os.fsencode(self.root))
 
 
 def scan(root: Path) -> Listing:
@@ -55,39 +65,40 @@ def scan(root: Path) -> Listing:
 
     Regular files and links to them; links to folders are followed once each, so loops end. Hidden names and __MACOSX
     are left out. A file counts as a picture by its extension or by its first bytes, and is opened only where the
-    extension does not tell. The order is the store's: by a hash of the path, so neighbours in a shard are unrelated
-    and a reader that shuffles within a window sees mixed classes.
+    extension does not tell.
     """
     if not root.is_dir():
         raise DataError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}.")
-    listing = Listing(os.fsencode(root))
+    listing, place = Listing(), os.fsencode(root)
     seen: set[tuple[int, int]] = set()
     folders, links = [b""], []
     while folders or links:
         # Folders first, so that a picture's path is its own and not one through a link.
         folder = folders.pop() if folders else links.pop(0)
-        folders_here, links_here = _scan_folder(listing, folder, seen)
+        folders_here, links_here = _scan_folder(place, listing, folder, seen)
         folders += reversed(folders_here)
         links += links_here
-    if b"" in dict(listing.unreadable):
-        raise DataError(f"{root} cannot be read: {dict(listing.unreadable)[b'']}.")
-    listing.files.sort(key=lambda one: hashlib.blake2b(one.path, digest_size=16).digest())
-    listing.others.sort(key=lambda one: one.path)
+    if b"/" in dict(listing.unreadable):
+        raise DataError(f"{root} {dict(listing.unreadable)[b'/']}.")
+    listing.files.shuffle()
+    listing.others.shuffle()
     return listing
 
 
-def _scan_folder(listing: Listing, folder: bytes, seen: set[tuple[int, int]]) -> tuple[list[bytes], list[bytes]]:
+def _scan_folder(
+    root: bytes, listing: Listing, folder: bytes, seen: set[tuple[int, int]]
+) -> tuple[list[bytes], list[bytes]]:
     folders, links = [], []
     try:
-        facts = os.stat(os.path.join(listing.root, folder))
+        facts = os.stat(os.path.join(root, folder))
         if (facts.st_dev, facts.st_ino) in seen:
             listing.skipped["links to folders seen already"] += 1
             return [], []
         seen.add((facts.st_dev, facts.st_ino))
-        with os.scandir(os.path.join(listing.root, folder)) as entries:
+        with os.scandir(os.path.join(root, folder)) as entries:
             inside = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        listing.unreadable.append((folder, error.strerror or "unknown reason"))
+        listing.unreadable.append((folder + b"/", f"cannot be read: {error.strerror or 'unknown reason'}"))
         return [], []
     for entry in inside:
         path = os.path.join(folder, entry.name)
@@ -105,18 +116,17 @@ def _scan_folder(listing: Listing, folder: bytes, seen: set[tuple[int, int]]) ->
         if not stat.S_ISREG(facts.st_mode):
             listing.skipped["not regular files"] += 1
             continue
-        source = Source(path, facts.st_size, facts.st_mtime_ns)
-        if has_picture_extension(entry.name) or sniff(_head(listing, path)):
-            listing.files.append(source)
+        if has_picture_extension(entry.name) or sniff(_head(root, path)):
+            listing.files.add(path, facts.st_size, stamp=facts.st_mtime_ns)
         else:
-            listing.others.append(source)
-            listing.skipped["not images"] += 1
+            listing.others.add(path, facts.st_size, stamp=facts.st_mtime_ns)
+            listing.not_an_image(path)
     return folders, links
 
 
-def _head(listing: Listing, path: bytes) -> bytes:
+def _head(root: bytes, path: bytes) -> bytes:
     try:
-        handle = os.open(os.path.join(listing.root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(os.path.join(root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return b""
     try:
@@ -127,65 +137,53 @@ def _head(listing: Listing, path: bytes) -> bytes:
         os.close(handle)
 
 
-@dataclass(frozen=True)
-class Labels:
-    columns: dict[str, list[str]]  # name -> class names, sorted
-    table: np.ndarray  # (files of the listing, columns) int32, -1 where unknown
+def find_labels(
+    listing: Listing, table: bytes | None, name: str, is_picture: Callable[[Entry], object], depth: int = 0
+) -> Labels:
+    """Labels from a table; else one column `class`, the folder of each path that is `depth` below the top; else none.
 
-
-def find_labels(root: Path, listing: Listing) -> Labels:
-    """Labels from SRC/labels.csv; else one column `class`, the first folder of each path; else none.
-
-    Raises DataError where labels.csv cannot be understood.
+    table: what labels.csv holds, where there is one; name: what to call it. is_picture: whether a file really is one,
+    asked about those that lie in no folder. Raises DataError where the table cannot be understood.
     """
-    if any(one.path == LABELS for one in listing.others):
-        return _labels_from_table(root / os.fsdecode(LABELS), listing)
-    tops = [one.path.split(b"/")[0] if b"/" in one.path else None for one in listing.files]
-    for one, top in zip(listing.files, tops, strict=True):
+    if table is not None:
+        return _labels_from_table(table, name, listing)
+    words, codes = Vocabulary(), np.empty(len(listing.files), np.int32)
+    for place, path in enumerate(listing.files.paths()):
+        parts = path.split(b"/", depth + 1)
+        text = printable(parts[depth]) if len(parts) > depth + 1 else ""
         # A stray file beside the class folders that is no picture says nothing about them.
-        if top is None and sniff(_head(listing, one.path)):
-            return Labels({}, np.empty((len(tops), 0), np.int32))
-    cells = [[printable(top) if top is not None else ""] for top in tops]
-    return _encode_labels(["class"], cells)
+        if not text and is_picture(listing.files[place]):
+            return no_labels(listing.files)
+        codes[place] = words.code(text)
+    classes, column = words.settle(codes)
+    return Labels({"class": classes}, column[:, None])
 
 
-def _labels_from_table(path: Path, listing: Listing) -> Labels:
-    wanted = {one.path: place for place, one in enumerate(listing.files)}
+def _labels_from_table(table: bytes, name: str, listing: Listing) -> Labels:
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if not header or header[0] != "path" or len(set(header)) < len(header) or not all(header):
-                raise DataError(f"{path} must begin with the line `path,<column>,...`, not {','.join(header)[:80]!r}.")
-            cells = [[""] * (len(header) - 1) for _ in listing.files]
-            given: dict[int, list[str]] = {}
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: {len(row)} cells, but the first line has {len(header)}."
-                    )
-                place = wanted.get(os.fsencode(os.path.normpath(row[0])))
-                values = [cell.strip() for cell in row[1:]]
-                if place is None:
-                    continue
-                if given.setdefault(place, values) != values:
-                    raise DataError(f"{path}, line {reader.line_num}: {row[0]} has had other labels before.")
-                cells[place] = values
+        reader = csv.reader(io.TextIOWrapper(io.BytesIO(table), "utf-8-sig", "surrogateescape", ""), strict=True)
+        header = [title.strip() for title in next(reader, [])]
+        if not header or header[0] != "path" or len(set(header)) < len(header) or not all(header):
+            raise DataError(f"{name} must begin with the line `path,<column>,...`, not {','.join(header)[:80]!r}.")
+        words = [Vocabulary() for _ in header[1:]]
+        codes = np.full((len(listing.files), len(words)), -1, np.int32)
+        given = np.zeros(len(listing.files), bool)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise DataError(
+                    f"{name}, line {reader.line_num}: {len(row)} cells, but the first line has {len(header)}."
+                )
+            place = listing.files.find(os.fsencode(os.path.normpath(row[0])))
+            if place is None:
+                continue
+            values = [each.code(cell.strip()) for each, cell in zip(words, row[1:], strict=True)]
+            if given[place] and codes[place].tolist() != values:
+                raise DataError(f"{name}, line {reader.line_num}: {row[0]} has had other labels before.")
+            given[place], codes[place] = True, values
     except csv.Error as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    return _encode_labels(header[1:], cells)
-
-
-def _encode_labels(names: list[str], cells: list[list[str]]) -> Labels:
-    columns, table = {}, np.full((len(cells), len(names)), -1, np.int32)
-    for at, name in enumerate(names):
-        classes = sorted({row[at] for row in cells} - {""})
-        number = {text: value for value, text in enumerate(classes)}
-        table[:, at] = [number.get(row[at], -1) for row in cells]
-        # A byte that is no UTF-8 must not end up in the manifest.
-        columns[name] = [printable(os.fsencode(text)) for text in classes]
-    return Labels(columns, table)
+        raise DataError(f"{name} cannot be read as CSV: {error}.") from None
+    settled = [each.settle(codes[:, at]) for at, each in enumerate(words)]
+    columns = {title: classes for title, (classes, _) in zip(header[1:], settled, strict=True)}
+    return Labels(columns, np.stack([column for _, column in settled], axis=1) if settled else codes)

@@ -1,52 +1,76 @@
-"""The stored JPEG of a sample, by id, from the shards."""
+"""The JPEG of every sample of a store: where it lies, in shards or in an FFCV file, and its bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import io
-import mmap
+import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pipeline.decoder import FAILURES, SAMPLE, checksum_in_c, read_sample
+from pipeline.errors import DataError
 from pipeline.store import Store
 
 
-class JpegReader:
-    """Random access to the shards through memory maps: a sample costs no system call once its pages are cached."""
+class StoredJpegs:
+    """An address book of samples and the open files that it points into.
 
-    def __init__(self, store: Store):
-        self.index = store.index
-        self.maps: list[mmap.mmap] = []
-        for shard in store.shards:
-            with open(shard, "rb") as file:
-                self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self.bytes = [np.frombuffer(one, np.uint8) for one in self.maps]
+    Files are read, never mapped: one that is cut short meanwhile then costs an error and not the process, and one that
+    is replaced is read on as it was.
+    """
+
+    def __init__(self, store: Store, paths: list[Path], file: np.ndarray, offset: np.ndarray):
+        """file: (N,) which of `paths` holds sample i; offset: (N,) the byte of it at which its JPEG begins."""
+        self.store, self.paths, self._file, self._offset = store, paths, file, offset
+        self._open: list[int] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            for path in paths:
+                try:
+                    self._open.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                except OSError as error:
+                    raise DataError(f"{path} cannot be opened: {error.strerror}.") from None
+            stack.pop_all()
+
+    @classmethod
+    def in_shards(cls, store: Store) -> StoredJpegs:
+        return cls(store, store.shards, store.index["shard"], store.index["offset"])
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """(len(ids),) SAMPLE, for a decoder."""
+        index = self.store.index[ids]
+        rows = np.zeros(len(ids), SAMPLE)
+        rows["file"] = np.array(self._open, np.int32)[self._file[ids]]
+        rows["offset"] = self._offset[ids]
+        for name in ("size", "height", "width", "sum"):
+            rows[name] = index[name]
+        return rows
 
     def read(self, sample: int) -> np.ndarray:
-        """(size,) uint8 view of the JPEG file of one sample; valid until close()."""
-        row = self.index[sample]
-        start = int(row["offset"])
-        return self.bytes[int(row["shard"])][start : start + int(row["size"])]
+        """(size,) uint8: the JPEG file of one sample. Raises DataError where it is not whole, or not as converted."""
+        (row,) = self.rows(np.array([sample]))
+        data = np.frombuffer(read_sample(row), np.uint8)
+        if data.size < row["size"] or checksum_in_c(data) != row["sum"]:
+            raise DataError(self.sentence(sample, 4 if data.size < row["size"] else 5))
+        return data
+
+    def sentence(self, sample: int, status: int) -> str:
+        """What a decoder's status says of a sample, where that lies and what to do."""
+        path = self.paths[int(self._file[sample])]
+        return (
+            f"sample {sample:,} of {self.store.root} cannot be used: {FAILURES[status]} ({path.name} at byte "
+            f"{int(self._offset[sample]):,}; source {self.store.name(sample)}). Convert the images again."
+        )
 
     def close(self) -> None:
-        self.bytes.clear()  # the maps close with the last view of them
+        while self._open:
+            os.close(self._open.pop())
 
 
 def picture(data: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 as Pillow decodes a stored JPEG: the reference that every backend is compared with."""
     with Image.open(io.BytesIO(data.tobytes())) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def damaged(store: Store, reader: JpegReader, ids: np.ndarray) -> str | None:
-    """A sentence about the first of these samples that Pillow cannot decode either, or None if it can decode all."""
-    for sample in ids.tolist():
-        try:
-            picture(reader.read(sample))
-        except (OSError, SyntaxError, ValueError) as error:
-            row = store.index[sample]
-            return (
-                f"sample {sample} of {store.root} is damaged ({error}; {store.shards[int(row['shard'])].name} "
-                f"at byte {int(row['offset']):,}). Convert the images again."
-            )
-    return None

@@ -1,6 +1,10 @@
-"""One loader for every backend: which samples, decoded by a backend, cropped on the device, one batch ahead.
+"""One loader for every backend: which samples, where to crop them, and a backend that does so, some batches ahead.
 
-A backend (`ffcv_loader`, `dali_loader`) does one thing: given sample ids, it yields canvases of decoded pictures.
+    ffcv       one .beton, decoded region by region on the CPU        ffcv_loader.py
+    shards     WebDataset shards, decoded the same way                jpeg_loader.py
+    dali       WebDataset shards, decoded by DALI on the CPU or GPU   dali_loader.py
+    resident   the whole store, decoded once, on the device           resident_loader.py
+
 Order, crops and flips come from `sampling`, so backends agree on everything but the decoder's last grey levels.
 """
 
@@ -11,7 +15,7 @@ import importlib
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,23 +24,30 @@ from torch import Tensor
 
 from pipeline import sampling
 from pipeline.errors import DaaeError, DataError, ResourceError, StalledError, UsageError
-from pipeline.geometry import crop_resize
-from pipeline.sampling import View
+from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 from pipeline.views import Batch
 
-Backend = Literal["auto", "ffcv", "dali"]
-MODULES = {"ffcv": ("pipeline.ffcv_loader", "FFCVSource"), "dali": ("pipeline.dali_loader", "DALISource")}
+Backend = Literal["auto", "ffcv", "shards", "dali", "resident"]
+MODULES = {
+    "ffcv": ("pipeline.ffcv_loader", "FFCVSource"),
+    "shards": ("pipeline.jpeg_loader", "ShardSource"),
+    "dali": ("pipeline.dali_loader", "DALISource"),
+    "resident": ("pipeline.resident_loader", "ResidentSource"),
+}
 AHEAD = 2  # batches finished and waiting: enough to ride out a slow one, few enough to stay small
 
 
 class Source(Protocol):
-    """What a backend is: sample ids in, decoded pictures out."""
+    """What a backend is: sample ids and boxes in, crops of every view out."""
 
-    def canvases(self, ids: list[np.ndarray]) -> Iterator[Tensor]:
-        """For each array of sample ids a (B, H, W, 3) uint8 canvas on the device, pictures in the top left corner.
+    def batches(
+        self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """For each array of B sample ids the (B, S, S, 3) uint8 crops of every view, on the device.
 
-        A canvas may be overwritten as soon as the next one is asked for.
+        They are the caller's to keep. where(ids) gives the boxes and flips of each view.
+        Raises DataError naming the sample that cannot be decoded.
         """
         ...
 
@@ -90,14 +101,16 @@ class Loader:
             ahead.close()
 
     def _make(self, epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
-        canvases = self.source.canvases(plan)
-        with contextlib.closing(canvases):  # pyright: ignore[reportArgumentType]
-            for ids, canvas in zip(plan, canvases, strict=True):
-                images = {}
-                for name, view in self.views.items():
-                    cut_as = view.same_crop_as or name
-                    where = sampling.geometry(self.views[cut_as], cut_as, self.seed, epoch, ids, self.sizes[ids])
-                    images[name] = crop_resize(canvas, where, view.side)
+        def where(ids: np.ndarray) -> dict[str, Geometry]:
+            found = {}
+            for name, view in self.views.items():
+                cut_as = view.same_crop_as or name
+                found[name] = sampling.geometry(self.views[cut_as], cut_as, self.seed, epoch, ids, self.sizes[ids])
+            return found
+
+        batches = self.source.batches(plan, where)
+        with contextlib.closing(batches):  # pyright: ignore[reportArgumentType]
+            for ids, images in zip(plan, batches, strict=True):
                 label = torch.from_numpy(self.labels[ids]).to(self.device, non_blocking=True)
                 yield Batch(images, label, torch.from_numpy(ids), epoch)
 
@@ -197,8 +210,8 @@ def open_loader(
 ) -> Loader:
     """Open a store for training (`shuffle`) or for one ordered pass over every image.
 
-    batch: images over all ranks. workers: decoding threads, 0 chooses. backend: "auto" takes DALI where the store
-    has shards and the package is there, and FFCV otherwise. only: sample ids that an ordered pass is cut down to.
+    batch: images over all ranks. workers: decoding threads, 0 chooses. backend: see choose_backend for
+    "auto". only: sample ids that an ordered pass is cut down to.
     Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
     """
     if shuffle and store.count < batch:
@@ -211,36 +224,38 @@ def open_loader(
     device = torch.device(device)
     # Beside a training step on the CPU one decoding thread is enough and two would fight for the cores.
     workers = workers or (1 if device.type == "cpu" else max(1, usable_cores() // ranks))
-    source = _open_source(store, backend, device, workers, batch // ranks)
+    source = _open_source(store, views, backend, device, workers, batch // ranks)
     return Loader(
         store, source, views, batch=batch, seed=seed, device=device, label=label, shuffle=shuffle,
         stall_seconds=stall_seconds, rank=rank, ranks=ranks, only=only,
     )  # fmt: skip
 
 
-def _open_source(store: Store, backend: Backend, device: torch.device, workers: int, batch: int) -> Source:
+def _open_source(
+    store: Store, views: dict[str, View], backend: Backend, device: torch.device, workers: int, batch: int
+) -> Source:
     if backend == "auto":
-        return _open_source(store, choose_backend(store), device, workers, batch)
-    there = {"ffcv": store.beton is not None, "dali": bool(store.shards)}
-    if not there[backend]:
-        raise UsageError(f"{store.root} was written without {backend}. Convert again with --backends both.")
+        backend = choose_backend(store, device)
+    if backend == "ffcv" and store.beton is None:
+        raise UsageError(f"{store.root} was written without ffcv. Convert again with --backends both.")
     module, name = MODULES[backend]
     try:
         source = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        other = "dali" if backend == "ffcv" else "ffcv"
         raise ResourceError(
             f"--loader {backend} needs {error.name or error}, which is not installed. "
-            f"Run `make setup`, or pass --loader {other}."
+            "Run `make setup`, or pass --loader auto."
         ) from None
-    return source(store, device=device, workers=workers, batch=batch)
+    return source(store, views, device=device, workers=workers, batch=batch)
 
 
-def choose_backend(store: Store) -> Literal["ffcv", "dali"]:
-    """DALI where it can be used: its decoder is the more exact and starts in a second; FFCV's is compiled by each
-    process for a quarter of a minute. At equal pixels the one reads as fast as the other."""
-    with contextlib.suppress(ImportError):
-        if store.shards:
+def choose_backend(store: Store, device: torch.device) -> Literal["ffcv", "shards", "dali"]:
+    """On a GPU DALI, which decodes there; elsewhere the region decoder, on shards where there are any: they need
+    no library to be found."""
+    if not store.shards:
+        return "ffcv"
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):
             importlib.import_module(MODULES["dali"][0])
             return "dali"
-    return "ffcv" if store.beton is not None else "dali"
+    return "shards"

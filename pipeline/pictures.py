@@ -40,6 +40,11 @@ class Encoding:
     max_pixels: float = 100e6
     min_side: int = 8
 
+    @property
+    def max_bytes(self) -> int:
+        """No picture within the limit needs more than 8 bytes a pixel (16-bit RGBA, uncompressed)."""
+        return int(8 * self.max_pixels) + (64 << 20)
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -83,7 +88,12 @@ def has_picture_extension(name: bytes) -> bool:
 
 
 def read_picture(path: bytes | str | Path, encoding: Encoding) -> Stored:
-    """Read, check, fully decode and normalise one file.
+    """`check_picture` of a file."""
+    return check_picture(read_file(path, encoding.max_bytes), encoding)
+
+
+def check_picture(data: bytes, encoding: Encoding) -> Stored:
+    """Check, fully decode and normalise one file.
 
     In this order: header checked (no pixel is decoded of one larger than max_pixels), decoded, orientation baked, made
     8-bit RGB, shrunk by antialiased (Lanczos) resampling where the longer side exceeds max_side, encoded. 16-bit
@@ -96,7 +106,6 @@ def read_picture(path: bytes | str | Path, encoding: Encoding) -> Stored:
     Raises Rejected with the reason. Truncated files are refused. Not seen are flipped bits that still decode, and a cut
     JPEG that something has closed with an end marker: decoders show grey there without a word.
     """
-    data = _read(path, encoding)
     # The limit is ours, checked below, before anything is decoded.
     Image.MAX_IMAGE_PIXELS = None
     with warnings.catch_warnings():
@@ -115,15 +124,8 @@ def read_picture(path: bytes | str | Path, encoding: Encoding) -> Stored:
             raise Rejected(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
-def try_picture(path: bytes, encoding: Encoding) -> Stored | str:
-    """What a worker process does with a file: the verified picture, or why it is none."""
-    try:
-        return read_picture(path, encoding)
-    except Rejected as reason:
-        return str(reason)
-
-
-def _read(path: bytes | str | Path, encoding: Encoding) -> bytes:
+def read_file(path: bytes | str | Path, largest: int) -> bytes:
+    """The bytes of a regular file. Raises Rejected, without reading it, where it is none, empty or too large."""
     try:
         # Not blocking: a FIFO that took the place of a file since the listing must not stop us.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -131,14 +133,18 @@ def _read(path: bytes | str | Path, encoding: Encoding) -> bytes:
             facts = os.fstat(handle)
             if not stat.S_ISREG(facts.st_mode):
                 raise Rejected("is no regular file")
-            if facts.st_size == 0:
-                raise Rejected("is empty (0 bytes)")
-            # No picture within the limit needs more than 8 bytes a pixel (16-bit RGBA, uncompressed).
-            if facts.st_size > 8 * encoding.max_pixels + (64 << 20):
-                raise Rejected(f"is too large a file ({facts.st_size:,} bytes)")
+            check_size(facts.st_size, largest)
             return file.read()
     except OSError as error:
         raise Rejected(f"cannot be read: {error.strerror}") from None
+
+
+def check_size(size: int, largest: int) -> None:
+    """Raises Rejected for a file that is empty or larger than any picture."""
+    if size == 0:
+        raise Rejected("is empty (0 bytes)")
+    if size > largest:
+        raise Rejected(f"is too large a file ({size:,} bytes)")
 
 
 def _what_is_it(data: bytes) -> str:

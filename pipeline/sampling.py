@@ -13,6 +13,7 @@ import numpy as np
 
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: 2^64 / golden ratio, odd
+TRIES = 10  # of a crop that has to fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,15 @@ def key(seed: int, epoch: int, purpose: str) -> int:
     return int(state)
 
 
-def uniform(seed: int, epoch: int, purpose: str, ids: np.ndarray, count: int) -> np.ndarray:
-    """(len(ids), count) float64 in [0, 1): row i depends on ids[i] alone, not on its neighbours or its place."""
+def uniform(seed: int, epoch: int, purpose: str, ids: np.ndarray, count: int, first: int = 0) -> np.ndarray:
+    """(len(ids), count) float64 in [0, 1): row i depends on ids[i] alone, not on its neighbours or its place.
+
+    first: where in the row's endless stream the count begins.
+    """
     with np.errstate(over="ignore"):
         rows = mix(np.uint64(key(seed, epoch, purpose)) + np.asarray(ids, np.uint64) * np.uint64(GOLDEN))
-        words = mix(rows[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+        place = np.arange(first + 1, first + count + 1, dtype=np.uint64)
+        words = mix(rows[:, None] + place * np.uint64(GOLDEN))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -101,21 +106,28 @@ def geometry(view: View, name: str, seed: int, epoch: int, ids: np.ndarray, size
         side = np.maximum(1, np.round(np.minimum(heights, widths) * view.centre).astype(np.int64))
         boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
         return Geometry(boxes, np.zeros(len(ids), bool))
-    tries = 10
-    draw = uniform(seed, epoch, f"crop {name}", ids, 4 * tries + 1)
+    boxes, flip = np.empty((len(ids), 4), np.int64), _draw(seed, epoch, name, ids, 4 * TRIES, 1)[:, 0] < view.flip
     narrow, broad = np.log(view.aspect).tolist()
-    area = (heights * widths)[:, None] * _between(draw[:, 0 : 4 * tries : 4], *view.area)
-    aspect = np.exp(_between(draw[:, 1 : 4 * tries : 4], narrow, broad))
-    wide = np.round(np.sqrt(area * aspect)).astype(np.int64)
-    high = np.round(np.sqrt(area / aspect)).astype(np.int64)
-    fits = np.logical_and.reduce([wide > 0, high > 0, wide <= widths[:, None], high <= heights[:, None]])
-    rows, first = np.arange(len(ids)), np.argmax(fits, axis=1)
-    wide, high = wide[rows, first], high[rows, first]
-    top = np.floor(draw[rows, 4 * first + 2] * (heights - high + 1)).astype(np.int64)
-    left = np.floor(draw[rows, 4 * first + 3] * (widths - wide + 1)).astype(np.int64)
-    chosen = np.stack([top, left, high, wide], axis=1)
-    boxes = np.where(fits.any(axis=1)[:, None], chosen, _largest_central(view, heights, widths))
-    return Geometry(boxes, draw[:, -1] < view.flip)
+    left_over = np.arange(len(ids))
+    for attempt in range(TRIES):  # nearly all fit at the first or second
+        draw = _draw(seed, epoch, name, ids[left_over], 4 * attempt, 4)
+        high_here, wide_here = heights[left_over], widths[left_over]
+        area = high_here * wide_here * _between(draw[:, 0], *view.area)
+        aspect = np.exp(_between(draw[:, 1], narrow, broad))
+        wide, high = (np.round(np.sqrt(side)).astype(np.int64) for side in (area * aspect, area / aspect))
+        top = np.floor(draw[:, 2] * (high_here - high + 1)).astype(np.int64)
+        left = np.floor(draw[:, 3] * (wide_here - wide + 1)).astype(np.int64)
+        fits = (wide > 0) & (high > 0) & (wide <= wide_here) & (high <= high_here)
+        boxes[left_over[fits]] = np.stack([top, left, high, wide], axis=1)[fits]
+        left_over = left_over[~fits]
+        if left_over.size == 0:
+            break
+    boxes[left_over] = _largest_central(view, heights[left_over], widths[left_over])
+    return Geometry(boxes, flip)
+
+
+def _draw(seed: int, epoch: int, name: str, ids: np.ndarray, first: int, count: int) -> np.ndarray:
+    return uniform(seed, epoch, f"crop {name}", ids, count, first)
 
 
 def _between(unit: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:

@@ -12,18 +12,21 @@ import io
 import json
 import os
 import re
+import struct
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from pipeline.decoder import checksum
 from pipeline.staging import write_durably
 from pipeline.store import FORMAT, INDEX, MANIFEST
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 MAX_SIDE = np.iinfo(INDEX["height"]).max
+ROW = struct.Struct("<IIQHHQ")  # an INDEX row
 
 
 class ShardWriter:
@@ -40,13 +43,33 @@ class ShardWriter:
         self.label_width = label_width
         self.shards: list[str] = []
         self.files: dict[str, dict] = {}  # name -> bytes and sha256, as the manifest holds it
-        self.rows: list[tuple[int, int, int, int, int]] = []  # INDEX rows
+        self.count = 0
         self.bytes = 0
+        self._rows = bytearray()
         self._file: BinaryIO | None = None
+
+    @property
+    def index(self) -> np.ndarray:
+        """(count,) INDEX."""
+        return np.frombuffer(bytes(self._rows), INDEX)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """A part of the index."""
+        return np.frombuffer(bytes(self._rows[start * ROW.size : stop * ROW.size]), INDEX)
+
+    @property
+    def finished(self) -> int:
+        """Shards that are whole and on the disk."""
+        return len(self.files) // 2
+
+    def resume(self, shards: Sequence[str], files: Mapping[str, dict], index: np.ndarray) -> None:
+        """Go on behind shards that an earlier writer finished."""
+        self.shards, self.files, self.count = list(shards), dict(files), len(index)
+        self._rows = bytearray(index.tobytes())
 
     def add(self, jpeg: bytes, *, label: int, height: int, width: int) -> int:
         """Append one verified JPEG; returns its sample id."""
-        key = f"{len(self.rows):09d}"
+        key = f"{self.count:09d}"
         cls = b"%0*d" % (self.label_width, label)
         room = sum(BLOCK + _padded(len(data)) for data in (jpeg, cls))
         if self._file is None or (self._place and self._place + room > self.shard_bytes):
@@ -54,8 +77,9 @@ class ShardWriter:
         offset = self._member(f"{key}.jpg", jpeg)
         cls_offset = self._member(f"{key}.cls", cls)
         self._lines.append(f"jpg {offset} {len(jpeg)} {key}.jpg cls {cls_offset} {len(cls)} {key}.cls")
-        self.rows.append((len(self.shards) - 1, len(jpeg), offset, height, width))
-        return len(self.rows) - 1
+        self._rows += ROW.pack(len(self.shards) - 1, len(jpeg), offset, height, width, checksum(jpeg))
+        self.count += 1
+        return self.count - 1
 
     def close(self) -> None:
         """Finish the last shard. Idempotent."""
@@ -73,7 +97,7 @@ class ShardWriter:
         name = self.shards[-1]
         self.files[name] = {"bytes": self._place, "sha256": self._digest.hexdigest()}
         index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""])
-        self.files |= write_file(self.folder, name.removesuffix(".tar") + ".idx", index.encode())
+        self.files |= write_file(self.folder, index_name(name), index.encode())
 
     def abandon(self) -> None:
         """Close the open file without finishing it."""
@@ -107,6 +131,11 @@ class ShardWriter:
         self.bytes += len(data)
 
 
+def index_name(shard: str) -> str:
+    """The file that holds a shard's index for DALI's reader."""
+    return shard.removesuffix(".tar") + ".idx"
+
+
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
@@ -125,13 +154,13 @@ def describe_file(path: Path) -> dict[str, dict]:
         return {path.name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}}
 
 
-def write_tables(folder: Path, rows: Sequence[tuple], labels: np.ndarray, names: Sequence[bytes]) -> dict[str, dict]:
+def write_tables(folder: Path, index: np.ndarray, labels: np.ndarray, names: Iterable[bytes]) -> dict[str, dict]:
     """Write `index.npy`, `labels.npy` and `names.txt`; returns their entries for the manifest.
 
-    rows: INDEX rows in order of sample id. labels: (count, columns), any integer type. names: relative source paths.
+    index: (count,) INDEX. labels: (count, columns), any integer type. names: source paths, relative, in order.
     """
     files = {}
-    for name, table in (("index.npy", np.array(rows, dtype=INDEX)), ("labels.npy", labels.astype("<i4"))):
+    for name, table in (("index.npy", index), ("labels.npy", labels.astype("<i4"))):
         buffer = io.BytesIO()
         np.save(buffer, table)
         files |= write_file(folder, name, buffer.getvalue())
@@ -139,13 +168,13 @@ def write_tables(folder: Path, rows: Sequence[tuple], labels: np.ndarray, names:
     return files | write_file(folder, "names.txt", lines.encode())
 
 
-def write_manifest(folder: Path, *, files: Mapping[str, dict], rows: Sequence[tuple], **facts: object) -> dict:
+def write_manifest(folder: Path, *, files: Mapping[str, dict], index: np.ndarray, **facts: object) -> dict:
     """Write `manifest.json`, which turns the folder into a store: last of all files. Returns what it holds."""
     manifest = {
         "format": FORMAT,
-        "count": len(rows),
-        "max_height": max(row[3] for row in rows),
-        "max_width": max(row[4] for row in rows),
+        "count": len(index),
+        "max_height": int(index["height"].max()),
+        "max_width": int(index["width"].max()),
         **facts,
         "files": {name: files[name] for name in sorted(files)},
     }

@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -53,12 +53,20 @@ def terminable(doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staging(destination: Path, *, replace: bool = False) -> Iterator[Path]:
+def staging(
+    destination: Path,
+    *,
+    replace: bool = False,
+    adopt: Callable[[Path], bool] | None = None,
+    keep: Callable[[Path, BaseException], bool] | None = None,
+) -> Iterator[Path]:
     """A new empty folder beside `destination` that takes its place when the block ends, and vanishes if it raises.
 
     The folder is locked while its process lives, so what a killed process left behind is known and removed here,
     also after a restart of the machine or from another container. With `replace`, an older destination is moved out
     of the way first and removed last.
+    adopt: whether work can go on in a folder that a killed process left; the block is then given that one, not empty.
+    keep: whether what is there when the block raises is worth keeping for such a later process.
     Raises UsageError where another process is building the same destination, ResourceError where the place cannot be
     written or is full.
     """
@@ -68,14 +76,22 @@ def staging(destination: Path, *, replace: bool = False) -> Iterator[Path]:
     old = parent / f".{name}.old-{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(parent, name, destination)
-        folder.mkdir()
+        adopted = _clear_leftovers(parent, name, destination, adopt)
+        if adopted is not None:
+            os.rename(adopted, folder)
+        else:
+            folder.mkdir()
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ResourceError(f"{parent} cannot be written: {error.strerror}.") from None
+    kept = False
     try:
-        yield folder
+        try:
+            yield folder
+        except BaseException as error:
+            kept = keep is not None and keep(folder, error)
+            raise
         sync(folder)
         if replace and destination.exists():
             os.rename(destination, old)
@@ -85,7 +101,8 @@ def staging(destination: Path, *, replace: bool = False) -> Iterator[Path]:
         raise disk_error(error, folder) from None
     finally:
         os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
         if old.exists() and not destination.exists():
             os.rename(old, destination)
         shutil.rmtree(old, ignore_errors=True)
@@ -109,7 +126,9 @@ def size_in_words(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def _clear_leftovers(parent: Path, name: str, destination: Path) -> None:
+def _clear_leftovers(parent: Path, name: str, destination: Path, adopt: Callable[[Path], bool] | None) -> Path | None:
+    """Remove what killed processes left, but for one folder that is adopted."""
+    adopted = None
     for kind in ("partial", "old"):
         prefix = f".{name}.{kind}-"
         for left in sorted(path for path in parent.iterdir() if path.name.startswith(prefix) and path.is_dir()):
@@ -125,8 +144,11 @@ def _clear_leftovers(parent: Path, name: str, destination: Path) -> None:
             # Killed between the two renames of a replacement: the older folder is still whole.
             if kind == "old" and not destination.exists():
                 os.rename(left, destination)
+            elif kind == "partial" and adopted is None and adopt is not None and adopt(left):
+                adopted = left
             else:
                 shutil.rmtree(left)
+    return adopted
 
 
 def sync(path: Path) -> None:

@@ -17,6 +17,7 @@ The place of an image in `index.npy` is its **sample id**: every random choice o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,12 +27,15 @@ import numpy as np
 
 from pipeline.errors import DataError
 
-FORMAT = 1
+FORMAT = 2  # 2: a checksum for each sample
 MANIFEST = "manifest.json"
 BETON = "images.beton"
 
-# offset counts from the start of the shard to the first byte of the JPEG, not to its tar header.
-INDEX = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])
+# offset counts from the start of the shard to the first byte of the JPEG, not to its tar header; sum is
+# decoder.checksum of the JPEG.
+INDEX = np.dtype([
+    ("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("height", "<u2"), ("width", "<u2"), ("sum", "<u8"),
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,11 @@ class Store:
     @property
     def beton(self) -> Path | None:
         return self.root / BETON if BETON in self.manifest["files"] else None
+
+    def name(self, sample: int) -> str:
+        """The source path of a sample, as one printable line; for error messages, it reads the list up to there."""
+        with open(self.root / "names.txt", encoding="utf-8") as lines:
+            return next(itertools.islice(lines, sample, None), "unknown").rstrip("\n")
 
     @cached_property
     def index(self) -> np.ndarray:

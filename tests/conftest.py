@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.shape import Shape
+from pipeline.ffcv_writer import ffcv_missing
 from pipeline.store import Store
 from tests.images import make_folder
 from tools import convert
@@ -29,7 +29,7 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 pictures of 80 to 150 px in four classes, both backends where FFCV is installed."""
     root = tmp_path_factory.mktemp("store")
     make_folder(root / "images", COUNT, 96, 4)
-    backends = "both" if has_ffcv() else "dali"
+    backends = "both" if ffcv_missing() is None else "dali"
     assert convert.main([str(root / "images"), str(root / "store"), "--backends", backends, "--quiet"]) == 0
     return root / "store"
 
@@ -47,17 +47,5 @@ def unlabelled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "store"
 
 
-def has_ffcv() -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import pipeline.ffcv_loader  # noqa: F401
-        except ImportError:
-            return False
-    return True
-
-
-needs_ffcv = pytest.mark.skipif(
-    "not __import__('tests.conftest').conftest.has_ffcv()", reason="FFCV is not installed; `make setup` installs it"
-)
+needs_ffcv = pytest.mark.skipif(ffcv_missing() is not None, reason="FFCV is not installed; `make setup` installs it")
 PYTHON = sys.executable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -25,12 +26,15 @@ import pytest
 from PIL import Image
 
 from pipeline import ffcv_writer
+from pipeline.entries import Entry
 from pipeline.errors import DataError, StalledError
-from pipeline.folder import scan
+from pipeline.folder import FolderReader, scan
 from pipeline.ordered_map import ordered_map
-from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture, try_picture
+from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
 from pipeline.shards import printable, unprintable
+from pipeline.sources import try_entry
 from pipeline.store import Store
+from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tests.images import encoded, make_folder, picture, pixels, psnr
 from tools import conversion, convert
 from train.command import run
@@ -296,7 +300,10 @@ def test_damaged_files_end_as_picture_or_reason_and_never_otherwise(tmp_path):
         else:
             for spot in draw.integers(0, min(200, len(data)), 3):
                 damaged[spot] ^= int(draw.integers(1, 256))
-        result = try_picture(os.fsencode(write(tmp_path, bytes(damaged))), Encoding(max_pixels=1e6))
+        write(tmp_path, bytes(damaged))
+        result = try_entry(
+            Entry(b"picture", len(damaged)), (FolderReader(os.fsencode(tmp_path)), Encoding(max_pixels=1e6))
+        )
         if isinstance(result, str):
             assert result.isprintable()
         else:
@@ -524,7 +531,7 @@ def test_the_ffcv_file_holds_the_very_bytes_of_the_shards(stores):
     assert store.beton is not None
     data = store.beton.read_bytes()
     rows = ffcv_writer.move_index(store.beton, store.index.tolist())
-    for i, (_, size, at, _, _) in enumerate(rows):
+    for i, (_, size, at, *_) in enumerate(rows):
         assert data[at : at + size] == stored(store, i)
 
 
@@ -672,7 +679,8 @@ def test_what_c_libraries_say_about_damaged_files_stays_off_the_screen(tmp_path,
     tiff = bytearray(encoded(picture(0), "TIFF", compression="tiff_lzw"))
     tiff[200:400] = np.random.default_rng(0).bytes(200)
     (tmp_path / "in/damaged.tif").write_bytes(tiff)
-    try_picture(os.fsencode(tmp_path / "in/damaged.tif"), Encoding())
+    with contextlib.suppress(Rejected):
+        read_picture(tmp_path / "in/damaged.tif", Encoding())
     assert "tempfile.tif" in capfd.readouterr().err  # libtiff, here and now
     assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
     assert capfd.readouterr().err == ""
@@ -763,6 +771,50 @@ def test_a_disk_that_is_too_small_is_seen_before_any_work(tmp_path, capsys, monk
     assert left_beside(tmp_path) == {"in"}
 
 
+def test_a_plan_foretells_the_size_and_writes_nothing(tmp_path, capsys):
+    make_folder(tmp_path / "in", 30, 240, classes=3)
+    (tmp_path / "in/class-0/bad.jpg").write_text("no picture")
+    for source in (tmp_path / "in", archive_of(tmp_path / "in", tmp_path / "a.tar.gz")):
+        words = [str(source), "--plan", "--json", "--quiet", "--max-side", "128", "--backends", "dali"]
+        assert run(convert.main, words) == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert (planned["images"], planned["sampled"], planned["bad"]) == (31, 31, 1)
+        assert [(one["max_side"], one["quality"]) for one in planned["choices"]] == [
+            (None, 90), (500, 90), (400, 85), (128, 90)
+        ]  # fmt: skip
+    assert left_beside(tmp_path) == {"in", "a.tar.gz"}
+    kept, usual, _, asked = planned["choices"]
+    assert usual == kept | {key: usual[key] for key in ("max_side", "seconds", "load_images_per_second")}
+    assert (kept["kept"], asked["kept"]) == (1.0, 0.0)
+    # A picture of 128 px is cheaper to load than one of 300, and dearer to make than one that is left alone.
+    assert asked["load_images_per_second"] > 1.2 * kept["load_images_per_second"]
+    assert asked["seconds"] >= kept["seconds"]
+    for one, words in ((usual, ()), (asked, ("--max-side", 128))):
+        assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali", "--overwrite", *words) == 0
+        shards = sum(path.stat().st_size for path in (tmp_path / "s").glob("shard-*.tar"))
+        assert one["bytes"] == pytest.approx(shards, rel=0.05, abs=20_000)
+    capsys.readouterr()
+    assert run(convert.main, [str(tmp_path / "in"), str(tmp_path / "t"), "--plan"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "looking at 31 pictures …\n"
+    lines = said.out.splitlines()
+    assert lines[0].startswith(f"{tmp_path}/in: 31 images, ")
+    assert [line[:20].strip() for line in lines[2:5]] == ["sides as they are", "--max-side 500 *", "--max-side 400"]
+    assert not (tmp_path / "t").exists()
+
+
+def archive_of(folder: Path, path: Path) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, "")
+    return path
+
+
+def test_without_a_destination_only_a_plan_can_be_made(tmp_path, capsys):
+    make_folder(tmp_path / "in", 2)
+    assert run(convert.main, [str(tmp_path / "in")]) == 2
+    assert capsys.readouterr().err == "error: DST is missing: daae convert SRC DST.\n"
+
+
 # ------------------------------------------------------------------------------------------------ killed on the way
 
 
@@ -836,13 +888,218 @@ def test_a_killed_conversion_cannot_be_opened_and_the_next_removes_it(slow, tmp_
     assert left_beside(tmp_path) == {"in", "s"}
 
 
-def test_a_worker_that_is_killed_ends_in_one_sentence(slow, tmp_path):
-    process = begin(slow, tmp_path / "s", "--backends", "dali")
+def test_a_worker_that_is_killed_once_is_replaced_and_its_files_are_read_again(slow, tmp_path):
+    (tmp_path / "in").mkdir()
+    for path in sorted(slow.iterdir())[:60]:
+        (tmp_path / "in" / path.name).symlink_to(path.resolve())
+    process = begin(tmp_path / "in", tmp_path / "s", "--backends", "dali")
     until_writing(tmp_path, process).kill()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    store = Store.open(tmp_path / "s")
+    assert (store.count, store.manifest["bad"]) == (60, 0)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory) -> Path:
+    """Pictures that take about a second for each of several shards of 1 MiB, two bad files between them."""
+    root = tmp_path_factory.mktemp("noise") / "in"
+    for i in range(44):
+        (root / f"class {i % 4}").mkdir(parents=True, exist_ok=True)
+        dots = np.random.default_rng(i).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+        (root / f"class {i % 4}/{i}.png").write_bytes(encoded(Image.fromarray(dots), "PNG", compress_level=0))
+    (root / "class 0/empty.jpg").touch()
+    (root / "class 1/text.jpg").write_text("no picture")
+    return root
+
+
+def everything(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "stats.json"}
+
+
+def until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def vouched(folder: Path) -> int:
+    """Shards that a conversion has entered in its record."""
+    records = [path.read_text().count("\n") for path in folder.glob(".s.partial-*/unfinished/finished.jsonl")]
+    return sum(records)
+
+
+def test_a_killed_conversion_goes_on_and_its_store_is_the_same_to_the_byte(noise, tmp_path):
+    words = ("--backends", "dali", "--shard-mb", 1)
+    assert daae_convert(noise, tmp_path / "whole", *words) == 0
+    expected = everything(tmp_path / "whole")
+    assert len([name for name in expected if name.endswith(".tar")]) >= 4
+    (tmp_path / "x").mkdir()
+    for shards in (1, 2):
+        process = begin(noise, tmp_path / "x/s", *words)
+        until(lambda shards=shards: vouched(tmp_path / "x") >= shards, process)
+        process.kill()
+        process.communicate(timeout=30)
+    (left,) = (tmp_path / "x").iterdir()
+    with open(max(left.glob("shard-*.tar")), "ab") as file:  # the one that was being written
+        file.write(b"torn")
+    rows = left / "unfinished/rows.bin"
+    with open(left / "unfinished/finished.jsonl", "ab") as file, open(rows, "ab") as table:
+        file.write(b'{"shards": [')
+        table.write(b"torn")
+    held = json.loads((left / "unfinished/finished.jsonl").read_text().splitlines()[-2])
+    process = begin(noise, tmp_path / "x/s", *words)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err == f"note: going on behind {held['next']} of 46 images that an earlier run had finished.\n"
+    assert "Converted 44 images" in out
+    assert everything(tmp_path / "x/s") == expected
+    assert left_beside(tmp_path / "x") == {"s"}
+
+
+def test_sigterm_keeps_full_shards_and_a_damaged_one_is_written_again(noise, tmp_path):
+    words = ("--backends", "dali", "--shard-mb", 1)
+    process = begin(noise, tmp_path / "s", *words)
+    until(lambda: vouched(tmp_path) >= 2, process)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 6
-    assert err.startswith(f"error: a worker process was killed by SIGKILL (out of memory?) while reading {slow}/")
-    assert left_beside(tmp_path) == set()
+    assert process.returncode == 75
+    (left,) = tmp_path.iterdir()
+    assert err.splitlines()[0] == (
+        f"note: the shards finished so far are kept in {left}; the same command goes on there."
+    )
+    with open(left / "shard-00001.tar", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    process = begin(noise, tmp_path / "s", *words)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err.startswith("note: going on behind ")
+    assert daae_convert(noise, tmp_path / "whole", *words) == 0
+    assert everything(tmp_path / "s") == everything(tmp_path / "whole")
+    # Other settings must not go on from it.
+    process = begin(noise, tmp_path / "t", *words)
+    until(lambda: list(tmp_path.glob(".t.partial-*/unfinished/finished.jsonl")), process)
+    process.kill()
+    process.communicate(timeout=30)
+    make_folder(tmp_path / "in", 2)
+    assert daae_convert(tmp_path / "in", tmp_path / "t", *words) == 0
+    assert Store.open(tmp_path / "t").count == 2
+    assert left_beside(tmp_path) == {"in", "s", "t", "whole"}
+
+
+@needs_ffcv
+def test_killed_while_the_ffcv_file_is_written_nothing_is_decoded_again(noise, tmp_path):
+    words = ("--backends", "both", "--shard-mb", 2)
+    process = begin(noise, tmp_path / "s", *words)
+    until(lambda: list(tmp_path.glob(".s.partial-*/images.beton")), process)
+    process.kill()
+    process.communicate(timeout=30)
+    process = begin(noise, tmp_path / "s", *words)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (
+        0, "note: going on behind 46 of 46 images that an earlier run had finished.\n"
+    )  # fmt: skip
+    assert daae_convert(noise, tmp_path / "whole", *words) == 0
+    assert everything(tmp_path / "s") == everything(tmp_path / "whole")
+
+
+class Poisoned(FolderReader):
+    """Dies over some files, as a decoder with a fault does."""
+
+    def read(self, entry: Entry, largest: int) -> bytes:
+        if b"poison" in entry.path:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().read(entry, largest)
+
+
+def test_a_file_that_kills_its_readers_is_listed_and_the_conversion_goes_on(tmp_path, monkeypatch):
+    paths = make_folder(tmp_path / "in", 12, classes=2)
+    paths[3].rename(paths[3].parent / "poison.jpg")
+    paths[8].rename(paths[8].parent / "poison too.jpg")
+    genuine = conversion.source_of
+
+    def poisoned(flags):
+        source = genuine(flags)
+        monkeypatch.setattr(source, "reader", lambda spool: Poisoned(os.fsencode(tmp_path / "in")))
+        return source
+
+    monkeypatch.setattr(conversion, "source_of", poisoned)
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
+    rows = [json.loads(line) for line in (tmp_path / "s/bad_files.jsonl").read_text().splitlines()]
+    assert [(row["path"], row["reason"]) for row in rows] == [
+        (path, "the process that decoded it was killed by SIGSEGV, and so did a second one")
+        for path in ("class-0/poison too.jpg", "class-1/poison.jpg")
+    ]
+    monkeypatch.undo()
+    for path in (tmp_path / "in").rglob("poison*"):
+        path.write_bytes(b"not one")
+    assert daae_convert(tmp_path / "in", tmp_path / "t", "--backends", "dali") == 0
+    for name in ("shard-00000.tar", "index.npy", "labels.npy", "names.txt"):
+        assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "t" / name).read_bytes()
+
+
+def test_a_file_that_killed_its_readers_is_not_tried_by_the_next_run(tmp_path):
+    make_folder(tmp_path / "in", 20)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    job = {"source": "x"}
+    Unfinished(folder, job).lose(b"00007.jpg", "it was killed")
+    assert fits(folder, job)
+    assert not fits(folder, {"source": "y"})
+    listing = scan(tmp_path / "in")
+    done = Unfinished(folder, job).done
+    tasks = conversion._Tasks(listing, 0, done.lost)
+    entries = [entry for task in range(len(tasks)) for entry in tasks[task]]
+    assert len(entries) == 19
+    assert sorted(place for task in range(len(tasks)) for place in tasks.places(task)) == list(range(20))
+    assert b"00007.jpg" not in {entry.path for entry in entries}
+    assert worth_keeping(folder, StalledError("many in a row")) is False
+    assert Unfinished(folder, job).done.lost == {}
+
+
+def test_names_and_files_of_every_odd_kind_end_in_the_store_or_in_the_list(tmp_path):
+    root = tmp_path / "in"
+    good = [b"a" * 251 + b".jpg", b"new\nline.jpg", b"\xff\xfe.jpg", b"no picture's name"]
+    (root / "x").mkdir(parents=True)
+    for i, name in enumerate(good):
+        (root / "x" / os.fsdecode(name)).write_bytes(encoded(picture(i, 40, 30)))
+    (root / "x/loop").symlink_to(root)
+    (root / "x/self.jpg").symlink_to("self.jpg")
+    os.mkfifo(root / "x/pipe.jpg")
+    bad = {
+        "bomb.png": png_file(30000, 30000, zlib.compress(bytes(1000))),
+        "empty.jpg": b"",
+        "heic.jpg": b"\0\0\0\x18ftypheic" + bytes(40),
+        "pdf.jpg": b"%PDF-1.7 ...",
+    }
+    for name, data in bad.items():
+        (root / "x" / name).write_bytes(data)
+    assert daae_convert(root, tmp_path / "s", "--backends", "dali") == 0
+    store = Store.open(tmp_path / "s")
+    assert set(names(store)) == {b"x/" + name for name in good}
+    assert store.manifest["skipped"] == {
+        "broken links": 1, "links to folders seen already": 1, "not regular files": 1
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "s/bad_files.jsonl").read_text().splitlines()]
+    assert [(row["path"], row["reason"]) for row in rows] == [
+        ("x/bomb.png", "is 30000 x 30000 pixels, over --max-pixels 100000000: not decoded"),
+        ("x/empty.jpg", "is empty (0 bytes)"),
+        ("x/heic.jpg", "is HEIC, which cannot be read here: convert it to JPEG first"),
+        ("x/pdf.jpg", "is no picture but PDF"),
+    ]
+
+
+def test_more_workers_than_cores_are_noted_and_work(tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "in", 2)
+    monkeypatch.setattr(conversion, "usable_cores", lambda: 1.5)
+    words = [str(tmp_path / "in"), str(tmp_path / "s"), "--backends", "dali", "--workers", "3"]
+    assert run(convert.main, words) == 0
+    assert capsys.readouterr().err == (
+        "note: --workers 3, but this process may use 1 cores: more will not be faster.\n"
+    )
 
 
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(tmp_path):
@@ -876,6 +1133,40 @@ def sleepy(item: int, common: str) -> str:
 
 
 TASKS = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_an_item_that_kills_two_workers_is_lost_and_the_rest_is_answered_in_order():
+    began = time.monotonic()
+    mapped = ordered_map(
+        sleepy,
+        TASKS,
+        "crash",
+        workers=2,
+        stall_seconds=60,
+        describe=str,
+        lost=lambda item, how: f"lost {item}: it {how}",
+    )
+    assert next(mapped) == [f"crash {i}" for i in (0, 1, 2)]
+    started = time.monotonic() - began
+    assert next(mapped) == ["crash 3", "crash 4", "lost 5: it was killed by SIGSEGV"]
+    assert time.monotonic() - began - started < 5 + 2 * started  # two processes were started meanwhile
+    assert list(mapped) == [[f"crash {i}" for i in (6, 7, 8)]]
+
+
+def deadly(item: int, common: int) -> int:
+    if item >= common:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_many_deaths_in_a_row_are_an_error(monkeypatch):
+    monkeypatch.setattr("pipeline.ordered_map.DEATHS_IN_A_ROW", 2)
+    mapped = ordered_map(
+        deadly, [[0], [1], [2, 3], [4]], 2, workers=1, stall_seconds=60, describe=str, lost=lambda item, how: -item
+    )
+    assert [next(mapped), next(mapped)] == [[0], [1]]
+    with pytest.raises(StalledError, match=r"died over 2 items in a row; one was killed by SIGKILL .* while reading 3"):
+        next(mapped)
 
 
 def test_ordered_map_keeps_the_order_with_several_workers():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import native
 from tests.conftest import needs_ffcv
 from tools import doctor
 from tools.doctor import Finding, cpu_quota, exit_code, memory_limit, package, probe, summary
@@ -48,7 +49,7 @@ def test_the_real_examination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     findings = {each["name"]: each for each in found["findings"]}
     assert list(findings) == [
         "python", "cores", "arithmetic", "memory", "/dev/shm", "disk", "OpenMP", "npm",
-        "numpy", "dali", "torch", "GPU", "ffcv", "timm",
+        "numpy", "pillow", "dali", "torch", "GPU", "ffcv", "timm", "decoder",
     ]  # fmt: skip
     assert findings["python"]["found"] == ".".join(map(str, sys.version_info[:3]))
     assert findings["torch"]["found"].startswith(torch.__version__.split("+")[0])
@@ -59,7 +60,8 @@ def test_the_real_examination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         assert each["state"] == "ok" or each["advice"].endswith(".")
     assert (findings["ffcv"]["state"], findings["ffcv"]["found"]) == ("broken", "not installed")
     assert findings["timm"]["found"] == "does not import: OSError: libjpeg.so.8 is missing"
-    works = findings["dali"]["state"] != "broken" and findings["torch"]["state"] != "broken"
+    works = findings["pillow"]["state"] != "broken" and findings["torch"]["state"] != "broken"
+    assert findings["decoder"]["state"] == ("ok" if native.why_not() is None else "warning")
     assert code == (0 if works else 5)
     assert found["ok"] is works
     assert torch.get_num_threads() == threads
@@ -232,13 +234,13 @@ def test_gpus_and_versions():
     assert gpu.found == "NVIDIA H100 80GB HBM3 85 GB; Tesla V100 16 GB without bf16"
 
 
-def test_torch_and_one_loader_are_enough():
+def test_torch_and_pillow_are_enough():
     def findings(*broken: str) -> list[Finding]:
-        names = ("torch", "ffcv", "dali", "timm")
+        names = ("torch", "pillow", "ffcv", "dali", "timm")
         return [Finding(name, "broken" if name in broken else "ok", "", "") for name in names]
 
-    assert [exit_code(findings(*broken)) for broken in ((), ("ffcv",), ("dali", "timm"))] == [0, 0, 0]
-    assert [exit_code(findings(*broken)) for broken in (("ffcv", "dali"), ("torch",))] == [5, 5]
+    assert [exit_code(findings(*broken)) for broken in ((), ("ffcv",), ("dali", "ffcv", "timm"))] == [0, 0, 0]
+    assert [exit_code(findings(*broken)) for broken in (("pillow",), ("torch",))] == [5, 5]
     assert summary(findings()) == "This machine can train: nothing to do."
     assert "one line above" in summary(findings("ffcv"))
     assert "cannot train" in summary(findings("torch"))
@@ -266,33 +268,21 @@ def train(loader):
 """
 
 
-def test_without_ffcv_dali_trains(store_path: Path, tmp_path: Path):
-    environment = changed(tmp_path / "changed", ("ffcv",))
-    script = f"DATA, OUT = {str(store_path)!r}, {str(tmp_path / 'run-')!r}\n{TRAIN}\n"
-    script += 'codes = [train(name) for name in ("ffcv", "dali", "auto")]\nprint(json.dumps({"codes": codes}))'
-    found = python(script, environment)
-    assert found["codes"] == [5, 0, 0]
-    assert (
-        "error: --loader ffcv needs ffcv, which is not installed. Run `make setup`, or pass --loader dali."
-        in found["err"]
-    )
-    assert "Traceback" not in found["err"]
-    assert (tmp_path / "run-dali" / "checkpoints" / "step_000000001").is_dir()
-    assert "loader: dali" in (tmp_path / "run-auto" / "config.yaml").read_text()
-
-
 @needs_ffcv
-def test_without_dali_ffcv_trains_on_all_cores(store_path: Path, tmp_path: Path):
-    environment = changed(tmp_path / "changed", ("nvidia.dali",))
+def test_without_ffcv_and_dali_the_rest_trains(store_path: Path, tmp_path: Path):
+    """FFCV is needed to write a .beton, not to read one; DALI where it is asked for."""
+    environment = changed(tmp_path / "changed", ("ffcv", "nvidia.dali"))
     script = f"DATA, OUT = {str(store_path)!r}, {str(tmp_path / 'run-')!r}\n{TRAIN}\n"
     script += (
         "import torch; before = torch.get_num_threads()\n"
-        'codes = [train(name) for name in ("dali", "auto")]\n'
+        'codes = [train(name) for name in ("dali", "ffcv", "auto")]\n'
         'print(json.dumps({"codes": codes, "threads": [before, torch.get_num_threads()]}))'
     )
     found = python(script, environment)
-    assert found["codes"] == [5, 0]
-    assert "error: --loader dali needs nvidia.dali, which is not installed. Run `make setup`, or pass" in found["err"]
-    assert "loader: ffcv" in (tmp_path / "run-auto" / "config.yaml").read_text()
-    # FFCV sets torch's thread count to 1 when it is imported: a step on the CPU would then leave cores idle.
+    assert found["codes"] == [5, 0, 0]
+    said = "error: --loader dali needs nvidia.dali, which is not installed. Run `make setup`, or pass --loader auto."
+    assert said in found["err"]
+    assert "Traceback" not in found["err"]
+    assert (tmp_path / "run-ffcv" / "checkpoints" / "step_000000001").is_dir()
+    assert "loader: shards" in (tmp_path / "run-auto" / "config.yaml").read_text()
     assert found["threads"][0] == found["threads"][1]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from model.vit import Encoder
 from pipeline.errors import UsageError
-from pipeline.jpeg import JpegReader, picture
+from pipeline.jpeg import StoredJpegs, picture
 from pipeline.store import Store
 from pipeline.views import Patches, normalise, patchify
 from tests.images import make_folder
@@ -40,7 +40,7 @@ def encoder() -> Encoder:
 
 def squares(store: Store, side: int, centre: float) -> torch.Tensor:
     """(N, side, side, 3) uint8: Pillow's decode, central square and antialiased bilinear resize of each sample."""
-    reader = JpegReader(store)
+    reader = StoredJpegs.in_shards(store)
     made = []
     for sample in range(store.count):
         image = Image.fromarray(picture(reader.read(sample)))

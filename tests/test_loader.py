@@ -1,8 +1,10 @@
-"""Both backends give the same batches, near Pillow's pixels, from any step on; damage ends in a sentence."""
+"""Every backend gives the same batches, near Pillow's pixels, from any step on; damage ends in a sentence."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,40 +15,47 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import decoder as decoders
 from pipeline import sampling
+from pipeline.beton import picture_offsets
 from pipeline.errors import DataError, StalledError, UsageError
-from pipeline.jpeg import JpegReader, picture
+from pipeline.jpeg import StoredJpegs, picture
 from pipeline.loader import Loader, open_loader
 from pipeline.sampling import View
 from pipeline.store import Store
-from tests.conftest import COUNT, needs_ffcv, psnr
+from tests.conftest import COUNT, PYTHON, needs_ffcv, psnr
 
 VIEWS = {"holed": View(side=64, mask_ratio=0.75), "small": View(side=32, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2)}
 BATCH = 20
 
 
-@pytest.fixture(scope="module")
-def dali(store) -> Iterator[Loader]:
-    loader = open_loader(store, VIEWS, batch=BATCH, seed=3, backend="dali", label="class")
-    yield loader
-    loader.close()
+BACKENDS = [
+    pytest.param("ffcv", marks=needs_ffcv), "shards", "dali", "resident",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def loader(store: Store, request) -> Iterator[Loader]:
+    opened = open_loader(store, VIEWS, batch=BATCH, seed=3, backend=request.param, label="class")
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="module")
-def ffcv(store) -> Iterator[Loader]:
-    loader = open_loader(store, VIEWS, batch=BATCH, seed=3, backend="ffcv", label="class")
-    yield loader
-    loader.close()
+def shards(store: Store) -> Iterator[Loader]:
+    opened = open_loader(store, VIEWS, batch=BATCH, seed=3, backend="shards", label="class")
+    yield opened
+    opened.close()
 
 
 def reference(store: Store, ids: np.ndarray, name: str, epoch: int, seed: int = 3) -> np.ndarray:
     """Pillow's crop and antialiased bilinear resize of the stored pictures, mirrored where a flip was drawn."""
-    reader, view = JpegReader(store), VIEWS[name]
+    jpegs, view = StoredJpegs.in_shards(store), VIEWS[name]
     sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
     where = sampling.geometry(view, name, seed, epoch, ids, sizes[ids])
     made = []
     for sample, (top, left, high, wide), flip in zip(ids, where.boxes, where.flip, strict=True):
-        crop = Image.fromarray(picture(reader.read(int(sample))[:]))
+        crop = Image.fromarray(picture(jpegs.read(int(sample))))
         crop = crop.crop((left, top, left + wide, top + high)).resize((view.side,) * 2, Image.Resampling.BILINEAR)
         made.append(np.asarray(crop)[:, ::-1] if flip else np.asarray(crop))
     return np.stack(made)
@@ -61,45 +70,55 @@ def agreement(loader: Loader, store: Store) -> dict[str, np.ndarray]:
     return {name: np.concatenate(each) for name, each in found.items()}
 
 
-def test_dali_pixels_are_pillows(dali, store):
-    for decibels in agreement(dali, store).values():
+def test_pixels_are_pillows(loader, store):
+    for decibels in agreement(loader, store).values():
         assert len(decibels) == COUNT // BATCH * BATCH
         assert decibels.min() >= 45
         assert np.median(decibels) >= 50
 
 
-@needs_ffcv
-def test_ffcv_pixels_are_near_pillows(ffcv, store):
-    for decibels in agreement(ffcv, store).values():
-        assert decibels.min() >= 30
-        assert np.median(decibels) >= 40
+def test_without_a_compiler_pixels_are_pillows_to_the_bit(store, monkeypatch):
+    def refuse(*_):
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(decoders.native, "library", refuse)
+    plain = open_loader(store, VIEWS, batch=BATCH, seed=3, backend="shards")
+    assert isinstance(plain.source.decoder, decoders.PillowDecoder)
+    for batch in plain.epoch(1):
+        for name in VIEWS:
+            assert np.array_equal(batch.images[name].numpy(), reference(store, batch.id.numpy(), name, 1))
+    plain.close()
 
 
-@needs_ffcv
-def test_ffcv_gives_dalis_batches(ffcv, dali, store):
-    for one, other in zip(ffcv.epoch(2), dali.epoch(2), strict=True):
+def test_every_backend_gives_the_same_batches(loader, shards):
+    for one, other in zip(loader.epoch(2), shards.epoch(2), strict=True):
         assert torch.equal(one.id, other.id)
         assert torch.equal(one.label, other.label)
-        assert psnr(one.images["holed"].numpy(), other.images["holed"].numpy()).min() > 30
+        for name in VIEWS:
+            assert psnr(one.images[name].numpy(), other.images[name].numpy()).min() > 45
 
 
 @needs_ffcv
-def test_ffcv_leaves_torchs_threads_alone(ffcv):
-    before = torch.get_num_threads()
-    next(iter(ffcv.epoch(0)))
-    assert torch.get_num_threads() == before
+def test_the_beton_holds_the_bytes_of_the_shards(store, shards):
+    other = open_loader(store, VIEWS, batch=BATCH, seed=3, backend="ffcv")
+    for one, two in zip(shards.epoch(0), other.epoch(0), strict=True):
+        assert all(torch.equal(one.images[name], two.images[name]) for name in VIEWS)
+    other.close()
 
 
 @needs_ffcv
-def test_ffcv_repeats_itself_and_resumes_anywhere(ffcv):
-    _same_from_any_step(ffcv)
+def test_ffcv_itself_finds_the_same_pictures_in_the_beton(store, tmp_path):
+    assert store.beton is not None
+    code = (
+        "import sys, numpy as np; from ffcv.reader import Reader; "
+        "np.save(sys.argv[2], Reader(sys.argv[1]).metadata['f0']['data_ptr'])"
+    )
+    answer = tmp_path / "pointers.npy"
+    subprocess.run([PYTHON, "-c", code, str(store.beton), str(answer)], check=True, timeout=120)
+    assert np.array_equal(picture_offsets(store.beton, store.count), np.load(answer))
 
 
-def test_dali_repeats_itself_and_resumes_anywhere(dali):
-    _same_from_any_step(dali)
-
-
-def _same_from_any_step(loader: Loader) -> None:
+def test_an_epoch_repeats_itself_and_resumes_anywhere(loader):
     whole = [(b.id.clone(), b.images["holed"].clone()) for b in loader.epoch(4)]
     assert len(whole) == loader.batches == COUNT // BATCH
     tail = list(loader.epoch(4, start=3))
@@ -110,9 +129,9 @@ def _same_from_any_step(loader: Loader) -> None:
     assert len({int(i) for ids, _ in whole for i in ids}) == BATCH * len(whole)
 
 
-def test_a_sample_has_the_same_pixels_at_any_batch_size_and_worker_count(dali, store):
-    expected = {int(i): p for b in dali.epoch(0) for i, p in zip(b.id, b.images["small"].clone(), strict=True)}
-    other = open_loader(store, VIEWS, batch=7, seed=3, backend="dali", workers=3)
+def test_a_sample_has_the_same_pixels_at_any_batch_size_and_worker_count(shards, store):
+    expected = {int(i): p for b in shards.epoch(0) for i, p in zip(b.id, b.images["small"].clone(), strict=True)}
+    other = open_loader(store, VIEWS, batch=7, seed=3, backend="shards", workers=3)
     compared = 0
     for batch in other.epoch(0):
         for sample, pixels in zip(batch.id, batch.images["small"], strict=True):
@@ -124,9 +143,7 @@ def test_a_sample_has_the_same_pixels_at_any_batch_size_and_worker_count(dali, s
 
 
 def test_an_ordered_pass_sees_every_image_once_with_its_label(store):
-    loader = open_loader(
-        store, {"eval": View(side=32, centre=1.0)}, batch=36, shuffle=False, label="class", backend="dali"
-    )
+    loader = open_loader(store, {"eval": View(side=32, centre=1.0)}, batch=36, shuffle=False, label="class")
     batches = list(loader.epoch(0))
     loader.close()
     assert torch.cat([b.id for b in batches]).tolist() == list(range(COUNT))
@@ -144,10 +161,10 @@ def test_uneven_ranks(store):
         open_loader(store, VIEWS, batch=20, ranks=3)
 
 
-def test_an_abandoned_epoch_leaves_no_thread_behind(dali):
+def test_an_abandoned_epoch_leaves_no_thread_behind(loader):
     before = threading.active_count()
     for _ in range(3):
-        iterator = dali.epoch(0)
+        iterator = loader.epoch(0)
         next(iterator)
         iterator.close()
     assert threading.active_count() <= before
@@ -159,8 +176,7 @@ def damaged_path(store_path: Path, tmp_path: Path) -> Path:
     root = tmp_path / "damaged"
     shutil.copytree(store_path, root)
     store = Store.open(store_path)
-    reader = JpegReader(store)
-    jpeg = reader.read(17).tobytes()
+    jpeg = StoredJpegs.in_shards(store).read(17).tobytes()
     for file in [*root.glob("*.tar"), *root.glob("*.beton")]:
         data = file.read_bytes()
         assert data.count(jpeg) == 1
@@ -168,17 +184,23 @@ def damaged_path(store_path: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_dali_names_a_damaged_sample(damaged_path):
-    loader = open_loader(Store.open(damaged_path), VIEWS, batch=BATCH, backend="dali")
-    with pytest.raises(DataError, match=r"sample 17 of .*damaged.*shard-00000\.tar at byte"):
-        list(loader.epoch(0))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_damaged_sample_is_named_and_never_shown_as_black(damaged_path, backend):
+    with pytest.raises(DataError, match=r"sample 17 of .*(damaged|not those that were converted).* at byte .*jpg\)"):
+        list(open_loader(Store.open(damaged_path), VIEWS, batch=BATCH, backend=backend).epoch(0))
 
 
-@needs_ffcv
-def test_ffcv_names_a_damaged_sample_instead_of_showing_black(damaged_path):
-    loader = open_loader(Store.open(damaged_path), VIEWS, batch=BATCH, backend="ffcv")
-    with pytest.raises(DataError, match=r"sample 17 of .*damaged"):
-        list(loader.epoch(0))
+@pytest.mark.parametrize("backend", [pytest.param("ffcv", marks=needs_ffcv), "shards", "dali"])
+def test_a_store_that_is_cut_short_while_it_is_read(store_path, tmp_path, backend):
+    root = tmp_path / "cut"
+    shutil.copytree(store_path, root)
+    opened = open_loader(Store.open(root), VIEWS, batch=BATCH, backend=backend)
+    next(iter(opened.epoch(0)))
+    for file in [*root.glob("*.tar"), *root.glob("*.beton")]:
+        os.truncate(file, file.stat().st_size // 3)
+    with pytest.raises(DataError, match=r"sample \d+ of .*the file ends before it"):
+        list(opened.epoch(1))
+    opened.close()
 
 
 @needs_ffcv
@@ -210,15 +232,15 @@ def test_a_folder_without_manifest_is_no_store(tmp_path):
 
 
 class _Hanging:
-    def canvases(self, ids):
+    def batches(self, plan, where):
         time.sleep(5)
-        yield torch.zeros(len(ids[0]), 8, 8, 3, dtype=torch.uint8)
+        yield {}
 
     def close(self) -> None: ...
 
 
 class _Broken(_Hanging):
-    def canvases(self, ids):
+    def batches(self, plan, where):
         raise ValueError("disk on fire")
         yield
 

@@ -10,7 +10,8 @@ from train.command import nearest, run
 
 COMMANDS = {  # name -> (module, what it does), in the order in which they are used
     "fetch": ("tools.fetch", "bring a named data set into a folder of image files"),
-    "convert": ("tools.convert", "turn a folder of images into a store that loads fast"),
+    "convert": ("tools.convert", "turn a folder, archives or tables of images into a store that loads fast"),
+    "verify": ("tools.verify", "check every file and picture of a store; --fix drops what is bad"),
     "profile": ("tools.profile", "time loader, step and both; name the bottleneck"),
     "pretrain": ("train.pretrain", "train an encoder by a preset; the same command resumes"),
     "evaluate": ("train.evaluate", "score a checkpoint: kNN, linear and ridge probes beside two baselines"),

@@ -1,6 +1,6 @@
-"""The work of `daae convert`, from a folder of images to a finished store.
+"""The work of `daae convert`, from a source of images to a finished store.
 
-scan the folder -> labels -> decode in worker processes -> shards in one thread -> FFCV file -> manifest -> rename
+list the source, with labels -> decode in worker processes -> shards in one thread -> FFCV file -> manifest -> rename
 """
 
 from __future__ import annotations
@@ -13,81 +13,125 @@ import os
 import shutil
 import sys
 import time
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.entries import Entry, Listing
 from pipeline.errors import DataError, ResourceError, UsageError
-from pipeline.ffcv_writer import ffcv_missing, move_index, write_beton
-from pipeline.folder import Labels, Listing, find_labels, scan
+from pipeline.ffcv_writer import ffcv_missing
 from pipeline.ordered_map import ordered_map
-from pipeline.pictures import Encoding, try_picture
-from pipeline.shards import ShardWriter, describe_file, printable, write_file, write_manifest, write_tables
+from pipeline.pictures import Encoding
+from pipeline.shards import ShardWriter, printable, write_file, write_manifest
+from pipeline.sources import Choice, Reader, Source, open_source, try_entry
 from pipeline.staging import size_in_words, staging, write_durably
-from pipeline.store import BETON, MANIFEST, Store
+from pipeline.store import FORMAT, MANIFEST, Store
+from pipeline.tables import Columns
+from pipeline.unfinished import Unfinished, fits, worth_keeping
+from tools.assembly import assemble
 from tools.convert import Convert
-from tools.progress import Progress
+from tools.doctor import usable_cores
+from tools.progress import LINE_SECONDS, Progress
 
 BAD_FILES, STATS = "bad_files.jsonl", "stats.json"
 TASK = 8  # files that a worker takes at once
 
 
-def convert(flags: Convert) -> dict:
+def convert(flags: Convert, dst: Path) -> dict:
     """Do what the flags say. Returns what `--json` prints.
 
     Raises DataError, ResourceError, StalledError, UsageError; then DST is as it was, and nothing else is left but
-    `DST.bad_files.jsonl` where too many files were bad.
+    `DST.bad_files.jsonl` where too many files were bad, and beside DST the shards that the same command can go on from.
     """
     start = time.monotonic()
     backends = _backends(flags)
     options = _options(flags, backends)
-    listing = scan(flags.src)
-    digest = listing.digest()
-    nothing_to_do = _earlier(flags, options, digest)
+    source = source_of(flags)
+    digest = source.digest()
+    nothing_to_do = _earlier(flags, dst, options, digest)
     if nothing_to_do is not None:
         return nothing_to_do
-    if not listing.files:
-        raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
-    labels = find_labels(flags.src, listing)
-    _check_disk(flags, listing, backends)
-    complaint = flags.dst.parent / f"{flags.dst.name}.{BAD_FILES}"
-    with staging(flags.dst, replace=flags.overwrite) as folder:
+    complaint = dst.parent / f"{dst.name}.{BAD_FILES}"
+    # The FFCV file is made of the shards at the end: with or without it they are the same.
+    job = {"format": FORMAT, "source": digest, "encode": {**options, "backends": None}}
+    adopt, keep = (lambda left: fits(left, job)), (lambda left, error: _keep(left, error, flags.quiet))
+    with staging(dst, replace=flags.overwrite, adopt=adopt, keep=keep) as folder:
+        unfinished = Unfinished(folder, job)
+        listing = unfinished.listing(source, _Counting(flags.quiet))
+        if not listing.files:
+            raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
+        for path, why in listing.unreadable[:3]:
+            _note(flags, f"{printable(path)} {why}; what else is there is used.")
+        _check_disk(flags, dst, listing, backends, int(unfinished.done.rows["row"]["size"].sum()))
         complaint.unlink(missing_ok=True)
-        made = _decode(flags, listing, labels, folder)
+        made = _decode(flags, listing, source.reader(unfinished.spool), folder, unfinished)
         _check_bad(flags, listing, made, complaint)
-        files, rows, shards = dict(made.shards.files), made.shards.rows, made.shards.shards
-        names = [listing.files[place].path for place in made.chosen]
-        tables = write_tables(folder, rows, labels.table[made.chosen], names)
-        if "ffcv" in backends:
-            progress = Progress("FFCV file", total_bytes=made.jpeg_bytes, quiet=flags.quiet)
-            with progress.show():
-                beton = write_beton(
-                    folder, stall_seconds=flags.stall_timeout, progress=lambda done: progress.at(done_bytes=done)
-                )
-            files |= describe_file(beton)
-            if "dali" not in backends:
-                # The FFCV file is then the only shard: the index points at the JPEGs inside it.
-                rows, shards, files = move_index(beton, rows), [BETON], {BETON: files[BETON]}
-                tables = write_tables(folder, rows, labels.table[made.chosen], names)
-                for name in made.shards.files:
-                    (folder / name).unlink()
-        files |= tables | write_file(folder, BAD_FILES, _bad_lines(made.bad))
+        chosen = np.array(made.chosen, np.int64)
+        whole = assemble(
+            folder,
+            made.shards,
+            listing.labels.table[chosen],
+            lambda: (listing.files.path(place) for place in made.chosen),
+            backends=backends,
+            stall_seconds=flags.stall_timeout,
+            quiet=flags.quiet,
+        )
+        unfinished.remove()
+        bad = write_file(folder, BAD_FILES, bad_lines(made.bad))
         seconds = time.monotonic() - start
         # The one file that differs from run to run, so the manifest does not vouch for it.
         write_durably(folder / STATS, (json.dumps(_stats(listing, made, seconds), indent=1) + "\n").encode())
         write_manifest(
             folder,
-            files=files,
-            rows=rows,
-            columns=labels.columns,
-            shards=shards,
+            files=whole.files | bad,
+            index=whole.index,
+            columns=listing.labels.columns,
+            shards=whole.shards,
             encode=options,
-            source={"path": printable(os.fsencode(flags.src)), "files": len(listing.files), "listing": digest},
+            source={"path": _shown(flags.src), "files": len(listing.files), "listing": digest},
             bad=len(made.bad),
             skipped=dict(sorted(listing.skipped.items())),
         )
-    return _result(flags, seconds, done="converted")
+    return _result(dst, seconds, done="converted")
+
+
+def source_of(flags: Convert) -> Source:
+    """The source that the flags name. Raises DataError, ResourceError, UsageError."""
+    image, _, label = flags.columns.partition(",")
+    choice = Choice(
+        kind=flags.kind,
+        subset=flags.list,
+        devkit=flags.devkit,
+        columns=Columns(image.strip() or None, label.strip() or None),
+    )
+    return open_source(flags.src, choice, largest=encoding_of(flags).max_bytes)
+
+
+class _Counting:
+    """Says now and then how many pictures are listed so far; how many there are nobody knows yet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.next = quiet, time.monotonic() + LINE_SECONDS
+
+    def __call__(self, files: int) -> None:
+        if not self.quiet and time.monotonic() > self.next:
+            self.next = time.monotonic() + LINE_SECONDS
+            print(f"listing: {files:,} images so far", file=sys.stderr, flush=True)
+
+
+def _shown(src: str) -> str:
+    return printable(os.fsencode(src))
+
+
+def _keep(folder: Path, error: BaseException, quiet: bool) -> bool:
+    kept = worth_keeping(folder, error)
+    if kept and not quiet:
+        print(
+            f"note: the shards finished so far are kept in {folder}; the same command goes on there.", file=sys.stderr
+        )
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------------------ decode
@@ -96,54 +140,116 @@ def convert(flags: Convert) -> dict:
 @dataclass
 class Made:
     shards: ShardWriter
-    chosen: list[int] = field(default_factory=list)  # sample id -> place in listing.files
+    chosen: array = field(default_factory=lambda: array("q"))  # sample id -> place in listing.files
     bad: list[dict] = field(default_factory=list)
     kept: int = 0
-    jpeg_bytes: int = 0
 
 
-def _decode(flags: Convert, listing: Listing, labels: Labels, folder: Path) -> Made:
+class _Tasks:
+    """What is left to do, cut into tasks when a worker is free: no list of a million paths."""
+
+    def __init__(self, listing: Listing, start: int, lost: dict[bytes, str]) -> None:
+        self.files, self.start = listing.files, start
+        self.lost = {place for place in map(listing.files.find, lost) if place is not None}
+
+    def __len__(self) -> int:
+        return -(-(len(self.files) - self.start) // TASK)
+
+    def places(self, task: int) -> range:
+        first = self.start + task * TASK
+        return range(first, min(first + TASK, len(self.files)))
+
+    def __getitem__(self, task: int) -> list[Entry]:
+        if not 0 <= task < len(self):
+            raise IndexError(task)
+        return [self.files[place] for place in self.places(task) if place not in self.lost]
+
+
+def _decode(flags: Convert, listing: Listing, reader: Reader, folder: Path, unfinished: Unfinished) -> Made:
     """Decode everything, write what is good in order, list what is bad."""
-    width = max(6, *(len(str(len(classes) - 1)) for classes in labels.columns.values()), 0)
-    made = Made(ShardWriter(folder, shard_bytes=flags.shard_mb << 20, label_width=width))
-    for path, why in listing.unreadable:
-        made.bad.append({"path": printable(path) + "/", "reason": f"cannot be read: {why}", "bytes": 0})
-    allowed = tolerated(flags.max_bad, len(listing.files))
-    tasks = [range(at, min(at + TASK, len(listing.files))) for at in range(0, len(listing.files), TASK)]
-    paths = [[os.path.join(listing.root, listing.files[place].path) for place in task] for task in tasks]
-    source_bytes = sum(one.size for one in listing.files)
-    progress = Progress("images", total_bytes=source_bytes, total_images=len(listing.files), quiet=flags.quiet)
+    labels, files = listing.labels, listing.files
+    made = Made(ShardWriter(folder, shard_bytes=flags.shard_mb << 20, label_width=label_width(labels.columns)))
+    made.bad = [{"path": printable(path), "reason": why, "bytes": 0} for path, why in listing.unreadable]
+    allowed = tolerated(flags.max_bad, len(files))
+    done = unfinished.done
+    if done.rows.size:
+        made.shards.resume(done.shards, done.files, done.rows["row"])
+        made.chosen, made.bad, made.kept = array("q", done.rows["place"].tolist()), list(done.bad), done.kept
+        _note(flags, f"going on behind {done.next:,} of {len(files):,} images that an earlier run had finished.")
+    tasks = _Tasks(listing, done.next, done.lost)
+    sizes = files.sizes
+    progress = Progress(
+        "images",
+        total_bytes=int(sizes[done.next :].sum()),
+        total_images=len(files) - done.next,
+        quiet=flags.quiet,
+    )
+
+    def lose(entry: Entry, how: str) -> str:
+        reason = f"the process that decoded it {how}, and so did a second one"
+        unfinished.lose(entry.path, reason)
+        return reason
+
     results = ordered_map(
-        try_picture,
-        paths,
-        encoding_of(flags),
-        workers=flags.workers or len(os.sched_getaffinity(0)),
+        try_entry,
+        tasks,
+        (reader, encoding_of(flags)),
+        workers=_workers(flags),
         stall_seconds=flags.stall_timeout,
-        describe=printable,
+        describe=lambda entry: os.path.join(_shown(flags.src), printable(entry.path)),
+        lost=lose,
     )
     done_bytes = 0
     try:
         with contextlib.closing(results), progress.show():
-            for task, answers in zip(tasks, results, strict=True):
-                for place, answer in zip(task, answers, strict=True):
-                    source = listing.files[place]
-                    done_bytes += source.size
+            for task, answers in enumerate(results):
+                answer_of = iter(answers)
+                for place in tasks.places(task):
+                    entry = files[place]
+                    done_bytes += entry.size
+                    answer = done.lost[entry.path] if place in tasks.lost else next(answer_of)
                     if isinstance(answer, str):
-                        made.bad.append({"path": printable(source.path), "reason": answer, "bytes": source.size})
+                        made.bad.append({"path": printable(entry.path), "reason": answer, "bytes": entry.size})
                     # Past the limit the rest is still checked, so that the list is whole, but no longer written.
                     elif len(made.bad) <= allowed:
                         label = int(labels.table[place, 0]) if labels.columns else -1
+                        finished = made.shards.finished
                         made.shards.add(answer.jpeg, label=label, height=answer.height, width=answer.width)
+                        if made.shards.finished > finished:
+                            _vouch(unfinished, made, place, last=False)
                         made.chosen.append(place)
                         made.kept += answer.kept
-                        made.jpeg_bytes += len(answer.jpeg)
-                progress.at(images=task.stop, done_bytes=done_bytes, bad=len(made.bad))
+                progress.at(images=tasks.places(task).stop - done.next, done_bytes=done_bytes, bad=len(made.bad))
             made.shards.close()
+            if made.chosen and len(made.bad) <= allowed:
+                _vouch(unfinished, made, len(files), last=True)
     except BaseException:
         made.shards.abandon()
         raise
     made.bad.sort(key=lambda row: row["path"])
     return made
+
+
+def label_width(columns: dict[str, list[str]]) -> int:
+    """Digits of a label in a shard: one width for all, because a batch of differing widths cannot become one array."""
+    return max(6, *(len(str(len(classes) - 1)) for classes in columns.values()), 0)
+
+
+def _vouch(unfinished: Unfinished, made: Made, place: int, *, last: bool) -> None:
+    """A shard is on the disk; it and those before it reach up to `place` in the listing."""
+    unfinished.finished(made.shards, made.chosen, place, made.bad, made.kept, last=last)
+
+
+def _workers(flags: Convert) -> int:
+    cores = max(1, int(usable_cores()))
+    if flags.workers is not None and flags.workers > cores:
+        _note(flags, f"--workers {flags.workers}, but this process may use {cores} cores: more will not be faster.")
+    return flags.workers or cores
+
+
+def _note(flags: Convert, text: str) -> None:
+    if not flags.quiet:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def tolerated(share: float, count: int) -> int:
@@ -155,7 +261,7 @@ def _check_bad(flags: Convert, listing: Listing, made: Made, complaint: Path) ->
     allowed = tolerated(flags.max_bad, len(listing.files))
     if made.chosen and len(made.bad) <= allowed:
         return
-    write_durably(complaint, _bad_lines(made.bad))
+    write_durably(complaint, bad_lines(made.bad))
     example = f"e.g. {made.bad[0]['path']} {made.bad[0]['reason']}"
     if len(made.bad) >= len(listing.files):
         others = sum(listing.skipped.values())
@@ -167,7 +273,7 @@ def _check_bad(flags: Convert, listing: Listing, made: Made, complaint: Path) ->
     )
 
 
-def _bad_lines(bad: list[dict]) -> bytes:
+def bad_lines(bad: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in bad).encode()
 
 
@@ -199,41 +305,41 @@ def _options(flags: Convert, backends: list[str]) -> dict:
     }
 
 
-def _earlier(flags: Convert, options: dict, digest: str) -> dict | None:
+def _earlier(flags: Convert, dst: Path, options: dict, digest: str) -> dict | None:
     """The result of an earlier conversion if DST is just what is asked for; None if DST may be written.
 
     Raises UsageError: DST is something else.
     """
-    if not flags.dst.exists() or (flags.dst.is_dir() and not any(flags.dst.iterdir())):
+    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
         return None
-    if not (flags.dst / MANIFEST).is_file():
-        raise UsageError(f"{flags.dst} exists and is not a store. Choose another DST, or remove it yourself.")
+    if not (dst / MANIFEST).is_file():
+        raise UsageError(f"{dst} exists and is not a store. Choose another DST, or remove it yourself.")
     if flags.overwrite:
         return None
     ask = "Choose another DST, or --overwrite replaces it."
     try:
-        manifest = Store.open(flags.dst).manifest
+        manifest = Store.open(dst).manifest
         before, listing, bad = manifest["encode"], manifest["source"]["listing"], manifest["bad"]
     except (DataError, KeyError, TypeError) as error:
-        raise UsageError(f"{flags.dst} is a damaged store: {error} {ask}") from None
+        raise UsageError(f"{dst} is a damaged store: {error} {ask}") from None
     if listing != digest:
-        raise UsageError(f"{flags.dst} is a store of other files, or {flags.src} has changed since. {ask}")
+        raise UsageError(f"{dst} is a store of other files, or {flags.src} has changed since. {ask}")
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in options.items() if before.get(name) != value]
     if changed:
-        raise UsageError(f"{flags.dst} was made with other settings ({'; '.join(changed)}). {ask}")
+        raise UsageError(f"{dst} was made with other settings ({'; '.join(changed)}). {ask}")
     if bad > tolerated(flags.max_bad, manifest["source"]["files"]):
-        raise UsageError(f"{flags.dst} was made without {bad} bad files, more than --max-bad {flags.max_bad:g}. {ask}")
-    return _result(flags, 0.0, done="nothing to do")
+        raise UsageError(f"{dst} was made without {bad} bad files, more than --max-bad {flags.max_bad:g}. {ask}")
+    return _result(dst, 0.0, done="nothing to do")
 
 
-def _check_disk(flags: Convert, listing: Listing, backends: list[str]) -> None:
+def _check_disk(flags: Convert, dst: Path, listing: Listing, backends: list[str], done_bytes: int) -> None:
+    """done_bytes: JPEG bytes that an earlier run has written already."""
     # A stored picture is rarely larger than its source, and hardly ever than 0.4 bytes a pixel; tar adds 2 kB.
     largest = flags.max_side**2 * 0.4 * (3 if flags.quality > 95 else 1)
-    pictures = sum(min(1.2 * one.size, largest) + 1024 for one in listing.files)
-    need = (pictures + 2048 * len(listing.files)) + (pictures if "ffcv" in backends else 0) + (32 << 20)
-    place = flags.dst.absolute().parent
-    while not place.exists():
-        place = place.parent
+    sizes = listing.files.sizes
+    pictures = float(np.minimum(1.2 * sizes, largest).sum() + 1024 * len(sizes))
+    need = (pictures + 2048 * len(sizes)) + (pictures if "ffcv" in backends else 0) + (32 << 20) - done_bytes
+    place = dst.absolute().parent
     free = shutil.disk_usage(place).free
     if free < need:
         raise ResourceError(
@@ -249,24 +355,24 @@ def encoding_of(flags: Convert) -> Encoding:
 
 
 def _stats(listing: Listing, made: Made, seconds: float) -> dict:
-    heights, widths = ([row[at] for row in made.shards.rows] for at in (3, 4))
+    index = made.shards.index
     return {
         "seconds": round(seconds, 2),
         "images_per_second": round(len(listing.files) / seconds, 1),
-        "source_bytes": sum(one.size for one in listing.files),
-        "jpeg_bytes": made.jpeg_bytes,
+        "source_bytes": int(listing.files.sizes.sum()),
+        "jpeg_bytes": int(index["size"].sum()),
         "kept": made.kept,
         "encoded": len(made.chosen) - made.kept,
-        "mean_height": round(float(np.mean(heights)), 1),
-        "mean_width": round(float(np.mean(widths)), 1),
+        "mean_height": round(float(index["height"].mean()), 1),
+        "mean_width": round(float(index["width"].mean()), 1),
     }
 
 
-def _result(flags: Convert, seconds: float, *, done: str) -> dict:
-    store = Store.open(flags.dst)
+def _result(dst: Path, seconds: float, *, done: str) -> dict:
+    store = Store.open(dst)
     manifest = store.manifest
     return {
-        "store": str(flags.dst),
+        "store": str(dst),
         "done": done,
         "images": store.count,
         "bytes": sum(facts["bytes"] for facts in manifest["files"].values()),

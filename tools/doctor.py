@@ -25,14 +25,14 @@ from typing import Literal
 from train.command import parse, run
 
 IMPORT_SECONDS = 120.0  # a cold import over a slow network disk takes a minute
-LOADERS = ("ffcv", "dali")
 State = Literal["ok", "warning", "broken"]  # broken: a package that cannot be used
 FFCV_LIBRARIES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
+DECODER_LIBRARIES = "libjpeg-dev gcc"
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """What does this machine have and lack? Exit code 0 if torch and at least one loader work, else 5."""
+    """What does this machine have and lack? Exit code 0 if torch and Pillow work, so that it can train, else 5."""
 
     json: bool = False
     """Print one JSON object."""
@@ -130,7 +130,7 @@ def facts(name):
                 devices.append({"name": each.name, "gb": each.total_memory / 1e9, "bf16": bf16})
         return {"cuda": torch.version.cuda, "devices": devices, "threads": torch.get_num_threads()}
     return {}
-MODULES = {"dali": ["nvidia.dali", "nvidia.dali.fn"], "ffcv": ["ffcv.libffcv", "ffcv.loader"]}
+MODULES = {"dali": ["nvidia.dali", "nvidia.dali.fn"], "ffcv": ["ffcv.libffcv", "ffcv.writer"], "pillow": ["PIL.Image"]}
 for name in sys.argv[1:]:
     print(json.dumps({"name": name}), file=tell)
     try:
@@ -200,7 +200,10 @@ def broken_package(name: str, found: dict) -> Finding:
     own = {"dali": "nvidia"}.get(name, name)
     absent = missing is not None and missing.split(".")[0] == own
     what = "not installed" if absent else f"does not import: {error}"
-    other = {"ffcv": "dali", "dali": "ffcv"}.get(name)
+    without = {
+        "ffcv": "; only writing .beton files needs it",
+        "dali": "; only decoding on a GPU needs it",
+    }.get(name, "")
     if name == "ffcv":
         sentence = f"`sudo apt install {FFCV_LIBRARIES}`, then `make setup`"
     elif name == "dali":
@@ -209,7 +212,7 @@ def broken_package(name: str, found: dict) -> Finding:
         sentence = "torchvision must match torch: `pip install --force-reinstall torchvision`"
     else:
         sentence = f"`make setup`, or `pip install {name}`"
-    return Finding(name, "broken", what, sentence + (f"; until then pass --loader {other}" if other else "") + ".")
+    return Finding(name, "broken", what, f"{sentence}{without}.")
 
 
 # --- the examination --------------------------------------------------------------------------------------------------
@@ -335,19 +338,31 @@ def gpus(found: dict) -> Finding:
 def examine() -> Iterator[Finding]:
     """Each finding as soon as it is known: the system's at once, packages at the pace of their imports."""
     yield from machine()
-    for name, found in probe(["numpy", "dali", "torch", "ffcv", "timm"]):
+    for name, found in probe(["numpy", "pillow", "dali", "torch", "ffcv", "timm"]):
         yield from package(name, found)
+    yield decoder()
+
+
+def decoder() -> Finding:
+    """The part in C: compiled here and now where it has not been."""
+    from pipeline import native
+
+    reason = native.why_not()
+    if reason is None:
+        return Finding("decoder", "ok", "compiled: each picture decoded once, only where a view looks")
+    advice = f"Pillow decodes instead, several times slower: `sudo apt install {DECODER_LIBRARIES}`."
+    return Finding("decoder", "warning", f"not compiled: {reason}", advice)
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """0 where torch and at least one loader work, 5 elsewhere."""
+    """0 where training works, 5 elsewhere."""
     works = {finding.name for finding in findings if finding.state != "broken"}
-    return 0 if "torch" in works and works & set(LOADERS) else 5
+    return 0 if {"torch", "pillow"} <= works else 5
 
 
 def summary(findings: list[Finding]) -> str:
     if exit_code(findings):
-        return "This machine cannot train: torch and one of FFCV and DALI have to work. Do what the lines above say."
+        return "This machine cannot train: torch and Pillow have to work. Do what the lines above say."
     advised = sum(finding.state != "ok" for finding in findings)
     ending = {0: "nothing to do", 1: "one line above says what could be better"}
     return f"This machine can train: {ending.get(advised, f'{advised} lines above say what could be better')}."

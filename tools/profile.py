@@ -1,7 +1,7 @@
 """`daae profile`: loader alone, step alone, both together, interleaved on this machine; then what to change.
 
 CPU-milliseconds per image stand beside images/s: they hardly move when others use the machine, and they predict what
-more cores bring. Warm-up (FFCV compiles its decoder for about 15 s) is done first and reported apart.
+more cores bring. Warm-up is done first and reported apart.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROUNDS = 5
 BALANCED = 0.10  # loader and step this close to one another: neither is the bottleneck
 FREE_RIDE = 0.85  # together at least this share of the step alone: the loader costs the step nothing to speak of
-NAMES = {"ffcv": "FFCV", "dali": "DALI"}
+NAMES = {"ffcv": "FFCV", "shards": "shards", "dali": "DALI", "resident": "resident"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Profile:
     """YAML of settings laid over the preset; config.yaml of a run folder fits."""
     seconds: float = 10.0
     """Of each of the three timings, after warm-up."""
-    loader: Literal["auto", "ffcv", "dali", "both"] = "auto"
-    """auto: the one that `daae pretrain` would take. both: compare them."""
+    loader: Literal["auto", "ffcv", "shards", "dali", "resident", "all"] = "auto"
+    """auto: the one that `daae pretrain` would take. all: compare those that work here."""
     batch: int | None = None
     """Images per step. Default: the preset's, or fewer where a step of it would take too long or not fit."""
     workers: int | None = None
@@ -61,6 +61,8 @@ class Profile:
     """Default: the preset's."""
     compile: bool = False
     """torch.compile the loss, as `daae pretrain --compile` does."""
+    peers: bool = False
+    """Instead: our loader beside those of torchvision, FFCV and DALI, on this store's JPEGs, for --seconds each."""
     quiet: bool = False
     """No progress on the terminal."""
     json: bool = False
@@ -370,18 +372,15 @@ def fit_batch(machine: Machine, limit: float) -> int:
         size = min(most, size * 2 ** int(math.log2(limit / took)))
 
 
-def copy_rate(store: Store, batch: int, machine: Machine) -> float | None:
-    """Images/s that host memory can send to the GPU the way the FFCV backend does: whole canvases."""
+def copy_rate(machine: Machine, batch: int) -> float | None:
+    """Images/s that host memory can send to the GPU: every view of a batch, from page-locked memory."""
     if machine.device.type != "cuda":
         return None
-    import torch
-
-    canvas = torch.randint(256, (batch, store.max_height, store.max_width, 3), dtype=torch.uint8)
-    canvas.to(machine.device)
-    machine.settle()
+    crops = [image.cpu().pin_memory() for image in machine.random_batch(batch).images.values()]
     start, copies = time.perf_counter(), 0
     while copies < 3 or time.perf_counter() - start < 0.3:
-        canvas.to(machine.device)
+        for crop in crops:
+            crop.to(machine.device, non_blocking=True)
         machine.settle()
         copies += 1
     return copies * batch / (time.perf_counter() - start)
@@ -427,7 +426,7 @@ def profile(flags: Profile) -> Measured:
     device, cores, warm_up = torch.device(wish.device), usable_cores(), {}
     # What open_loader does with 0 workers, done here so that the number is known.
     workers = wish.speed.workers or (1 if device.type == "cpu" else max(1, int(cores)))
-    backends: list[Backend] = ["ffcv", "dali"] if flags.loader == "both" else [wish.loader]
+    backends: list[Backend] = usable_backends(store) if flags.loader == "all" else [wish.loader]
     with telling(flags.quiet) as say, contextlib.ExitStack() as opened:
         say("finding the batch")
         with stopwatch(warm_up, "step"):
@@ -435,7 +434,7 @@ def profile(flags: Profile) -> Measured:
             batch = flags.batch or fit_batch(machine, max(1.0, flags.seconds / ROUNDS / 2))
         loaders = {}
         for name in backends:
-            say(f"{NAMES[name]} starts" + (" and compiles, about 15 s" if name == "ffcv" else ""))
+            say(f"{NAMES[name]} starts")
             with stopwatch(warm_up, name):
                 loaders[name] = open_warm(store, wish, name, batch, workers)
                 opened.callback(loaders[name].close)
@@ -460,9 +459,21 @@ def profile(flags: Profile) -> Measured:
             loader={name: summarise([each[f"loader {name}"] for each in samples]) for name in names},
             step=summarise([each["step"] for each in samples]),
             both={name: summarise([each[f"both {name}"] for each in samples]) for name in names},
-            copy_images_per_second=copy_rate(store, batch, machine) if wish.loader == "ffcv" else None,
+            copy_images_per_second=copy_rate(machine, batch) if wish.loader in ("ffcv", "shards") else None,
             memory_gb=memory_gb(device)[0], other_cores=neighbours.cores(), warm_up_seconds=warm_up, rounds=rounds,
         )  # fmt: skip
+
+
+def usable_backends(store: Store) -> list[Backend]:
+    """Those that a store and this machine have all parts of; `resident` is asked for by name, since it takes memory."""
+    from importlib.util import find_spec
+
+    there: dict[Backend, bool] = {
+        "ffcv": store.beton is not None,
+        "shards": bool(store.shards),
+        "dali": bool(store.shards) and find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None,
+    }
+    return [name for name, works in there.items() if works]
 
 
 def open_warm(store: Store, wish: Run, backend: Backend, batch: int, workers: int) -> Loader:
@@ -519,7 +530,7 @@ def settings(flags: Profile) -> Run:
     wish = open_preset(flags.preset)
     if flags.config is not None:
         wish = with_values(wish, read_yaml(flags.config), str(flags.config))
-    if flags.loader != "both":
+    if flags.loader != "all":
         wish = replace(wish, loader=flags.loader if flags.loader != "auto" else wish.loader)
     speed = replace(
         wish.speed,
@@ -627,8 +638,24 @@ def duration(seconds: float) -> str:
     return words(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
+def peers(flags: Profile) -> int:
+    from pipeline.loader import usable_cores
+    from tools.peers import compare_peers, show_peers
+
+    workers, batch = flags.workers or usable_cores(), flags.batch or 128
+    with telling(flags.quiet) as say:
+        results = compare_peers(flags.data, seconds=flags.seconds, batch=batch, workers=workers, say=say)
+    if flags.json:
+        print(json.dumps({"workers": workers, "batch": batch, "seconds": flags.seconds, "views": results}))
+    else:
+        show_peers(results)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     flags = parse(Profile, argv, prog="daae profile")
+    if flags.peers:
+        return peers(flags)
     measured = profile(flags)
     if flags.json:
         print(json.dumps(as_json(measured)))

@@ -12,7 +12,7 @@ set -eu
     exit 2
 }
 
-headers() { pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null; }
+headers() { pkg-config --exists opencv4 libturbojpeg libjpeg 2>/dev/null && command -v g++ >/dev/null; }
 line="apt-get install -y --no-install-recommends $APT"
 if ! headers; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -33,4 +33,5 @@ fi
 "$VENV/bin/python" -m pip install -q --upgrade pip "setuptools>=77" wheel
 "$VENV/bin/python" -m pip install -q -r "$wanted"
 "$VENV/bin/python" -m pip install -q --no-deps --no-build-isolation -e .
+"$VENV/bin/python" -m pipeline.native || echo "notice: Pillow decodes instead, several times slower: sudo apt-get install libjpeg-dev gcc" >&2
 "$VENV/bin/daae" doctor || echo "notice: see the lines marked above; the rest works" >&2

@@ -180,7 +180,7 @@ def weak_arms(study: Study) -> list[str]:
 
 
 def too_short(weak: Sequence[str]) -> str:
-    """The issue's own rule, in its own words."""
+    """The rule by which an experiment counts."""
     does = "does" if len(weak) == 1 else "do"
     return (
         f"The run is too short or broken: {listed(list(weak))} {does} not beat raw pixels and the untrained encoder by "

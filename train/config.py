@@ -103,8 +103,8 @@ class Run:
     speed: Speed = field(default_factory=Speed)
     seed: int = 0
     """Of weights, order, crops, colours and masks."""
-    loader: Literal["auto", "ffcv", "dali"] = "auto"
-    """Decoder; not under speed, since two decoders differ by a few grey levels."""
+    loader: Literal["auto", "ffcv", "shards", "dali", "resident"] = "auto"
+    """What reads and decodes; not under speed, since two decoders differ by a few grey levels."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device multiplies it fast, fp32 elsewhere."""
     device: str = "auto"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def resolve(run: Run, store: Store) -> Run:
     """The run with every "auto" settled."""
     device = choose_device(run.device)
-    loader = choose_backend(store) if run.loader == "auto" else run.loader
+    loader = choose_backend(store, device) if run.loader == "auto" else run.loader
     return dataclasses.replace(
         run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
     )

@@ -1,0 +1,57 @@
+"""Backends that read JPEGs from files themselves: shards here, an FFCV file in ffcv_loader.py.
+
+A batch is one call into the decoder, which reads, checks, decodes and crops every view of every picture of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.decoder import open_decoder
+from pipeline.errors import DataError
+from pipeline.jpeg import StoredJpegs
+from pipeline.sampling import Geometry, View
+from pipeline.store import Store
+
+
+class JpegSource:
+    """Crops of every view from the JPEGs of an address book."""
+
+    def __init__(self, jpegs: StoredJpegs, views: dict[str, View], *, device: torch.device, workers: int):
+        self.jpegs, self.device = jpegs, device
+        self.sides = {name: view.side for name, view in views.items()}
+        self.decoder = open_decoder(workers)
+
+    def batches(
+        self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
+    ) -> Iterator[dict[str, Tensor]]:
+        on_gpu = self.device.type == "cuda"
+        for ids in plan:
+            boxes, rows = where(ids), self.jpegs.rows(ids)
+            # Page-locked memory is what a copy to the GPU can leave from while the next batch is decoded.
+            images = {
+                name: torch.empty(len(ids), side, side, 3, dtype=torch.uint8, pin_memory=on_gpu)
+                for name, side in self.sides.items()
+            }
+            failed = self.decoder.decode(
+                rows, [boxes[name] for name in images], [each.numpy() for each in images.values()]
+            )
+            if failed.size:
+                place = int(failed[0])
+                raise DataError(self.jpegs.sentence(int(ids[place]), int(rows["status"][place])))
+            yield {name: each.to(self.device, non_blocking=True) for name, each in images.items()}
+
+    def close(self) -> None:
+        self.decoder.close()
+        self.jpegs.close()
+
+
+class ShardSource(JpegSource):
+    """WebDataset shards, at any place in any order."""
+
+    def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int):
+        super().__init__(StoredJpegs.in_shards(store), views, device=device, workers=workers)

@@ -1,0 +1,170 @@
+"""The region decoder against Pillow, and against everything that can be wrong with a file."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import decoder, native
+from pipeline.sampling import Geometry
+from tests.conftest import psnr
+from tests.images import encoded, picture
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no region decoder: {native.why_not()}")
+
+KINDS = {
+    "4:2:0": {"subsampling": 2}, "4:2:2": {"subsampling": 1}, "4:4:4": {"subsampling": 0},
+    "progressive": {"progressive": True}, "restart": {"restart_marker_blocks": 3}, "gray": {},
+}  # fmt: skip
+
+
+def jpeg(height: int, width: int, seed: int, kind: str = "4:2:0", quality: int = 90) -> bytes:
+    image = picture(seed, width, height)
+    return encoded(image.convert("L") if kind == "gray" else image, quality=quality, **KINDS[kind])
+
+
+def decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def in_memory(files: list[bytes]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """SAMPLE rows, and the arrays that have to live as long as they do."""
+    arrays = [np.frombuffer(data, np.uint8) for data in files]
+    rows = np.zeros(len(files), decoder.SAMPLE)
+    for row, array, data in zip(rows, arrays, files, strict=True):
+        width, height = decoded(data).size
+        row["data"], row["size"], row["file"] = array.ctypes.data, array.size, -1
+        row["height"], row["width"], row["sum"] = height, width, decoder.checksum(data)
+    return rows, arrays
+
+
+def random_boxes(rows: np.ndarray, seed: int) -> Geometry:
+    """Any box at all: single rows and columns, whole pictures, edges."""
+    draw = np.random.default_rng(seed)
+    boxes = []
+    for height, width in zip(rows["height"].tolist(), rows["width"].tolist(), strict=True):
+        high, wide = draw.integers(1, height + 1), draw.integers(1, width + 1)
+        top = draw.choice([0, height - high, draw.integers(0, height - high + 1)])
+        left = draw.choice([0, width - wide, draw.integers(0, width - wide + 1)])
+        boxes.append((top, left, high, wide))
+    return Geometry(np.array(boxes), draw.random(len(rows)) < 0.5)
+
+
+def by_pillow(files: list[bytes], where: Geometry, side: int) -> np.ndarray:
+    out = []
+    for data, (top, left, high, wide), flip in zip(files, where.boxes.tolist(), where.flip, strict=True):
+        cropped = decoded(data).crop((left, top, left + wide, top + high))
+        view = np.asarray(cropped.resize((side, side), Image.Resampling.BILINEAR))
+        out.append(view[:, ::-1] if flip else view)
+    return np.stack(out)
+
+
+def views(rows: np.ndarray, where: list[Geometry], sides: list[int], threads: int = 2, *, simd: bool = True):
+    outs = [np.zeros((len(rows), side, side, 3), np.uint8) for side in sides]
+    opened = decoder.RegionDecoder(threads, simd=simd)
+    failed = opened.decode(rows, where, outs)
+    opened.close()
+    return outs, failed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_view_is_pillows_crop_resized(kind):
+    sizes = [(333, 500), (500, 375), (97, 131), (16, 16), (15, 241), (1, 1), (640, 33)]
+    files = [jpeg(height, width, seed, kind) for seed, (height, width) in enumerate(sizes * 3)]
+    rows, _alive = in_memory(files)
+    where, sides = [random_boxes(rows, seed) for seed in (1, 2, 3)], [224, 112, 32]
+    outs, failed = views(rows, where, sides)
+    assert failed.size == 0
+    for out, geometry, side in zip(outs, where, sides, strict=True):
+        decibels = psnr(out, by_pillow(files, geometry, side))
+        assert decibels.min() > 45
+        assert np.median(decibels) > 54
+
+
+def test_a_box_as_large_as_the_view_is_the_decoded_picture_itself():
+    files = [jpeg(300, 400, seed) for seed in range(4)]
+    rows, _alive = in_memory(files)
+    boxes = np.array([(0, 0, 224, 224), (76, 176, 224, 224), (31, 57, 224, 224), (16, 48, 224, 224)])
+    (out,), _ = views(rows, [Geometry(boxes, np.zeros(4, bool))], [224])
+    for view, data, (top, left, high, wide) in zip(out, files, boxes, strict=True):
+        assert np.array_equal(view, np.asarray(decoded(data))[top : top + high, left : left + wide])
+
+
+def test_plain_arithmetic_threads_and_company_change_no_bit():
+    files = [jpeg(200 + 13 * seed, 300 - 7 * seed, seed) for seed in range(12)]
+    rows, _alive = in_memory(files)
+    where = [random_boxes(rows, 5), random_boxes(rows, 6)]
+    fast, _ = views(rows, where, [160, 64], threads=3)
+    plain, _ = views(rows, where, [160, 64], threads=1, simd=False)
+    alone, _ = views(rows, where[1:], [64])
+    assert np.array_equal(fast[0], plain[0])
+    assert np.array_equal(fast[1], plain[1])
+    assert np.array_equal(fast[1], alone[0])
+    part, _ = views(rows[5:6], [Geometry(where[0].boxes[5:6], where[0].flip[5:6])], [160])
+    assert np.array_equal(fast[0][5], part[0][0])
+
+
+def test_what_is_wrong_with_a_picture_is_said_of_that_one_alone(tmp_path: Path):
+    files = [jpeg(120, 160, seed) for seed in range(7)]
+    rows, alive = in_memory(files)
+    where = Geometry(np.tile([10, 10, 100, 140], (7, 1)), np.zeros(7, bool))
+    good, _ = views(rows, [where], [64])
+    rows["sum"][1] = 0
+    rows["size"][1] //= 2  # cut in half
+    alive[2] = np.frombuffer(b"no JPEG at all, but long enough" * 9, np.uint8)
+    rows["data"][2], rows["size"][2], rows["sum"][2] = alive[2].ctypes.data, alive[2].size, 0
+    rows["width"][3] = 161
+    flipped = bytearray(files[4])
+    flipped[700] ^= 4
+    alive[4] = np.frombuffer(bytes(flipped), np.uint8)
+    rows["data"][4] = alive[4].ctypes.data
+    path = tmp_path / "shard"
+    path.write_bytes(b"x" * 100 + files[5] + files[6][:-9])
+    file = os.open(path, os.O_RDONLY)
+    rows["file"][5:], rows["offset"][5:], rows["data"][5:] = file, (100, 100 + len(files[5])), 0
+    (out,), failed = views(rows, [where], [64])
+    os.close(file)
+    assert failed.tolist() == [1, 2, 3, 4, 6]
+    assert rows["status"].tolist() == [0, 1, 1, 2, 5, 0, 4]
+    assert set(rows["status"][failed]) <= decoder.FAILURES.keys()
+    assert np.array_equal(out[[0, 5]], good[0][[0, 5]])
+
+
+def test_a_closed_file_is_a_failure_and_no_crash(tmp_path: Path):
+    rows, _alive = in_memory([jpeg(40, 40, 1)])
+    rows["file"] = 999_999
+    _, failed = views(rows, [random_boxes(rows, 1)], [16])
+    assert failed.tolist() == [0]
+    assert rows["status"].tolist() == [4]
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 4096, 100_001])
+def test_the_checksum_is_the_same_in_c_and_changes_with_every_bit(size):
+    draw = np.random.default_rng(size)
+    data = draw.integers(0, 256, size, np.uint8)
+    seen = {decoder.checksum(data)}
+    assert decoder.checksum_in_c(data) in seen
+    for bit in draw.integers(0, 8 * size, 50):
+        changed = data.copy()
+        changed[bit // 8] ^= 1 << (bit % 8)
+        seen.add(decoder.checksum(changed))
+        assert decoder.checksum_in_c(changed) == decoder.checksum(changed) != decoder.checksum(data)
+
+
+def test_without_a_compiler_the_reason_is_said(monkeypatch, tmp_path):
+    source = tmp_path / "native" / "crops.c"
+    source.parent.mkdir()
+    source.write_text("int no = main;")
+    monkeypatch.setattr(native, "SOURCE", source)
+    with pytest.raises(OSError, match=r"failed: .*crops\.c.*; libjpeg-turbo's headers come with libjpeg-dev"):
+        native.built()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(OSError, match="no C compiler"):
+        native.built()
+    assert list(source.parent.iterdir()) == [source]  # nothing half-made is left

@@ -1,0 +1,49 @@
+"""From finished shards to a store, all but its manifest: the tables, and the FFCV file in one last pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.ffcv_writer import move_index, write_beton
+from pipeline.shards import ShardWriter, describe_file, write_tables
+from pipeline.store import BETON, INDEX
+from tools.progress import Progress
+
+
+@dataclass(frozen=True)
+class Assembled:
+    files: dict[str, dict]  # as the manifest holds it
+    index: np.ndarray
+    shards: list[str]
+
+
+def assemble(
+    folder: Path,
+    writer: ShardWriter,
+    labels: np.ndarray,
+    names: Callable[[], Iterable[bytes]],
+    *,
+    backends: list[str],
+    stall_seconds: float,
+    quiet: bool,
+) -> Assembled:
+    """labels: (count, columns). names: source paths, afresh at each call. Raises ResourceError, StalledError."""
+    files, index, shards = dict(writer.files), writer.index, writer.shards
+    tables = write_tables(folder, index, labels, names())
+    if "ffcv" in backends:
+        progress = Progress("FFCV file", total_bytes=int(index["size"].sum()), quiet=quiet)
+        with progress.show():
+            beton = write_beton(folder, stall_seconds=stall_seconds, progress=lambda done: progress.at(done_bytes=done))
+        files |= describe_file(beton)
+        if "dali" not in backends:
+            # The FFCV file is then the only shard: the index points at the JPEGs inside it.
+            index, shards = np.array(move_index(beton, index.tolist()), INDEX), [BETON]
+            tables = write_tables(folder, index, labels, names())
+            for name in writer.files:
+                (folder / name).unlink()
+            files = {BETON: files[BETON]}
+    return Assembled(files | tables, index, shards)

@@ -1,0 +1,331 @@
+"""`daae profile --peers`: our loader beside torchvision's, FFCV's and DALI's own, on the very same JPEG bytes.
+
+Each peer is a process of its own, set up as its documentation does it, with as many workers as ours has threads. Rounds
+are interleaved: one peer works while the others wait with full queues. What counts is images per CPU-second, user and
+system, of a peer and its workers: it hardly moves when others use the machine, and predicts what more cores bring.
+"""
+
+from __future__ import annotations
+
+# The peers are not annotated, or less exactly than they are called.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false
+import contextlib
+import json
+import os
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ResourceError, StalledError
+from train.command import run
+
+ROUNDS = 5
+READY_SECONDS = 300.0
+MOST_IMAGES = 4096  # of the store, written out as files for torchvision
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a peer process is told."""
+
+    peer: str
+    views: str  # a key of VIEWS
+    store: str
+    files: str  # folder of class folders with the store's JPEGs
+    batch: int
+    workers: int
+
+
+# Name -> sides and whether the views share a crop. The crop is RandomResizedCrop's: 8 to 100 % of the area.
+VIEWS = {
+    "224": ([224], False),
+    "224 + 112, shared crop": ([224, 112], True),
+    "224 + 112": ([224, 112], False),
+    "2 x 224 + 6 x 96": ([224] * 2 + [96] * 6, False),
+}
+
+
+def ours(task: Task, backend: Any) -> Iterator[int]:
+    from pipeline.loader import open_loader
+    from pipeline.sampling import View
+    from pipeline.store import Store
+
+    sides, shared = VIEWS[task.views]
+    views = {
+        f"view{place}": View(side=side, area=(0.08, 1.0), same_crop_as="view0" if shared and place else None)
+        for place, side in enumerate(sides)
+    }
+    loader = open_loader(
+        Store.open(task.store), views, batch=task.batch, backend=backend, device="cpu", workers=task.workers
+    )
+    epoch = 0
+    while True:
+        for batch in loader.epoch(epoch):
+            yield len(batch.id)
+        epoch += 1
+
+
+def torchvision(task: Task, *, pillow: bool) -> Iterator[int]:
+    """ImageFolder and DataLoader as in torchvision's reference training, uint8 out."""
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_image, read_file
+    from torchvision.transforms import v2
+
+    sides, _ = VIEWS[task.views]
+    if pillow:
+        crops = [
+            transforms.Compose([
+                transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip(), transforms.PILToTensor()
+            ])
+            for side in sides
+        ]  # fmt: skip
+        folder = ImageFolder(task.files, lambda image: tuple(crop(image) for crop in crops))
+    else:
+        crops = [v2.Compose([v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]) for side in sides]
+        folder = ImageFolder(
+            task.files, lambda image: tuple(crop(image) for crop in crops),
+            loader=lambda path: decode_image(read_file(path), ImageReadMode.RGB),
+        )  # fmt: skip
+    torch.set_num_threads(1)
+    loader = DataLoader(
+        folder, task.batch, shuffle=True, num_workers=task.workers, drop_last=True, persistent_workers=True
+    )
+    while True:
+        for images, _ in loader:
+            yield len(images[0])
+
+
+def ffcv(task: Task, *, pool: bool = False) -> Iterator[int]:
+    """FFCV's own loader and crop, as in its ImageNet example, on the .beton of the store."""
+    import torch
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    sides, _ = VIEWS[task.views]
+
+    def operations(side: int) -> list:
+        return [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor()]
+
+    pipelines: dict[str, Any] = {"image": operations(sides[0]), "label": None}
+    for place, side in enumerate([] if pool else sides[1:]):
+        decode, *then = operations(side)
+        pipelines[f"view{place}"] = PipelineSpec("image", decoder=decode, transforms=then)
+    loader = Loader(
+        str(Path(task.store) / "images.beton"), batch_size=task.batch, num_workers=task.workers,
+        order=OrderOption.RANDOM, seed=0, drop_last=True, pipelines=pipelines,
+    )  # fmt: skip
+    while True:
+        for images, *_ in loader:
+            if pool:  # the small view as the mean of 2 x 2 pixels
+                torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2).float(), 2).to(torch.uint8)
+            yield len(images)
+
+
+def dali(task: Task) -> Iterator[int]:
+    """DALI's own readers and crops on the shards of the store; further views are cut from one decode of the crop."""
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    sides, shared = VIEWS[task.views]
+    shards = sorted(str(path) for path in Path(task.store).glob("*.tar"))
+
+    @pipeline_def(batch_size=task.batch, num_threads=task.workers, device_id=None, prefetch_queue_depth=2)
+    def pipeline():
+        jpeg, _label = fn.readers.webdataset(
+            paths=shards, index_paths=[path.replace(".tar", ".idx") for path in shards], ext=["jpg", "cls"],
+            name="reader", random_shuffle=True, initial_fill=1024, missing_component_behavior="error",
+        )  # fmt: skip
+        views, crop = [], None
+        for side in sides:
+            if crop is None or not shared:
+                crop = fn.decoders.image_random_crop(
+                    jpeg, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+                )
+            sized = fn.resize(crop, size=[side, side], antialias=True)
+            views.append(fn.flip(sized, horizontal=fn.random.coin_flip()))
+        return tuple(views)
+
+    names = [f"view{place}" for place in range(len(sides))]
+    loader = DALIGenericIterator([pipeline()], names, reader_name="reader", auto_reset=True)
+    while True:
+        for (batch,) in loader:
+            yield len(batch["view0"])
+
+
+PEERS: dict[str, Callable[[Task], Iterator[int]]] = {
+    "DAAE, FFCV file": lambda task: ours(task, "ffcv"),
+    "DAAE, shards": lambda task: ours(task, "shards"),
+    "FFCV": ffcv,
+    "FFCV, small view pooled": lambda task: ffcv(task, pool=True),
+    "DALI": dali,
+    "torchvision, Pillow": lambda task: torchvision(task, pillow=True),
+    "torchvision, v2": lambda task: torchvision(task, pillow=False),
+}
+PLAN = {
+    "224": ["DAAE, FFCV file", "DAAE, shards", "FFCV", "DALI", "torchvision, Pillow", "torchvision, v2"],
+    "224 + 112, shared crop": ["DAAE, FFCV file", "FFCV, small view pooled", "DALI"],
+    "224 + 112": ["DAAE, FFCV file", "FFCV", "DALI", "torchvision, Pillow"],
+    "2 x 224 + 6 x 96": ["DAAE, FFCV file"],
+}
+
+
+# --------------------------------------------------------------------------------------------------- a peer's process
+
+
+def serve(task: Task) -> None:
+    """For each number of seconds that comes in, load for so long and answer with what that took."""
+    tell, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
+    batches = PEERS[task.peer](task)
+    for _ in range(3):  # compiles, starts workers, fills queues
+        next(batches)
+    print(json.dumps({"ready": True}), file=tell, flush=True)
+    for line in sys.stdin:
+        limit, images = float(line), 0
+        cpu, start = cpu_seconds(), time.perf_counter()
+        while (now := time.perf_counter() - start) < limit:
+            images += next(batches)
+        used = cpu_seconds() - cpu
+        print(json.dumps({"images": images, "seconds": now, "cpu_seconds": used}), file=tell, flush=True)
+    os._exit(0)  # none of the libraries ends its threads in time by itself
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and of its workers."""
+    import psutil
+
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------- the parent
+
+
+@dataclass
+class Peer:
+    task: Task
+    process: subprocess.Popen
+    said: Any  # a file with what it printed to stderr
+
+    def ask(self, what: str | None, patience: float) -> dict:
+        """Send a line, wait for the answer. Raises ResourceError: the process died; StalledError: it hangs."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            if what is not None:
+                self.process.stdin.write(what + "\n")
+                self.process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(patience):
+                raise StalledError(f"{self.task.peer} ({self.task.views}) did not answer for {patience:.0f} s.")
+        line = self.process.stdout.readline()
+        if not line:
+            self.said.seek(0)
+            lines = [each for each in self.said.read().splitlines() if each.strip()]
+            raise ResourceError(f"{self.task.peer} ({self.task.views}) failed: {lines[-1] if lines else 'no reason'}.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.said.close()
+
+
+def start(task: Task) -> Peer:
+    said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in Peer.close)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.peers", json.dumps(asdict(task))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+    )  # fmt: skip
+    return Peer(task, process, said)
+
+
+def compare_peers(
+    data: Path, *, seconds: float, batch: int, workers: int, say: Callable[[str], None]
+) -> dict[str, dict[str, dict]]:
+    """views -> peer -> rates over the rounds. seconds: of each peer, in all rounds together."""
+    results: dict[str, dict[str, dict]] = {}
+    with tempfile.TemporaryDirectory(prefix="daae-peers-") as files:
+        write_files(data, Path(files))
+        for views, names in PLAN.items():
+            with contextlib.ExitStack() as opened:
+                peers = {}
+                for name in names:
+                    say(f"{views}: {name} starts")
+                    peers[name] = start(Task(name, views, str(data), files, batch, workers))
+                    opened.callback(peers[name].close)
+                    peers[name].ask(None, READY_SECONDS)
+                rounds: dict[str, list[dict]] = {name: [] for name in names}
+                for turn in range(ROUNDS):
+                    say(f"{views}: round {turn + 1} of {ROUNDS}")
+                    for name, peer in peers.items():
+                        rounds[name].append(peer.ask(f"{seconds / ROUNDS}", READY_SECONDS))
+            results[views] = {name: rates(each) for name, each in rounds.items()}
+    return results
+
+
+def write_files(data: Path, folder: Path) -> None:
+    """The store's JPEGs as an ImageFolder."""
+    from pipeline.jpeg import StoredJpegs
+    from pipeline.store import Store
+
+    store = Store.open(data)
+    jpegs = StoredJpegs.in_shards(store)
+    (folder / "all").mkdir()
+    for sample in range(min(store.count, MOST_IMAGES)):
+        (folder / "all" / f"{sample:09d}.jpg").write_bytes(jpegs.read(sample).tobytes())
+    jpegs.close()
+
+
+def rates(rounds: list[dict]) -> dict:
+    per_cpu = [each["images"] / each["cpu_seconds"] for each in rounds]
+    return {
+        "images_per_cpu_second": statistics.median(per_cpu), "least": min(per_cpu), "most": max(per_cpu),
+        "images_per_second": statistics.median(each["images"] / each["seconds"] for each in rounds),
+    }  # fmt: skip
+
+
+def show_peers(results: dict[str, dict[str, dict]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("views", "loader", "images/CPU-s", "min to max", "CPU-ms/image", "images/s", "ours is"):
+        table.add_column(heading, justify="left" if heading in ("views", "loader") else "right", no_wrap=True)
+    for views, peers in results.items():
+        best = max(each["images_per_cpu_second"] for name, each in peers.items() if name.startswith("DAAE"))
+        for place, (name, each) in enumerate(peers.items()):
+            rate = each["images_per_cpu_second"]
+            table.add_row(
+                views if place == 0 else "", name, f"{rate:,.0f}", f"{each['least']:,.0f} to {each['most']:,.0f}",
+                f"{1000 / rate:.2f}", f"{each['images_per_second']:,.0f}",
+                "" if name.startswith("DAAE") else f"{best / rate:.2f}x",
+            )  # fmt: skip
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def main(argv: list[str]) -> int:
+    serve(Task(**json.loads(argv[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
