@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,19 +41,19 @@ class Row:
     label: object
 
 
-class TableSource:
+class TableSource(ABC):
     """What Parquet and Hugging Face sources share: rows in order, pictures spooled, labels from one column."""
 
     kind: str
     name: str
     largest: int
 
-    def rows(self) -> Iterator[Row]:
-        raise NotImplementedError
+    @abstractmethod
+    def rows(self) -> Iterator[Row]: ...
 
+    @abstractmethod
     def class_names(self) -> list[str] | None:
         """The names behind integer labels, where the table tells them."""
-        raise NotImplementedError
 
     def listing(self, spool: Path, tick: Callable[[int], None] = lambda files: None) -> Listing:
         listing, words, names = Listing(), Vocabulary(), self.class_names()

@@ -15,6 +15,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ from tools import convert
 from train.command import run
 
 LARGEST = 1 << 20
+TarMode = Literal["w", "w:gz", "w:xz"]
+TAR_MODES: dict[str, TarMode] = {"tar": "w", "tar.gz": "w:gz", "tar.xz": "w:xz", "memory": "w"}
 
 
 def opened(name: object, **choice) -> Source:
@@ -84,8 +87,8 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def tarred(folder: Path, path: Path, mode: str = "w") -> Path:
-    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as archive:  # type: ignore[call-overload]
+def tarred(folder: Path, path: Path, mode: TarMode = "w") -> Path:
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as archive:
         archive.add(folder, "")
     return path
 
@@ -106,7 +109,7 @@ def test_an_archive_of_a_folder_lists_what_the_folder_lists(folder, tmp_path, ki
         path = zipped(folder, tmp_path / "a.zip")
         expected = {name: value for name, value in expected.items() if b"\xff" not in name}
     else:
-        path = tarred(folder, tmp_path / f"a.{kind}", "w" if kind == "memory" else f"w:{kind[4:]}")
+        path = tarred(folder, tmp_path / f"a.{kind}", TAR_MODES[kind])
     name = str(path)
     if kind.startswith("memory"):
         fsspec = pytest.importorskip("fsspec")
@@ -144,8 +147,8 @@ def member(name: str, data: bytes = b"", **fields) -> tuple[tarfile.TarInfo, byt
     return info, data
 
 
-def write_tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+def write_tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], mode: TarMode = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
         for info, data in members:
             archive.addfile(info, io.BytesIO(data))
     return path
