@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from tests.study_folders import write_run
 from tools import report
 from tools.records import read_study
-from tools.verdict import verdict
+from tools.verdict import Score, baseline_score, verdict
 
 MAE = ((50, 0.28), (100, 0.31), (200, 0.34))
 DAAE = ((50, 0.31), (100, 0.34), (200, 0.37))
@@ -147,6 +147,26 @@ def test_scores_stand_beside_their_baselines(pair, capsys):
     assert "raw 32 px pixels22.01.0" in page.text
     assert "untrained encoder24.01.0" in page.text
     assert "+12.0+10.0" in page.text  # MAE above pixels and above untrained
+
+
+def test_a_baseline_that_arms_share_counts_once_a_seed(tmp_path):
+    """Pixels have no spread between seeds, the untrained encoder has one; both keep the test set's error."""
+    untrained = {0: 0.24, 1: 0.26}
+    folders = [
+        write_run(tmp_path / f"{preset}-{seed}", preset=preset, seed=seed, baselines=(0.22, value))
+        for seed, value in untrained.items()
+        for preset in ("mae-tiny", "daae-tiny")
+    ]
+    trials = read_study(folders).trials
+    assert baseline_score(trials, "pixels") == Score(0.22, None, 0.01, 2)
+    score = baseline_score(trials, "untrained")
+    assert score is not None
+    assert score.spread is not None
+    assert (score.seeds, round(score.mean, 9), score.error) == (2, 0.25, 0.01)
+    assert round(score.spread, 9) == round(0.02 / 2**0.5, 9)
+    first = baseline_score(read_study(folders[:2]).trials, "untrained")
+    assert first is not None
+    assert first.words() == "24.0 ± 1.0"
 
 
 def test_a_weak_run_is_called_too_short_or_broken(tmp_path, capsys):

@@ -259,7 +259,7 @@ def show(study: Study) -> None:
             table.add_row(words, "", "", "", "", base.words(), "", "", style="dim")
     # Nobody sees a pipe's edge: a line that is cut off would be lost for good.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print("± is the standard deviation between seeds, or the test set's standard error where there is one seed.")
+    print("± is between seeds: standard deviation; with one seed, and for pixels, the test set's standard error.")
     answer = verdict(study)
     print(f"{answer.sentence} {answer.meaning}")
 

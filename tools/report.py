@@ -207,8 +207,8 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
     for name, words in BASELINES.items():
         base = baseline_score(study.trials, name)
         if base is not None:
-            error = "–" if base.error is None else percent(base.error)
-            rows.append([f"<em>{words}</em>", "", "", "", percent(base.mean), error, "", "", ""])
+            beside = ["–" if one is None else percent(one) for one in (base.error, base.spread)]
+            rows.append([f"<em>{words}</em>", "", "", "", percent(base.mean), *beside, "", ""])
     headings = ["arm", "seeds", "training", "images", "score, %", "std. error", "between seeds", "above pixels"]
     name = leading_name(study)
     return (

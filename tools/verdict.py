@@ -20,7 +20,7 @@ class Score:
     """An arm's leading score over its finished seeds, shares of 1."""
 
     mean: float
-    spread: float | None  # standard deviation between seeds; None with one seed
+    spread: float | None  # standard deviation between seeds; None with one seed, or where no seed matters
     error: float | None  # standard error from the number of test pictures, for one run
     seeds: int
 
@@ -36,7 +36,7 @@ def _score(leading: Sequence[dict | None]) -> Score | None:
         return None
     values = [each["value"] for each in found]
     errors = [each["standard_error"] for each in found if each.get("standard_error") is not None]
-    spread = statistics.stdev(values) if len(values) > 1 else None
+    spread = statistics.stdev(values) if len(set(values)) > 1 else None
     return Score(statistics.fmean(values), spread, statistics.fmean(errors) if errors else None, len(values))
 
 
@@ -45,8 +45,9 @@ def arm_score(group: Group) -> Score | None:
 
 
 def baseline_score(trials: Sequence[Trial], name: str) -> Score | None:
-    """Pixels and the untrained encoder, scored on the same pictures as the trained one."""
-    return _score([trial.baseline(name) for trial in trials if trial.done])
+    """Pixels and the untrained encoder, scored on the same pictures as the trained one; arms of a seed share it."""
+    by_seed = {trial.seed: trial.baseline(name) for trial in trials if trial.done}
+    return _score(list(by_seed.values()))
 
 
 def margins(group: Group) -> dict[str, Margin]:

@@ -138,7 +138,7 @@ class Trainer:
         self.warmup = warmup_steps(run.optim, self.steps, loader.batches)
         self.clock, self.step = Clock(), 0
         self.sums: dict[str, Tensor] = {}
-        self.saved_at, self.logged = time.monotonic(), (0, 0.0)
+        self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0.0)
         self.exam = self._prepare_exam() if run.watch.evaluations else None
         self.baselines_from = baselines
         self.baselines: dict = {}
@@ -161,7 +161,7 @@ class Trainer:
         checkpoint.load_optimizer(self.network, self.optimizer, point.moments())
         self.clock.load(point.state["clock"])
         self.step = point.step
-        self.logged = (self.step, self.clock.train_seconds)
+        self.saved, self.logged = True, (self.step, self.clock.train_seconds)
 
     def train(self, limit: int | None, *, until_score: bool) -> None:
         run, clock = self.run, self.clock
@@ -236,11 +236,12 @@ class Trainer:
             "data_wait": round(wait, 4),
         })  # fmt: skip
         used, total = memory_gb(self.device)
+        saved = f"ckpt {duration(time.monotonic() - self.saved_at)} ago" if self.saved else "no ckpt yet"
         left = (self.steps - self.step) * clock.train_seconds / max(1, self.step)
         self.journal.progress(self.step, self.steps, (
             f"ep {epochs:.1f}/{self.steps / self.loader.batches:.1f}  step {self.step:,}  loss {means['loss']:.4f}  "
             f"img/s {rate:,.0f}  data-wait {wait:.0%}  mem {used:.1f}/{total:.0f} GB  "
-            f"ckpt {duration(time.monotonic() - self.saved_at)} ago  ETA {duration(left)}"
+            f"{saved}  ETA {duration(left)}"
         ))  # fmt: skip
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
 
@@ -288,7 +289,7 @@ class Trainer:
         }  # fmt: skip
         where = folder.checkpoints(self.journal.out)
         path = checkpoint.save(where, self.network, self.optimizer, state, self.run.watch.keep_checkpoints)
-        self.saved_at = time.monotonic()
+        self.saved, self.saved_at = True, time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
     def or_stop(self, work: Callable[[], None]) -> None:
