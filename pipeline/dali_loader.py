@@ -45,6 +45,7 @@ class DALISource:
             )  # fmt: skip
             return fn.pad(picture, axes=(0, 1), shape=(store.max_height, store.max_width), fill_value=0)
 
+        self._doing = "making a batch"
         self.pipeline = decode()
         self.pipeline.build()
 
@@ -52,14 +53,20 @@ class DALISource:
         self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
     ) -> Iterator[dict[str, Tensor]]:
         for ids in plan:
+            self._doing = f"reading {len(ids):,} samples of {self.jpegs.store.root}"
             self.pipeline.feed_input("jpeg", [self.jpegs.read(sample) for sample in ids.tolist()])
+            self._doing = f"waiting for DALI to decode {len(ids):,} samples of {self.jpegs.store.root}"
             try:
                 (decoded,) = self.pipeline.run()
             except RuntimeError as error:
                 raise DataError(self._damaged(ids) or f"DALI cannot decode: {error}.") from None
             canvas = torch.from_dlpack(decoded.as_tensor())
+            self._doing = "cutting the views of a batch"
             # Not DALI's resize: at the edge of a box it repeats pixels where Pillow cuts the filter off.
             yield {name: crop_resize(canvas, geometry, self.sides[name]) for name, geometry in where(ids).items()}
+
+    def doing(self) -> str:
+        return self._doing
 
     def _damaged(self, ids: np.ndarray) -> str | None:
         """DALI names no sample: ask Pillow which one it cannot decode either."""

@@ -36,6 +36,9 @@ FAILURES = {
 }
 
 
+STAGES = {1: "reading", 2: "decoding", 3: "cutting the views of"}
+
+
 class Decoder(Protocol):
     """Decodes batches; not for two callers at once."""
 
@@ -44,6 +47,10 @@ class Decoder(Protocol):
 
         samples: (B,) SAMPLE. Returns the places in the batch of the pictures that failed; their `status` says why.
         """
+        ...
+
+    def doing(self) -> tuple[str, int | None]:
+        """What it is at, and at which place of the batch, as far as known: for whoever waits for `decode` in vain."""
         ...
 
     def close(self) -> None: ...
@@ -78,6 +85,11 @@ class RegionDecoder:
         failed = self._library.crops_batch(self._handle, count, views, *(each.ctypes.data for each in arrays))
         return np.flatnonzero(samples["status"]) if failed else np.empty(0, np.int64)
 
+    def doing(self) -> tuple[str, int | None]:
+        place = ctypes.c_int()
+        stage = self._library.crops_doing(self._handle, ctypes.byref(place))
+        return (STAGES[stage], place.value) if stage else ("reading and decoding", None)
+
     def close(self) -> None:
         if self._handle:
             self._library.crops_close(self._handle)
@@ -104,6 +116,9 @@ class PillowDecoder:
 
         list(self._pool.map(one, range(len(samples))))
         return np.flatnonzero(samples["status"])
+
+    def doing(self) -> tuple[str, int | None]:
+        return "reading and decoding", None
 
     def close(self) -> None:
         self._pool.shutdown()

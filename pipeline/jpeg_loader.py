@@ -25,6 +25,7 @@ class JpegSource:
         self.jpegs, self.device = jpegs, device
         self.sides = {name: view.side for name, view in views.items()}
         self.decoder = open_decoder(workers)
+        self._asked: np.ndarray | None = None  # the ids that the decoder is at
 
     def batches(
         self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
@@ -37,13 +38,23 @@ class JpegSource:
                 name: torch.empty(len(ids), side, side, 3, dtype=torch.uint8, pin_memory=on_gpu)
                 for name, side in self.sides.items()
             }
+            self._asked = ids
             failed = self.decoder.decode(
                 rows, [boxes[name] for name in images], [each.numpy() for each in images.values()]
             )
+            self._asked = None
             if failed.size:
                 place = int(failed[0])
                 raise DataError(self.jpegs.sentence(int(ids[place]), int(rows["status"][place])))
             yield {name: each.to(self.device, non_blocking=True) for name, each in images.items()}
+
+    def doing(self) -> str:
+        ids = self._asked
+        if ids is None:
+            return "copying a batch to the GPU" if self.device.type == "cuda" else "making a batch"
+        what, place = self.decoder.doing()
+        which = f"{len(ids):,} samples" if place is None else f"sample {ids[place]:,}"
+        return f"{what} {which} of {self.jpegs.store.root}"
 
     def close(self) -> None:
         self.decoder.close()

@@ -51,6 +51,10 @@ class Source(Protocol):
         """
         ...
 
+    def doing(self) -> str:
+        """What `batches` is in the middle of, asked by another thread that has waited in vain."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -94,7 +98,7 @@ class Loader:
         plan = [
             sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
         ]
-        ahead = _Ahead(self._make(epoch, plan), self.device, self.stall_seconds)
+        ahead = _Ahead(self._make(epoch, plan), self.source.doing, self.device, self.stall_seconds)
         try:
             yield from ahead
         finally:
@@ -121,8 +125,8 @@ class Loader:
 class _Ahead:
     """Runs an iterator in a thread, `AHEAD` items in advance. On CUDA it works on a stream of its own."""
 
-    def __init__(self, items: Iterator[Batch], device: torch.device, stall_seconds: float):
-        self.items, self.stall_seconds = items, stall_seconds
+    def __init__(self, items: Iterator[Batch], doing: Callable[[], str], device: torch.device, stall_seconds: float):
+        self.items, self.doing, self.stall_seconds = items, doing, stall_seconds
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ready: queue.Queue = queue.Queue(AHEAD)
         self.stop = threading.Event()
@@ -155,8 +159,8 @@ class _Ahead:
                 what = self.ready.get(timeout=self.stall_seconds)
             except queue.Empty:
                 raise StalledError(
-                    f"the loader made no batch for {self.stall_seconds:.0f} s. Look at the disk that holds the store, "
-                    "or allow more with --speed.stall-seconds."
+                    f"the loader made no batch for {self.stall_seconds:.0f} s: it is {self.doing()}. Look at the disk "
+                    "that holds the store, or allow more with --speed.stall-seconds."
                 ) from None
             if what is None:
                 return

@@ -57,6 +57,9 @@ class ResidentSource:
             canvas = self.pictures[torch.from_numpy(ids).to(self.pictures.device)]
             yield {name: crop_resize(canvas, geometry, self.sides[name]) for name, geometry in where(ids).items()}
 
+    def doing(self) -> str:
+        return "cutting the views of a batch"
+
     def close(self) -> None:
         del self.pictures
 

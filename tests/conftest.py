@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.shape import Shape
+from pipeline import native
 from pipeline.ffcv_writer import ffcv_missing
 from pipeline.store import Store
 from tests.images import make_folder
@@ -48,4 +49,5 @@ def unlabelled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 needs_ffcv = pytest.mark.skipif(ffcv_missing() is not None, reason="FFCV is not installed; `make setup` installs it")
+needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason="no C compiler or no libjpeg headers")
 PYTHON = sys.executable

@@ -23,7 +23,8 @@ from pipeline.jpeg import StoredJpegs, picture
 from pipeline.loader import Loader, open_loader
 from pipeline.sampling import View
 from pipeline.store import Store
-from tests.conftest import COUNT, PYTHON, needs_ffcv, psnr
+from tests.conftest import COUNT, PYTHON, needs_compiler, needs_ffcv, psnr
+from tests.slow_disk import slow_disk
 
 VIEWS = {"holed": View(side=64, mask_ratio=0.75), "small": View(side=32, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2)}
 BATCH = 20
@@ -236,6 +237,9 @@ class _Hanging:
         time.sleep(5)
         yield {}
 
+    def doing(self) -> str:
+        return "waiting for a tape"
+
     def close(self) -> None: ...
 
 
@@ -245,7 +249,9 @@ class _Broken(_Hanging):
         yield
 
 
-@pytest.mark.parametrize(("source", "words"), [(_Hanging(), "no batch for"), (_Broken(), "disk on fire")])
+@pytest.mark.parametrize(
+    ("source", "words"), [(_Hanging(), "no batch for 0 s: it is waiting for a tape"), (_Broken(), "disk on fire")]
+)
 def test_a_loader_that_hangs_or_breaks_ends_the_wait(store, source, words):
     loader = Loader(
         store, source, VIEWS, batch=BATCH, seed=0, device=torch.device("cpu"), label=None, shuffle=True,
@@ -255,3 +261,25 @@ def test_a_loader_that_hangs_or_breaks_ends_the_wait(store, source, words):
     with pytest.raises(StalledError, match=words):
         next(iter(loader.epoch(0)))
     assert time.monotonic() - begin < 4
+
+
+@needs_compiler
+def test_a_disk_that_hangs_is_named_with_the_sample(store_path):
+    """And the process ends: the thread that hangs in the kernel is left behind."""
+    code = (
+        "import sys; from pipeline.loader import open_loader; from pipeline.sampling import View; "
+        "from pipeline.store import Store; from train.command import run\n"
+        "loader = open_loader(Store.open(sys.argv[1]), {'v': View(side=32)}, batch=20, backend='shards', "
+        "stall_seconds=1.0)\n"
+        "try: code = run(lambda _: next(loader.epoch(0)), [])\n"
+        "finally: loader.close()\n"
+        "sys.exit(code)"
+    )
+    begin = time.monotonic()
+    done = subprocess.run(
+        [PYTHON, "-c", code, str(store_path)], env=slow_disk(milliseconds=20_000), capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 6
+    assert "no batch for 1 s: it is reading sample " in done.stderr
+    assert time.monotonic() - begin < 15

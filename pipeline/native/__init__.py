@@ -39,6 +39,7 @@ def _load() -> ctypes.CDLL | str:
     loaded.crops_open.restype, loaded.crops_open.argtypes = pointer, [count, count]
     loaded.crops_close.restype, loaded.crops_close.argtypes = None, [pointer]
     loaded.crops_batch.restype, loaded.crops_batch.argtypes = count, [pointer, count, count, *[pointer] * 4]
+    loaded.crops_doing.restype, loaded.crops_doing.argtypes = count, [pointer, ctypes.POINTER(count)]
     loaded.checksum.restype, loaded.checksum.argtypes = ctypes.c_uint64, [pointer, ctypes.c_uint64]
     return loaded
 

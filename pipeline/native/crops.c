@@ -31,6 +31,7 @@
 #endif
 
 enum { DONE = 0, DAMAGED = 1, OTHER_PICTURE = 2, NO_MEMORY = 3, UNREADABLE = 4, CHANGED = 5 };
+enum { IDLE = 0, READING = 1, DECODING = 2, CUTTING = 3 }; /* what a thread is at, for a watchdog */
 enum { PIXEL = 4, LANES = 16, MARGIN = 2, MOST_VIEWS = 16 };
 
 typedef struct {
@@ -66,6 +67,7 @@ typedef struct {
     int16_t *line; /* one output row before the horizontal filter */
     size_t line_cap;
     filter_t down, across;
+    atomic_int stage, place; /* and at which picture of the batch */
 } scratch_t;
 
 /* ------------------------------------------------------------------------------------------------ memory */
@@ -342,6 +344,7 @@ static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample,
     long warnings = s->handler.num_warnings;
     jpeg_abort_decompress(jpeg); /* what lies below the boxes is never decoded */
     if (warnings) return DAMAGED;
+    s->stage = CUTTING;
     for (int v = 0; v < views; v++) {
         if (!sides[v]) continue; /* decoded only: for the profiler */
         int code = make_view(s, s->pixels, stride, top, (int)from, boxes + v, sides[v], outs[v]);
@@ -353,7 +356,7 @@ static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample,
 /* ------------------------------------------------------------------------------------------------ reading */
 
 /* The sum over 8-byte words of a mixed word times an odd number of its own, modulo 2^64: any change of one word shows,
- * several in one picture do with all but certainty, and numpy computes the same (pipeline/region.py). */
+ * several in one picture do with all but certainty, and numpy computes the same (pipeline/decoder.py). */
 uint64_t checksum(const uint8_t *data, uint64_t size) {
     uint64_t sum = size, factor = 0x9E3779B97F4A7C15u, word;
     for (uint64_t at = 0; at < size; at += 8, factor += 0x9E3779B97F4A7C15u << 1) {
@@ -368,6 +371,7 @@ uint64_t checksum(const uint8_t *data, uint64_t size) {
 static int read_and_make_views(scratch_t *s, const sample_t *sample, int views, const box_t *boxes,
                                const int32_t *sides, uint8_t *const *outs) {
     const uint8_t *data = sample->data;
+    s->stage = READING;
     if (sample->file >= 0) {
         if (!grow((void **)&s->bytes, &s->bytes_cap, sample->size)) return NO_MEMORY;
         for (uint64_t got = 0; got < sample->size;) {
@@ -379,6 +383,7 @@ static int read_and_make_views(scratch_t *s, const sample_t *sample, int views, 
     }
     if (sample->sum && checksum(data, sample->size) != sample->sum) return CHANGED;
     if (!views) return DONE; /* read only: for the profiler */
+    s->stage = DECODING;
     return make_views(s, data, sample, views, boxes, sides, outs);
 }
 
@@ -405,19 +410,22 @@ static void *work(void *argument) {
     while ((i = atomic_fetch_add(&b->next, 1)) < b->count) {
         uint8_t *outs[MOST_VIEWS];
         for (int v = 0; v < b->views; v++) outs[v] = b->outs[v] + (size_t)i * b->sides[v] * b->sides[v] * 3;
+        worker->scratch->place = i;
         b->samples[i].status = read_and_make_views(worker->scratch, b->samples + i, b->views,
                                                    b->boxes + (size_t)i * b->views, b->sides, outs);
     }
+    worker->scratch->stage = IDLE;
     return NULL;
 }
 
 typedef struct {
+    atomic_int busy;
     int threads;
     scratch_t scratch[];
 } crops_t;
 
 void crops_close(crops_t *crops) {
-    if (!crops) return;
+    if (!crops || crops->busy) return; /* a read that hangs may come back yet: what it writes to is left to it */
     for (int t = 0; t < crops->threads; t++) release(crops->scratch + t);
     free(crops);
 }
@@ -441,12 +449,23 @@ crops_t *crops_open(int threads, int simd) {
     return crops;
 }
 
+/* What the first busy thread is at, and at which picture of the batch: asked from another thread meanwhile. */
+int crops_doing(crops_t *crops, int *place) {
+    for (int t = 0; t < crops->threads; t++) {
+        int stage = crops->scratch[t].stage;
+        *place = crops->scratch[t].place;
+        if (stage != IDLE) return stage;
+    }
+    return IDLE;
+}
+
 /* Make every view of a batch on every thread. Returns how many pictures failed; their status says why. */
 int crops_batch(crops_t *crops, int count, int views, sample_t *samples, const box_t *boxes, const int32_t *sides,
                 uint8_t *const *outs) {
     batch_t batch = {count, views, samples, boxes, sides, outs, 0};
     int threads = crops->threads < count ? crops->threads : count, started = 0, failed = 0;
     if (views > MOST_VIEWS) return -1;
+    crops->busy = 1;
     pthread_t handle[threads > 0 ? threads : 1];
     worker_t workers[threads > 0 ? threads : 1];
     for (int t = 0; t < threads; t++) workers[t] = (worker_t){&batch, crops->scratch + t};
@@ -455,5 +474,6 @@ int crops_batch(crops_t *crops, int count, int views, sample_t *samples, const b
     if (threads > 0) work(workers);
     for (int t = 1; t <= started; t++) pthread_join(handle[t], NULL);
     for (int i = 0; i < count; i++) failed += samples[i].status != DONE;
+    crops->busy = 0;
     return failed;
 }
