@@ -6,9 +6,12 @@ is used where nothing can be compiled.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import io
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -21,7 +24,8 @@ from pipeline.sampling import GOLDEN, Geometry
 
 MOST_VIEWS = 16
 
-# A row for each picture of a batch; crops.c calls it sample_t. `file` is an open file, or -1 for `data` in memory.
+# A row for each picture of a batch; crops.c calls it sample_t. `file` is an open file, or -1 for `data` in memory; with
+# an open file `data` is where the bytes are read to, or 0.
 SAMPLE = np.dtype([
     ("data", "<u8"), ("offset", "<u8"), ("size", "<u8"), ("sum", "<u8"),
     ("file", "<i4"), ("height", "<i4"), ("width", "<i4"), ("status", "<i4"),
@@ -45,7 +49,9 @@ class Decoder(Protocol):
     def decode(self, samples: np.ndarray, where: Sequence[Geometry], outs: Sequence[np.ndarray]) -> np.ndarray:
         """Fill `outs`, one (B, S, S, 3) uint8 array for each view, from the boxes of `where`.
 
-        samples: (B,) SAMPLE. Returns the places in the batch of the pictures that failed; their `status` says why.
+        samples: (B,) SAMPLE. Without views pictures are only read and checked; where S is 0 they are decoded as far as
+        the box needs and nothing is cut, which is how the profiler looks inside.
+        Returns the places in the batch of the pictures that failed; their `status` says why.
         """
         ...
 
@@ -63,7 +69,7 @@ class RegionDecoder:
     """
 
     def __init__(self, threads: int, *, simd: bool = True):
-        self._library = native.library()
+        self._library, self._lock = native.library(), threading.Lock()
         self._handle = self._library.crops_open(max(1, threads), int(simd))
         if not self._handle:
             raise MemoryError(f"no memory for {threads} decoding threads")
@@ -82,18 +88,34 @@ class RegionDecoder:
             assert (out.shape, out.dtype, out.flags.c_contiguous) == ((count, side, side, 3), np.uint8, True)
         places = np.array([out.ctypes.data for out in outs], np.uint64)
         arrays = (samples, boxes, sides, places)
-        failed = self._library.crops_batch(self._handle, count, views, *(each.ctypes.data for each in arrays))
+        with self._lock:
+            if not self._handle:
+                raise RuntimeError("the decoder is closed")
+            failed = self._library.crops_batch(self._handle, count, views, *(each.ctypes.data for each in arrays))
         return np.flatnonzero(samples["status"]) if failed else np.empty(0, np.int64)
 
+    def decode_whole(self, samples: np.ndarray, denominator: int) -> None:
+        """Decode whole pictures at 1/denominator of their size and keep nothing: what libjpeg-turbo alone takes.
+
+        denominator: 1, 2, 4 or 8. Raises ValueError where a sample cannot be decoded.
+        """
+        samples = np.ascontiguousarray(samples)
+        if self._library.crops_whole(self._handle, len(samples), denominator, samples.ctypes.data):
+            raise ValueError(f"{np.count_nonzero(samples['status'])} of {len(samples)} samples cannot be decoded")
+
     def doing(self) -> tuple[str, int | None]:
+        if not self._handle:
+            return "waiting", None
         place = ctypes.c_int()
         stage = self._library.crops_doing(self._handle, ctypes.byref(place))
         return (STAGES[stage], place.value) if stage else ("reading and decoding", None)
 
     def close(self) -> None:
-        if self._handle:
-            self._library.crops_close(self._handle)
-            self._handle = None
+        """A read that hangs may come back yet: what it writes to is left to it."""
+        idle, handle, self._handle = self._lock.acquire(blocking=False), self._handle, None
+        if idle:
+            self._library.crops_close(handle)
+            self._lock.release()
 
 
 class PillowDecoder:
@@ -104,11 +126,21 @@ class PillowDecoder:
 
     def decode(self, samples: np.ndarray, where: Sequence[Geometry], outs: Sequence[np.ndarray]) -> np.ndarray:
         def one(place: int) -> None:
-            data = read_sample(samples[place])
-            samples["status"][place], image = _picture(samples[place], data)
+            sample = samples[place]
+            data = read_sample(sample)
+            samples["status"][place] = _unlike(sample, data)
+            if samples["status"][place]:
+                return
+            if sample["file"] >= 0 and sample["data"]:
+                ctypes.memmove(int(sample["data"]), data, len(data))
+            if not where:
+                return
+            samples["status"][place], image = _picture(sample, data)
             if image is None:
                 return
             for geometry, out in zip(where, outs, strict=True):
+                if out.shape[1] == 0:
+                    continue
                 top, left, high, wide = geometry.boxes[place].tolist()
                 view = image.crop((left, top, left + wide, top + high))
                 pixels = np.asarray(view.resize(out.shape[1:3], Image.Resampling.BILINEAR))
@@ -134,12 +166,15 @@ def read_sample(sample: np.void) -> bytes:
         return b""
 
 
+def _unlike(sample: np.void, data: bytes) -> int:
+    """A key of FAILURES, or 0 for the bytes that the store describes."""
+    if len(data) < int(sample["size"]):
+        return 4
+    return 5 if sample["sum"] and checksum(data) != int(sample["sum"]) else 0
+
+
 def _picture(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
     """A key of FAILURES, or 0 and the picture."""
-    if len(data) < int(sample["size"]):
-        return 4, None
-    if sample["sum"] and checksum(data) != int(sample["sum"]):
-        return 5, None
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.size != (int(sample["width"]), int(sample["height"])):
@@ -147,6 +182,51 @@ def _picture(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
             return 0, image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         return 1, None
+
+
+def fetch(decoder: Decoder, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Read and check a batch into memory: (B) arrays of bytes, and the places of the pictures that failed.
+
+    The rows point into that memory afterwards, which must outlive their use.
+    """
+    ends = np.cumsum(samples["size"])
+    room = np.empty(int(ends[-1]), np.uint8)
+    samples["data"] = room.ctypes.data + ends - samples["size"]
+    failed = decoder.decode(samples, [], [])
+    samples["file"] = -1
+    return np.split(room, ends[:-1]), failed
+
+
+def undecodable(samples: np.ndarray) -> np.ndarray:
+    """The places of the pictures that Pillow cannot decode: for libraries that name no sample when they fail."""
+    for place, sample in enumerate(samples):
+        samples["status"][place] = _picture(sample, read_sample(sample))[0]
+    return np.flatnonzero(samples["status"])
+
+
+def clean(jpeg: bytes) -> bool:
+    """Whether libjpeg decodes every row without a warning, as the region decoder demands and Pillow does not.
+
+    True where there is no region decoder. jpeg: one that Pillow could open.
+    """
+    decoder = _checker()
+    if decoder is None:
+        return True
+    data = np.frombuffer(jpeg, np.uint8)
+    row = np.zeros(1, SAMPLE)
+    row["data"], row["size"], row["file"] = data.ctypes.data, data.size, -1
+    try:
+        decoder.decode_whole(row, 1)
+    except ValueError:
+        return False
+    return True
+
+
+@functools.cache
+def _checker() -> RegionDecoder | None:
+    with contextlib.suppress(OSError):
+        return RegionDecoder(1)
+    return None
 
 
 def open_decoder(threads: int) -> Decoder:

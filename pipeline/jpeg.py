@@ -65,6 +65,11 @@ class StoredJpegs:
             f"{int(self._offset[sample]):,}; source {self.store.name(sample)}). Convert the images again."
         )
 
+    def forget(self, ids: np.ndarray) -> None:
+        """Ask the kernel to drop what it keeps of these samples in memory, so that the disk itself can be measured."""
+        for row in self.rows(ids):
+            os.posix_fadvise(int(row["file"]), int(row["offset"]), int(row["size"]), os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         while self._open:
             os.close(self._open.pop())

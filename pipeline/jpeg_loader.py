@@ -30,14 +30,8 @@ class JpegSource:
     def batches(
         self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
     ) -> Iterator[dict[str, Tensor]]:
-        on_gpu = self.device.type == "cuda"
         for ids in plan:
-            boxes, rows = where(ids), self.jpegs.rows(ids)
-            # Page-locked memory is what a copy to the GPU can leave from while the next batch is decoded.
-            images = {
-                name: torch.empty(len(ids), side, side, 3, dtype=torch.uint8, pin_memory=on_gpu)
-                for name, side in self.sides.items()
-            }
+            boxes, rows, images = where(ids), self.jpegs.rows(ids), self.room(len(ids))
             self._asked = ids
             failed = self.decoder.decode(
                 rows, [boxes[name] for name in images], [each.numpy() for each in images.values()]
@@ -46,7 +40,14 @@ class JpegSource:
             if failed.size:
                 place = int(failed[0])
                 raise DataError(self.jpegs.sentence(int(ids[place]), int(rows["status"][place])))
-            yield {name: each.to(self.device, non_blocking=True) for name, each in images.items()}
+            yield send(images, self.device)
+
+    def room(self, count: int) -> dict[str, Tensor]:
+        """Memory on the host for the crops of a batch: page-locked where it is to leave for a GPU meanwhile."""
+        return {
+            name: torch.empty(count, side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            for name, side in self.sides.items()
+        }
 
     def doing(self) -> str:
         ids = self._asked
@@ -59,6 +60,11 @@ class JpegSource:
     def close(self) -> None:
         self.decoder.close()
         self.jpegs.close()
+
+
+def send(images: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """To the device, without waiting for the bytes to arrive."""
+    return {name: each.to(device, non_blocking=True) for name, each in images.items()}
 
 
 class ShardSource(JpegSource):

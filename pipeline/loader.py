@@ -11,8 +11,8 @@ Order, crops and flips come from `sampling`, so backends agree on everything but
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipeline import sampling
 from pipeline.errors import DaaeError, DataError, ResourceError, StalledError, UsageError
+from pipeline.limits import usable_cores
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 from pipeline.views import Batch
@@ -35,7 +36,6 @@ MODULES = {
     "dali": ("pipeline.dali_loader", "DALISource"),
     "resident": ("pipeline.resident_loader", "ResidentSource"),
 }
-AHEAD = 2  # batches finished and waiting: enough to ride out a slow one, few enough to stay small
 
 
 class Source(Protocol):
@@ -61,7 +61,7 @@ class Source(Protocol):
 class Loader:
     """Batches of an epoch, in the order that (seed, epoch) fixes.
 
-    One background thread decodes and crops `AHEAD` batches while the caller trains. Every wait has a time limit.
+    One background thread decodes and crops `ahead` batches while the caller trains. Every wait has a time limit.
     """
 
     def __init__(
@@ -78,11 +78,12 @@ class Loader:
         stall_seconds: float,
         rank: int,
         ranks: int,
+        ahead: int = 2,
         only: np.ndarray | None = None,
     ):
         self.store, self.source, self.views, self.batch, self.seed = store, source, views, batch, seed
         self.device, self.shuffle, self.stall_seconds = device, shuffle, stall_seconds
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.ahead = rank, ranks, ahead
         # Training drops the last partial batch; evaluation must see every image and takes it.
         self.ordered = np.arange(store.count) if only is None else np.asarray(only, np.int64)
         self.batches = store.count // batch if shuffle else -(-len(self.ordered) // batch)
@@ -98,21 +99,22 @@ class Loader:
         plan = [
             sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
         ]
-        ahead = _Ahead(self._make(epoch, plan), self.source.doing, self.device, self.stall_seconds)
+        ahead = _Ahead(self._make(epoch, plan), self.source.doing, self.device, self.ahead, self.stall_seconds)
         try:
             yield from ahead
         finally:
             ahead.close()
 
-    def _make(self, epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
-        def where(ids: np.ndarray) -> dict[str, Geometry]:
-            found = {}
-            for name, view in self.views.items():
-                cut_as = view.same_crop_as or name
-                found[name] = sampling.geometry(self.views[cut_as], cut_as, self.seed, epoch, ids, self.sizes[ids])
-            return found
+    def where(self, epoch: int, ids: np.ndarray) -> dict[str, Geometry]:
+        """Boxes and flips of every view of these samples in this epoch."""
+        found = {}
+        for name, view in self.views.items():
+            cut_as = view.same_crop_as or name
+            found[name] = sampling.geometry(self.views[cut_as], cut_as, self.seed, epoch, ids, self.sizes[ids])
+        return found
 
-        batches = self.source.batches(plan, where)
+    def _make(self, epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
+        batches = self.source.batches(plan, functools.partial(self.where, epoch))
         with contextlib.closing(batches):  # pyright: ignore[reportArgumentType]
             for ids, images in zip(plan, batches, strict=True):
                 label = torch.from_numpy(self.labels[ids]).to(self.device, non_blocking=True)
@@ -123,12 +125,14 @@ class Loader:
 
 
 class _Ahead:
-    """Runs an iterator in a thread, `AHEAD` items in advance. On CUDA it works on a stream of its own."""
+    """Runs an iterator in a thread, `ahead` items in advance. On CUDA it works on a stream of its own."""
 
-    def __init__(self, items: Iterator[Batch], doing: Callable[[], str], device: torch.device, stall_seconds: float):
-        self.items, self.doing, self.stall_seconds = items, doing, stall_seconds
+    def __init__(
+        self, items: Iterator[Batch], doing: Callable[[], str], device: torch.device, ahead: int, stall_seconds: float
+    ):
+        self.items, self.doing, self.device, self.stall_seconds = items, doing, device, stall_seconds
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ready: queue.Queue = queue.Queue(AHEAD)
+        self.ready: queue.Queue = queue.Queue(ahead)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self.thread.start()
@@ -158,8 +162,9 @@ class _Ahead:
             try:
                 what = self.ready.get(timeout=self.stall_seconds)
             except queue.Empty:
+                waited, self.stall_seconds = self.stall_seconds, 1.0  # `close` need not wait as long again
                 raise StalledError(
-                    f"the loader made no batch for {self.stall_seconds:.0f} s: it is {self.doing()}. Look at the disk "
+                    f"the loader made no batch for {waited:.0f} s: it is {self.doing()}. Look at the disk "
                     "that holds the store, or allow more with --speed.stall-seconds."
                 ) from None
             if what is None:
@@ -172,7 +177,7 @@ class _Ahead:
                 ) from what
             batch, done = what
             if done is not None:
-                current = torch.cuda.current_stream()
+                current = torch.cuda.current_stream(self.device)
                 current.wait_event(done)
                 for tensor in (*batch.images.values(), batch.label):
                     tensor.record_stream(current)  # made on the loader's stream, used on this one
@@ -191,9 +196,19 @@ class _Ahead:
                 return  # a hung decoder: the thread is a daemon and ends with the process
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on, which a container or Slurm may have cut down."""
-    return len(os.sched_getaffinity(0))
+def decoding_threads(wish: int, device: torch.device, ranks: int = 1) -> int:
+    """How many threads read and decode where `workers` of them are wished for; 0 leaves it to us."""
+    # Beside a training step on the CPU one decoding thread is enough and two would fight for the cores.
+    return wish or (1 if device.type == "cpu" else max(1, int(usable_cores()) // ranks))
+
+
+def check_batch(store: Store, batch: int) -> None:
+    """Raises DataError: no epoch holds a whole batch."""
+    if store.count < batch:
+        raise DataError(
+            f"{store.root} has {store.count:,} images, fewer than one batch of {batch:,}. "
+            f"Use --batch {max(1, store.count // 2)} or fewer, or more images."
+        )
 
 
 def open_loader(
@@ -207,6 +222,8 @@ def open_loader(
     workers: int = 0,
     label: str | None = None,
     shuffle: bool = True,
+    ahead: int = 2,
+    hw_decoder_load: float = 0.65,
     stall_seconds: float = 300.0,
     rank: int = 0,
     ranks: int = 1,
@@ -214,43 +231,40 @@ def open_loader(
 ) -> Loader:
     """Open a store for training (`shuffle`) or for one ordered pass over every image.
 
-    batch: images over all ranks. workers: decoding threads, 0 chooses. backend: see choose_backend for
-    "auto". only: sample ids that an ordered pass is cut down to.
+    batch: images over all ranks. workers: decoding threads, 0 chooses. backend: see choose_backend for "auto". ahead:
+    batches that are made and wait. hw_decoder_load: share of the JPEGs that DALI sends to a GPU's hardware decoder.
+    only: sample ids that an ordered pass is cut down to.
     Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
     """
-    if shuffle and store.count < batch:
-        raise DataError(
-            f"{store.root} has {store.count:,} images, fewer than one batch of {batch:,}. "
-            f"Use --batch {max(1, store.count // 2)} or fewer, or more images."
-        )
+    if shuffle:
+        check_batch(store, batch)
     if batch % ranks:
         raise UsageError(f"a batch of {batch} cannot be divided evenly among {ranks} processes.")
     device = torch.device(device)
-    # Beside a training step on the CPU one decoding thread is enough and two would fight for the cores.
-    workers = workers or (1 if device.type == "cpu" else max(1, usable_cores() // ranks))
-    source = _open_source(store, views, backend, device, workers, batch // ranks)
+    if backend == "auto":
+        backend = choose_backend(store, device)
+    options = {"hw_decoder_load": hw_decoder_load} if backend == "dali" else {}
+    threads = decoding_threads(workers, device, ranks)
+    source = _source_class(store, backend)(
+        store, views, device=device, workers=threads, batch=batch // ranks, **options
+    )
     return Loader(
         store, source, views, batch=batch, seed=seed, device=device, label=label, shuffle=shuffle,
-        stall_seconds=stall_seconds, rank=rank, ranks=ranks, only=only,
+        stall_seconds=stall_seconds, rank=rank, ranks=ranks, ahead=ahead, only=only,
     )  # fmt: skip
 
 
-def _open_source(
-    store: Store, views: dict[str, View], backend: Backend, device: torch.device, workers: int, batch: int
-) -> Source:
-    if backend == "auto":
-        backend = choose_backend(store, device)
+def _source_class(store: Store, backend: Backend) -> Callable[..., Source]:
     if backend == "ffcv" and store.beton is None:
         raise UsageError(f"{store.root} was written without ffcv. Convert again with --backends both.")
     module, name = MODULES[backend]
     try:
-        source = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ResourceError(
             f"--loader {backend} needs {error.name or error}, which is not installed. "
             "Run `make setup`, or pass --loader auto."
         ) from None
-    return source(store, views, device=device, workers=workers, batch=batch)
 
 
 def choose_backend(store: Store, device: torch.device) -> Literal["ffcv", "shards", "dali"]:

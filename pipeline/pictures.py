@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.decoder import clean
+
 # The formats that Pillow may try. Each further one is more parser code that a hostile file can reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 EXTENSIONS = frozenset(
@@ -169,7 +171,7 @@ def _normalise(image: Image.Image, data: bytes, encoding: Encoding) -> Stored:
     _check_pixels(image, encoding)  # some formats tell their true size only now
     if is_jpeg and orientation in (0, 1) and max(image.size) <= encoding.max_side:
         plain = plain_jpeg(data)
-        if plain is not None:
+        if plain is not None and clean(plain):
             return Stored(plain, image.height, image.width, kept=True)
     picture = to_rgb(ImageOps.exif_transpose(image))
     long = max(picture.size)

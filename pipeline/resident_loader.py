@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.errors import DataError, ResourceError
 from pipeline.geometry import crop_resize
 from pipeline.jpeg import StoredJpegs
+from pipeline.limits import memory_limit
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 
@@ -49,6 +50,8 @@ class ResidentSource:
                 for sample, picture in pool.map(decode, range(start, min(start + AT_ONCE, store.count))):
                     self.pictures[sample, : picture.shape[0], : picture.shape[1]] = picture.to(device)
         jpegs.close()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # batches are cut on another stream
 
     def batches(
         self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
@@ -69,4 +72,5 @@ def free_bytes(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return float(psutil.virtual_memory().available)
+    free, limit = psutil.virtual_memory().available, memory_limit()
+    return float(free if limit is None else min(free, limit - psutil.Process().memory_info().rss))

@@ -18,6 +18,7 @@ import yaml
 
 from model.network import Network
 from pipeline.errors import DataError, Preempted, UsageError
+from pipeline.limits import affinity
 from pipeline.staging import claimed
 from pipeline.store import Store
 from tests.study_folders import write_run
@@ -166,7 +167,7 @@ def record_of(plan: asked.Plan, arm: str, **changes: Any) -> dict:
     record = compare.make_record(plan, arm, 0)
     settled = {"device": "cpu", "precision": "fp32", "loader": "ffcv", "budget.steps": 4}
     record["settings"] = {**wish, **settled, **changes}
-    record["env"]["cores"] = asked.cores()
+    record["env"]["cores"] = affinity()
     return record
 
 

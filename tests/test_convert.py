@@ -26,6 +26,7 @@ import pytest
 from PIL import Image
 
 from pipeline import ffcv_writer
+from pipeline.decoder import clean
 from pipeline.entries import Entry
 from pipeline.errors import DataError, StalledError
 from pipeline.folder import FolderReader, scan
@@ -35,6 +36,7 @@ from pipeline.shards import printable, unprintable
 from pipeline.sources import try_entry
 from pipeline.store import Store
 from pipeline.unfinished import Unfinished, fits, worth_keeping
+from tests.conftest import needs_compiler
 from tests.images import encoded, make_folder, picture, pixels, psnr
 from tools import conversion, convert
 from train.command import run
@@ -234,6 +236,18 @@ def test_other_jpegs_are_encoded_anew_as_baseline_ycbcr(tmp_path, data):
     assert not result.kept
     assert plain_jpeg(result.jpeg) is not None
     assert max(result.width, result.height) <= 500
+
+
+@needs_compiler
+def test_a_jpeg_that_pillow_alone_forgives_is_encoded_anew(tmp_path):
+    """A download that was cut and closed: Pillow fills up with grey and says nothing, our decoder would stop a run."""
+    whole = encoded(picture(4, 300, 200))
+    cut = whole[: len(whole) * 2 // 3] + b"\xff\xd9"
+    assert plain_jpeg(cut) is not None
+    assert not clean(plain_jpeg(cut) or b"")
+    result = read_picture(write(tmp_path, cut), Encoding())
+    assert not result.kept
+    assert clean(result.jpeg)
 
 
 def png_file(width: int, height: int, idat: bytes, depth: int = 8, colour: int = 2) -> bytes:

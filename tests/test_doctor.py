@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from pipeline import native
+from pipeline.limits import cpu_quota, memory_limit, usable_cores
 from tests.conftest import needs_ffcv
 from tools import doctor
-from tools.doctor import Finding, cpu_quota, exit_code, memory_limit, package, probe, summary
+from tools.doctor import Finding, exit_code, package, probe, summary
 
 HIDE = """
 import sys
@@ -127,7 +128,7 @@ def test_no_limit_is_no_limit(tmp_path: Path):
     })  # fmt: skip
     assert cpu_quota(root) is None
     assert memory_limit(root) is None
-    assert doctor.usable_cores(root) == len(os.sched_getaffinity(0))
+    assert usable_cores(root) == len(os.sched_getaffinity(0))
 
 
 def machine(root: Path) -> dict[str, Finding]:
@@ -157,7 +158,7 @@ def test_a_thread_setting_that_fits_no_core_count_is_told(monkeypatch: pytest.Mo
     assert doctor.openmp().state == "warning"
     assert "OMP_NUM_THREADS=512" in doctor.openmp().found
     assert "threads without a core" in doctor.openmp().advice
-    monkeypatch.setenv("OMP_NUM_THREADS", str(int(doctor.usable_cores())))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(int(usable_cores())))
     assert doctor.openmp().state == "ok"
 
 

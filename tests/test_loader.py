@@ -24,7 +24,9 @@ from pipeline.loader import Loader, open_loader
 from pipeline.sampling import View
 from pipeline.store import Store
 from tests.conftest import COUNT, PYTHON, needs_compiler, needs_ffcv, psnr
+from tests.images import make_folder
 from tests.slow_disk import slow_disk
+from tools import convert
 
 VIEWS = {"holed": View(side=64, mask_ratio=0.75), "small": View(side=32, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2)}
 BATCH = 20
@@ -261,6 +263,49 @@ def test_a_loader_that_hangs_or_breaks_ends_the_wait(store, source, words):
     with pytest.raises(StalledError, match=words):
         next(iter(loader.epoch(0)))
     assert time.monotonic() - begin < 4
+
+
+GROWTH = """
+import sys
+import psutil
+from pipeline.loader import open_loader
+from pipeline.sampling import View
+from pipeline.store import Store
+views = {"full": View(side=int(sys.argv[2])), "small": View(side=int(sys.argv[2]) // 2)}
+loader = open_loader(Store.open(sys.argv[1]), views, batch=int(sys.argv[3]), backend="shards", workers=2)
+process, sizes = psutil.Process(), []
+before = process.memory_info().rss
+for epoch in range(int(sys.argv[4])):
+    for batch in loader.epoch(epoch):
+        pass
+    sizes.append(process.memory_info().rss)
+print(max(sizes) - before, sizes[-1] - max(sizes[: len(sizes) // 5 or 1]))
+"""
+
+
+def growth(store: Path, side: int, batch: int, epochs: int) -> tuple[int, int]:
+    """Bytes of a process beyond what it had before the first batch, at most; and after a fifth of the epochs."""
+    command = [PYTHON, "-c", GROWTH, str(store), str(side), str(batch), str(epochs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    most, later = map(int, done.stdout.split())
+    return most, later
+
+
+def test_fifty_epochs_do_not_grow(store_path):
+    _, later = growth(store_path, 32, 16, 50)
+    assert later < 4 << 20
+
+
+def test_large_batches_stay_small_in_memory(tmp_path):
+    """Batches of 256 at 224 and 112 px: three of them are under way at any time, of 48 MB each."""
+    (one,) = make_folder(tmp_path / "in", 1, 400)
+    for place in range(511):
+        shutil.copy(one, one.with_name(f"copy-{place}.jpg"))
+    words = [str(tmp_path / "in"), str(tmp_path / "store"), "--backends", "dali", "--quiet"]
+    assert convert.main(words) == 0
+    most, _ = growth(tmp_path / "store", 224, 256, 3)
+    assert most < 1.0e9
 
 
 @needs_compiler

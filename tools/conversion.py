@@ -22,6 +22,7 @@ import numpy as np
 from pipeline.entries import Entry, Listing
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
+from pipeline.limits import usable_cores
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding
 from pipeline.shards import ShardWriter, printable, write_file, write_manifest
@@ -32,7 +33,6 @@ from pipeline.tables import Columns
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tools.assembly import assemble
 from tools.convert import Convert
-from tools.doctor import usable_cores
 from tools.progress import LINE_SECONDS, Progress
 
 BAD_FILES, STATS = "bad_files.jsonl", "stats.json"

@@ -7,7 +7,6 @@ records that the output folder already holds: a silent difference would be measu
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UsageError
+from pipeline.limits import affinity
 from tools.records import ARMS, RUNS, run_name, target_score
 from train.command import coerce, nearest, plain, read_yaml
 from train.config import Budget, Run, as_values, flat, with_values
@@ -320,6 +320,7 @@ def undeclared(one: Mapping[str, Any], other: Mapping[str, Any], declared: set[s
         if one.get(name) != other.get(name)
         and not _under(name, (*RECIPE, *free))
         and not (name in SETTLED and {one.get(name), other.get(name)} & {None, "auto"})
+        and not (_under(name, ("speed",)) and not (name in one and name in other))  # a record from before there was it
     ]
 
 
@@ -363,9 +364,9 @@ def check_records(plan: Plan, records: list[dict]) -> None:
         stores = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if stores:
             raise UsageError(f"--out {plan.out} holds runs on other images or tests ({', '.join(stores)}). {ask}")
-        if record["env"]["cores"] != cores():
+        if record["env"]["cores"] != affinity():
             raise UsageError(
-                f"--out {plan.out} holds runs timed on {record['env']['cores']} cores; here are {cores()}, "
+                f"--out {plan.out} holds runs timed on {record['env']['cores']} cores; here are {affinity()}, "
                 f"and seconds would not compare. {ask}"
             )
         for name, wish in wishes.items():
@@ -390,7 +391,3 @@ def check_bench(record: dict, records: list[dict]) -> None:
                     f"{record['arm']} seed {record['seed']} ran with {name} {new}, {before['arm']} seed "
                     f"{before['seed']} with {old}: seconds do not compare. Use the same machine, or another --out."
                 )
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))

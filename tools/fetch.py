@@ -30,6 +30,7 @@ from typing import IO, Annotated
 import tyro
 
 from pipeline.errors import DataError, ResourceError, UsageError
+from pipeline.limits import affinity
 from pipeline.staging import staging, terminable, write_durably
 from tools.progress import Progress
 from train.command import nearest, parse, run
@@ -552,7 +553,7 @@ def fetch_synthetic(flags: Fetch, folder: Path) -> dict:
         synthetic.write_picture,
         tasks,
         drawing,
-        workers=len(os.sched_getaffinity(0)),
+        workers=affinity(),
         stall_seconds=flags.timeout,
         describe=lambda index: f"picture {index}",
     )

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.decoder import SAMPLE, open_decoder
 from pipeline.entries import Entry
 from pipeline.errors import DataError
+from pipeline.limits import usable_cores
 from pipeline.pictures import Encoding, Rejected, Stored, check_picture
 from pipeline.sampling import View, epoch_order, geometry
 from pipeline.shards import MAX_SIDE
@@ -21,7 +22,6 @@ from pipeline.sources import Reader
 from pipeline.staging import size_in_words
 from tools.conversion import encoding_of, source_of
 from tools.convert import Convert
-from tools.doctor import usable_cores
 
 SAMPLED = 200
 ROUNDS = 5  # of loading, the choices taking turns

@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.decoder import checksum
+from pipeline.decoder import checksum, clean
 from pipeline.errors import DataError
+from pipeline.limits import usable_cores
 from pipeline.ordered_map import ordered_map
 from pipeline.shards import ShardWriter, unprintable, write_file, write_manifest
 from pipeline.staging import staging
 from pipeline.store import MANIFEST, Store
 from tools.assembly import assemble
 from tools.conversion import BAD_FILES, STATS, bad_lines, label_width
-from tools.doctor import usable_cores
 from tools.progress import Progress
 from tools.verify import Verify
 
@@ -162,7 +162,7 @@ class Checker:
         # A damaged file makes Pillow raise almost anything.
         except Exception as error:
             return f"it cannot be decoded: {' '.join(str(error).split())}"
-        return None
+        return None if clean(data) else "its JPEG is damaged"
 
 
 def check_sample(sample: int, checker: Checker) -> str | None:

@@ -40,6 +40,13 @@ class Optim:
     accumulate: int = 1
     """Parts that a batch is cut into to fit memory. A contrastive loss sees only one part's negatives."""
 
+    def check(self) -> None:
+        """Raises UsageError."""
+        if self.batch < 1 or self.accumulate < 1:
+            raise UsageError(f"--batch {self.batch} and --accum-iter {self.accumulate}: both are at least 1.")
+        if self.batch % self.accumulate:
+            raise UsageError(f"--batch {self.batch} cannot be cut into {self.accumulate} equal parts (--accum-iter).")
+
     def peak_lr(self) -> float:
         return self.lr if self.lr is not None else self.base_lr * self.batch / 256
 
@@ -77,6 +84,10 @@ class Speed:
 
     workers: int = 0
     """Decoding threads; 0 chooses."""
+    ahead: int = 2
+    """Batches that are made and wait: enough to ride out a slow one."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that DALI sends to the GPU's hardware decoder, where it has one."""
     compile: bool = False
     """torch.compile the loss."""
     stall_seconds: float = 300.0
@@ -109,6 +120,21 @@ class Run:
     """auto: bf16 where the device multiplies it fast, fp32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    def check(self) -> None:
+        """What can be said before any data is looked at. Raises UsageError."""
+        self.model.check()
+        self.optim.check()
+        least = {
+            "speed.workers": 0, "speed.ahead": 1, "watch.log_every": 1, "watch.evaluations": 0,
+            "watch.keep_checkpoints": 1, "watch.checkpoint_minutes": 0, "speed.hw_decoder_load": 0,
+        }  # fmt: skip
+        values = flat(as_values(self))
+        for name, lowest in least.items():
+            if values[name] < lowest:
+                raise UsageError(f"--{name.replace('_', '-')} is at least {lowest}, not {values[name]}.")
+        if self.speed.hw_decoder_load > 1 or self.speed.stall_seconds <= 0:
+            raise UsageError("--speed.hw-decoder-load is at most 1, and --speed.stall-seconds above 0.")
 
 
 # Flags of MAE's own script, and short forms of the settings that people change most.

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.errors import ResourceError
+from pipeline.limits import affinity
 from pipeline.staging import write_whole
 
 LINE_SECONDS = 30.0  # between plain lines where there is no terminal
@@ -53,10 +54,14 @@ class Journal:
         with contextlib.suppress(ResourceError):  # a full disk ends the run where a checkpoint needs it, not here
             write_whole(self.out / "status.json", json.dumps({**self._status, **stamp}, indent=1))
 
+    def keep(self, text: str) -> None:
+        """A line in train.log alone."""
+        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
     def say(self, sentence: str) -> None:
         """A line for a person, on stderr and in train.log."""
-        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
+        self.keep(sentence)
         if self.quiet:
             return
         if self._progress is not None:
@@ -117,7 +122,7 @@ def environment(device_name: str) -> dict:
             versions[name] = metadata.version(name)
     return {
         "python": platform.python_version(), "versions": versions, "code": code_revision(), "device": device_name,
-        "cores": len(os.sched_getaffinity(0)), "host": socket.gethostname(), "system": platform.platform(),
+        "cores": affinity(), "host": socket.gethostname(), "system": platform.platform(),
         "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 

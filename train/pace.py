@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pipeline.views import Batch
     from train.config import Budget, Run
 
-WARM_STEPS = 2  # they allocate, compile and fill the loader's queue
 TURN_STEPS = 4
 SHARE = 0.1  # of the seconds that are planned, spent on measuring
 SECONDS = (2.0, 20.0)  # for each recipe, at least and at most
@@ -40,19 +39,19 @@ def seconds_per_step(recipes: list[tuple[Run, Loader]], wanted: float) -> list[f
     each = min(SECONDS[1], max(SECONDS[0], SHARE * wanted))
     rehearsals = [_rehearse(run, loader) for run, loader in recipes]
     with contextlib.ExitStack() as stack:
-        for steps in rehearsals:
-            stack.enter_context(contextlib.closing(steps))  # pyright: ignore[reportArgumentType]
-            for _ in range(WARM_STEPS):
-                next(steps)
+        for turns in rehearsals:
+            stack.enter_context(contextlib.closing(turns))  # pyright: ignore[reportArgumentType]
+            next(turns)  # allocates, compiles and fills the loader's queue
         taken: list[list[float]] = [[] for _ in recipes]
-        while min(map(sum, taken)) < each:
-            for steps, seconds in zip(rehearsals, taken, strict=True):
-                seconds += [next(steps) for _ in range(TURN_STEPS)]
+        while min(map(sum, taken)) * TURN_STEPS < each:
+            for turns, seconds in zip(rehearsals, taken, strict=True):
+                seconds.append(next(turns))
     return [statistics.median(seconds) for seconds in taken]
 
 
 def _rehearse(run: Run, loader: Loader) -> Iterator[float]:
-    """Seconds of one step after another, without end."""
+    """Seconds of a step, the mean of one turn after another, without end. Within a turn nothing waits for the GPU, as
+    in a run between two rows of its log."""
     import torch
 
     from model.network import Network
@@ -67,10 +66,11 @@ def _rehearse(run: Run, loader: Loader) -> Iterator[float]:
     batches = _endless(loader)
     while True:
         start = time.perf_counter()
-        train_step(run, network, optimizer, next(batches), device, lr=0.0)
+        for _ in range(TURN_STEPS):
+            train_step(run, network, optimizer, next(batches), device, lr=0.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        yield time.perf_counter() - start
+        yield (time.perf_counter() - start) / TURN_STEPS
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -86,9 +86,9 @@ def steps_for(wish: Budget, pace: float) -> Budget:
 
 def main(argv: list[str]) -> int:
     """Measure what a file asks for, {"settings": {name: settings of a run}}, and write "seconds_per_step" into it."""
-    from pipeline.loader import open_loader
     from pipeline.store import Store
     from train.config import Run, with_values
+    from train.data import open_data
     from train.device import resolve
 
     path = Path(argv[0])
@@ -101,10 +101,7 @@ def main(argv: list[str]) -> int:
                 raise DataError(f"{path}: {name} names no data or no seconds.")
             store, wanted = Store.open(wish.data), max(wanted, wish.budget.seconds)
             run = resolve(wish, store)
-            loader = open_loader(
-                store, run.method.views(run.model), batch=run.optim.batch, seed=run.seed, backend=run.loader,
-                device=run.device, workers=run.speed.workers, stall_seconds=run.speed.stall_seconds,
-            )  # fmt: skip
+            loader = open_data(run, store)
             stack.callback(loader.close)
             recipes.append((run, loader))
         paces = seconds_per_step(recipes, wanted)

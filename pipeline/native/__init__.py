@@ -7,6 +7,7 @@ cannot be, loaders decode with Pillow: the same crops, several times slower.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent / "crops.c"
 COMPILE_SECONDS = 120.0
+# Without contraction a * b + c is rounded twice everywhere, so that filters are equal on every machine.
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
 
 
 def library() -> ctypes.CDLL:
@@ -39,6 +42,7 @@ def _load() -> ctypes.CDLL | str:
     loaded.crops_open.restype, loaded.crops_open.argtypes = pointer, [count, count]
     loaded.crops_close.restype, loaded.crops_close.argtypes = None, [pointer]
     loaded.crops_batch.restype, loaded.crops_batch.argtypes = count, [pointer, count, count, *[pointer] * 4]
+    loaded.crops_whole.restype, loaded.crops_whole.argtypes = count, [pointer, count, count, pointer]
     loaded.crops_doing.restype, loaded.crops_doing.argtypes = count, [pointer, ctypes.POINTER(count)]
     loaded.checksum.restype, loaded.checksum.argtypes = ctypes.c_uint64, [pointer, ctypes.c_uint64]
     return loaded
@@ -52,7 +56,7 @@ def why_not() -> str | None:
 
 def built() -> Path:
     """The library for this source and machine: beside the source, or in the user's cache where that is read-only."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:12]
     name = f"crops-{digest}-{platform.system()}-{platform.machine()}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "daae"
     for folder in (SOURCE.parent, cache):
@@ -63,8 +67,9 @@ def built() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as work:
                 return _compile(Path(work) / name).replace(folder / name)
-        except PermissionError:
-            continue
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
     raise OSError(f"neither {SOURCE.parent} nor {cache} can be written")
 
 
@@ -72,8 +77,7 @@ def _compile(target: Path) -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         raise OSError("no C compiler (cc, gcc or clang)")
-    flags = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread"]
-    command = [compiler, *flags, str(SOURCE), "-o", str(target), "-ljpeg", "-lm"]
+    command = [compiler, *FLAGS, str(SOURCE), "-o", str(target), "-ljpeg", "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -5,12 +5,13 @@
  *        --(per view: vertical, then horizontal triangle filter, flip)--> (side, side, 3) uint8
  *
  * The filter is Pillow's antialiased bilinear on the crop: a triangle as wide as the reduction, cut off at the box.
- * All arithmetic is integer and the same in the plain and the AVX2 version, so a view is equal on every machine that
- * decodes equally: a product is (a * b + 2^14) >> 15, pixels have 7 fractional bits, weights 15. A view is within a
- * hundredth of a grey level of exact arithmetic before its last rounding.
+ * The arithmetic on pixels is integer and the same in the plain and the AVX2 version: a product is (a * b + 2^14) >> 15,
+ * pixels have 7 fractional bits, weights 15. A product is off by 2^-8 of a grey level at most, before the one rounding at
+ * the end.
  *
  * The accurate inverse DCT and the smooth chroma upsampling cost three percent and are worth ten decibels.
  */
+#include <errno.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -32,7 +33,7 @@
 
 enum { DONE = 0, DAMAGED = 1, OTHER_PICTURE = 2, NO_MEMORY = 3, UNREADABLE = 4, CHANGED = 5 };
 enum { IDLE = 0, READING = 1, DECODING = 2, CUTTING = 3 }; /* what a thread is at, for a watchdog */
-enum { PIXEL = 4, LANES = 16, MARGIN = 2, MOST_VIEWS = 16 };
+enum { PIXEL = 4, ROWS = 4, MARGIN = 2, MOST_VIEWS = 16 }; /* ROWS output rows are made together */
 
 typedef struct {
     int32_t top, left, high, wide, flip; /* a view's box in the stored picture, and whether it is mirrored */
@@ -40,7 +41,7 @@ typedef struct {
 
 /* One picture: where its JPEG lies, what the store says of it, and how it went. */
 typedef struct {
-    const uint8_t *data;   /* the JPEG in memory, where file is -1 */
+    uint8_t *data;         /* the JPEG in memory, where file is -1; else where to read it to, if anywhere */
     uint64_t offset, size; /* in the file */
     uint64_t sum;          /* of the bytes, see checksum(); 0: not known */
     int32_t file, height, width, status;
@@ -49,12 +50,14 @@ typedef struct {
 /* The filter of one axis: output i is the sum of taps[i * reach + k] * input[first[i] + k], k < reach. */
 typedef struct {
     int length, side; /* what it was made for */
-    int reach;        /* taps of each output, a multiple of 4; the last ones may be 0 */
+    int reach;        /* taps of each output; some may be 0, none lies outside of the input */
     int32_t *first;
     int16_t *taps;
-    int16_t *wide_taps; /* each tap four times: one for each byte of an RGBX pixel */
     size_t side_cap, tap_cap;
 } filter_t;
+
+typedef void vertical_fn(const uint8_t *const *, size_t, const int16_t *const *, int, int, int16_t *);
+typedef void horizontal_fn(const int16_t *, const filter_t *, int, uint8_t *const *);
 
 typedef struct {
     struct jpeg_decompress_struct jpeg;
@@ -64,10 +67,12 @@ typedef struct {
     size_t bytes_cap;
     uint8_t *pixels; /* the decoded region, RGBX */
     size_t pixels_cap;
-    int16_t *line; /* one output row before the horizontal filter */
+    int16_t *line; /* four output rows before the horizontal filter, pixel by pixel: RGBX of each row */
     size_t line_cap;
     filter_t down, across;
-    atomic_int stage, place; /* and at which picture of the batch */
+    vertical_fn *vertical;
+    horizontal_fn *horizontal;
+    atomic_int stage, place; /* what the thread is at, and at which picture of the batch */
 } scratch_t;
 
 /* ------------------------------------------------------------------------------------------------ memory */
@@ -85,188 +90,194 @@ static void release(scratch_t *s) {
     jpeg_destroy_decompress(&s->jpeg);
     free(s->bytes), free(s->pixels), free(s->line);
     for (filter_t *f = &s->down;; f = &s->across) {
-        free(f->first), free(f->taps), free(f->wide_taps);
+        free(f->first), free(f->taps);
         if (f == &s->across) break;
     }
 }
 
 /* ------------------------------------------------------------------------------------------------ filters */
 
-/* Pillow's precompute_coeffs for BILINEAR, in 15-bit fixed point with an exact sum. */
+/* Pillow's triangle: as wide as the reduction, cut off at the edges, in 15-bit fixed point with an exact sum. */
 static int make_filter(filter_t *f, int length, int side) {
     if (f->length == length && f->side == side) return 1;
-    double scale = (double)length / side, support = scale < 1 ? 1 : scale;
-    int most = (int)ceil(support) * 2 + 1;
-    if (most > length) most = length;
-    int reach = (most + 3) / 4 * 4;
-    size_t taps = (size_t)side * reach * sizeof(int16_t), ignored = f->side_cap, same = f->tap_cap, four = f->tap_cap * 4;
+    double scale = (double)length / side, support = scale < 1 ? 1 : scale, slope = 1 / support;
+    int reach = (int)ceil(2 * support); /* so many pixel centres lie under a triangle at most */
+    if (reach > length) reach = length;
     f->length = f->side = 0;
-    if (!grow((void **)&f->first, &ignored, side * sizeof(int32_t)) || !grow((void **)&f->taps, &same, taps) ||
-        !grow((void **)&f->wide_taps, &four, taps * 4)) {
-        f->side_cap = f->tap_cap = 0;
+    float *weight = malloc(reach * sizeof(float));
+    if (!weight || !grow((void **)&f->first, &f->side_cap, side * sizeof(int32_t)) ||
+        !grow((void **)&f->taps, &f->tap_cap, (size_t)side * reach * sizeof(int16_t))) {
+        free(weight);
         return 0;
     }
-    f->side_cap = ignored, f->tap_cap = same;
-    memset(f->taps, 0, taps);
     for (int i = 0; i < side; i++) {
-        double centre = (i + 0.5) * scale, weight[INT8_MAX * 2], sum = 0;
-        int low = (int)(centre - support + 0.5), high = (int)(centre + support + 0.5);
-        if (low < 0) low = 0;
-        if (high > length) high = length;
-        int count = high - low, best = 0, total = 0;
-        double *w = count <= INT8_MAX * 2 ? weight : malloc(count * sizeof(double));
-        if (!w) return 0;
-        for (int k = 0; k < count; k++) {
-            w[k] = 1 - fabs(low + k + 0.5 - centre) / support;
-            if (w[k] < 0) w[k] = 0;
-            sum += w[k];
-            if (w[k] > w[best]) best = k;
+        double centre = (i + 0.5) * scale - 0.5; /* on the axis where pixel k lies at k */
+        int first = (int)floor(centre - support) + 1, best = 0, most = 0, total = 0;
+        if (first > length - reach) first = length - reach;
+        if (first < 0) first = 0;
+        float sum = 0;
+        for (int k = 0; k < reach; k++) {
+            float w = (float)(1 - fabs(first + k - centre) * slope);
+            weight[k] = w > 0 ? w : 0;
+            sum += weight[k];
+            if (weight[k] > weight[best]) best = k;
         }
         int16_t *tap = f->taps + (size_t)i * reach;
-        int fixed_best = 0;
-        for (int k = 0; k < count; k++) {
-            int fixed = (int)lrint(w[k] / sum * 32768);
+        float unit = 32768 / sum;
+        for (int k = 0; k < reach; k++) {
+            int fixed = (int)(weight[k] * unit + 0.5f);
             total += fixed;
-            if (k == best) fixed_best = fixed;
+            if (k == best) most = fixed;
             else tap[k] = (int16_t)fixed;
         }
-        fixed_best += 32768 - total;
-        tap[best] = (int16_t)(fixed_best > 32767 ? 32767 : fixed_best); /* 1 is not to be had: 255 stays 255 */
-        f->first[i] = low;
-        if (w != weight) free(w);
+        int exact = most + 32768 - total;
+        tap[best] = (int16_t)(exact > 32767 ? 32767 : exact); /* 1 is not to be had: 255 stays 255 */
+        f->first[i] = first;
     }
-    for (size_t k = 0; k < (size_t)side * reach; k++)
-        for (int c = 0; c < PIXEL; c++) f->wide_taps[k * PIXEL + c] = f->taps[k];
+    free(weight);
     f->length = length, f->side = side, f->reach = reach;
     return 1;
 }
 
 static inline int16_t product(int16_t a, int16_t b) { return (int16_t)((a * b + 16384) >> 15); }
 
-/* One output row of all columns: `rows` points at the first tap's row. */
-static void vertical_plain(const uint8_t *rows, size_t stride, const int16_t *taps, int reach, int bytes, int16_t *line) {
-    memset(line, 0, bytes * sizeof(int16_t));
-    for (int k = 0; k < reach; k++)
-        if (taps[k])
-            for (int x = 0; x < bytes; x++) line[x] += product((int16_t)(rows[k * stride + x] << 7), taps[k]);
+/* Hundreds of products, each rounded up, could pass 255: the sum stops there. */
+static inline int16_t sum_of(int16_t a, int16_t b) { return (int16_t)(a + b > INT16_MAX ? INT16_MAX : a + b); }
+
+/* Four output rows of all columns into the line: rows[r] points at the row of the first tap. */
+static void vertical_plain(const uint8_t *const *rows, size_t stride, const int16_t *const *taps, int reach, int pixels,
+                           int16_t *line) {
+    for (int x = 0; x < pixels; x++)
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < PIXEL; c++) {
+                int16_t sum = 0;
+                for (int k = 0; k < reach; k++)
+                    sum = sum_of(sum, product((int16_t)(rows[r][k * stride + x * PIXEL + c] << 7), taps[r][k]));
+                *line++ = sum;
+            }
 }
 
-/* One output row as RGB bytes, mirrored where asked. */
-static void horizontal_plain(const int16_t *line, const filter_t *f, int flip, uint8_t *out) {
+/* The line as four rows of RGB bytes, mirrored where asked. */
+static void horizontal_plain(const int16_t *line, const filter_t *f, int flip, uint8_t *const *outs) {
     for (int i = 0; i < f->side; i++) {
         int from = flip ? f->side - 1 - i : i;
-        const int16_t *pixel = line + (size_t)f->first[from] * PIXEL, *tap = f->taps + (size_t)from * f->reach;
-        for (int c = 0; c < 3; c++) {
-            int16_t sum = 0;
-            for (int k = 0; k < f->reach; k++)
-                if (tap[k]) sum += product(pixel[k * PIXEL + c], tap[k]);
-            *out++ = (uint8_t)((sum + 64) >> 7);
-        }
+        const int16_t *pixel = line + (size_t)f->first[from] * ROWS * PIXEL, *tap = f->taps + (size_t)from * f->reach;
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 3; c++) {
+                int16_t sum = 64;
+                for (int k = 0; k < f->reach; k++)
+                    sum = sum_of(sum, product(pixel[(k * ROWS + r) * PIXEL + c], tap[k]));
+                outs[r][i * 3 + c] = (uint8_t)(sum >> 7);
+            }
     }
 }
 
 #ifdef HAVE_AVX2
 #define AVX2 __attribute__((target("avx2")))
+#define INLINE static inline __attribute__((always_inline, target("avx2")))
 
-AVX2 static void vertical_avx2(const uint8_t *rows, size_t stride, const int16_t *taps, int reach, int bytes,
-                               int16_t *line) {
-    while (reach > 1 && !taps[reach - 1]) reach--;
-    for (int x = 0; x < bytes; x += LANES) { /* the rows end in room to read and the line in room to write */
-        const uint8_t *from = rows + x;
-        __m256i sum = _mm256_setzero_si256();
-        for (int k = 0; k < reach; k++, from += stride) {
-            __m256i pixel = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
-            sum = _mm256_add_epi16(sum, _mm256_mulhrs_epi16(pixel, _mm256_set1_epi16(taps[k])));
+/* Four pixels of four rows at a time. `reach` is a constant where it is small: then no loop is left. */
+INLINE void vertical_by(const uint8_t *const *rows, size_t stride, const int16_t *const *taps, const int reach,
+                        int pixels, int16_t *line) {
+    for (int x = 0; x < pixels; x += 4, line += 4 * ROWS * PIXEL) {
+        __m256i row[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            const uint8_t *from = rows[r] + x * PIXEL;
+            row[r] = _mm256_setzero_si256();
+            for (int k = 0; k < reach; k++, from += stride) {
+                __m256i pixel = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
+                row[r] = _mm256_adds_epi16(row[r], _mm256_mulhrs_epi16(pixel, _mm256_set1_epi16(taps[r][k])));
+            }
         }
-        _mm256_store_si256((__m256i *)(line + x), sum);
+        /* From pixels of a row to rows of a pixel. */
+        __m256i even_up = _mm256_unpacklo_epi64(row[0], row[1]), odd_up = _mm256_unpackhi_epi64(row[0], row[1]);
+        __m256i even_low = _mm256_unpacklo_epi64(row[2], row[3]), odd_low = _mm256_unpackhi_epi64(row[2], row[3]);
+        __m256i *to = (__m256i *)line;
+        _mm256_store_si256(to, _mm256_permute2x128_si256(even_up, even_low, 0x20));
+        _mm256_store_si256(to + 1, _mm256_permute2x128_si256(odd_up, odd_low, 0x20));
+        _mm256_store_si256(to + 2, _mm256_permute2x128_si256(even_up, even_low, 0x31));
+        _mm256_store_si256(to + 3, _mm256_permute2x128_si256(odd_up, odd_low, 0x31));
     }
 }
 
-/* The same for up to three taps, which is what nearly every crop has, without a loop over them. */
-AVX2 static void vertical_three_avx2(const uint8_t *rows, size_t stride, const int16_t *taps, int bytes,
-                                     int16_t *line) {
-    const __m256i one = _mm256_set1_epi16(taps[0]), two = _mm256_set1_epi16(taps[1]), three = _mm256_set1_epi16(taps[2]);
-    /* A tap of 0 may lie below the last row that there is: read the first instead. */
-    const uint8_t *second = taps[1] ? rows + stride : rows, *third = taps[2] ? rows + 2 * stride : rows;
-    for (int x = 0; x < bytes; x += LANES) {
-        __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(rows + x)));
-        __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(second + x)));
-        __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(third + x)));
-        a = _mm256_mulhrs_epi16(_mm256_slli_epi16(a, 7), one);
-        b = _mm256_mulhrs_epi16(_mm256_slli_epi16(b, 7), two);
-        c = _mm256_mulhrs_epi16(_mm256_slli_epi16(c, 7), three);
-        _mm256_store_si256((__m256i *)(line + x), _mm256_add_epi16(_mm256_add_epi16(a, b), c));
+AVX2 static void vertical_avx2(const uint8_t *const *rows, size_t stride, const int16_t *const *taps, int reach,
+                               int pixels, int16_t *line) {
+    switch (reach) {
+        case 2: vertical_by(rows, stride, taps, 2, pixels, line); break;
+        case 3: vertical_by(rows, stride, taps, 3, pixels, line); break;
+        case 4: vertical_by(rows, stride, taps, 4, pixels, line); break;
+        case 5: vertical_by(rows, stride, taps, 5, pixels, line); break;
+        default: vertical_by(rows, stride, taps, reach, pixels, line);
     }
 }
 
-AVX2 static void vertical_any_avx2(const uint8_t *rows, size_t stride, const int16_t *taps, int reach, int bytes,
-                                   int16_t *line) {
-    if (reach == 4 && !taps[3]) vertical_three_avx2(rows, stride, taps, bytes, line);
-    else vertical_avx2(rows, stride, taps, reach, bytes, line);
-}
-
-/* Sums of the even and of the odd taps of an output pixel, as (RGBX, RGBX). */
-AVX2 static inline __m128i halves(const int16_t *line, const filter_t *f, int i) {
-    const int16_t *pixel = line + (size_t)f->first[i] * PIXEL;
-    const int16_t *tap = f->wide_taps + (size_t)i * f->reach * PIXEL;
-    __m256i sum = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)pixel),
-                                      _mm256_load_si256((const __m256i *)tap));
-    for (int k = LANES; k < f->reach * PIXEL; k += LANES)
-        sum = _mm256_add_epi16(sum, _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *)(pixel + k)),
-                                                        _mm256_load_si256((const __m256i *)(tap + k))));
-    return _mm_add_epi16(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-}
-
-/* Two output pixels as 16-bit RGBX, rounded to whole grey levels. */
-AVX2 static inline __m128i pair(const int16_t *line, const filter_t *f, int i, int j) {
-    __m128i one = halves(line, f, i), other = halves(line, f, j);
-    __m128i sum = _mm_add_epi16(_mm_unpacklo_epi64(one, other), _mm_unpackhi_epi64(one, other));
-    return _mm_srai_epi16(_mm_add_epi16(sum, _mm_set1_epi16(64)), 7);
-}
-
-AVX2 static void horizontal_avx2(const int16_t *line, const filter_t *f, int flip, uint8_t *out) {
-    const __m128i to_rgb = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
-    int side = f->side, step = flip ? -1 : 1, i = flip ? side - 1 : 0, done = 0;
-    for (; done + 4 <= side; done += 4, i += 4 * step, out += 12) {
-        __m128i four = _mm_packus_epi16(pair(line, f, i, i + step), pair(line, f, i + 2 * step, i + 3 * step));
-        four = _mm_shuffle_epi8(four, to_rgb);
-        if (done + 6 <= side) {
-            _mm_storeu_si128((__m128i *)out, four); /* the last four bytes are written again */
-        } else {
-            uint8_t bytes[16];
-            _mm_storeu_si128((__m128i *)bytes, four);
-            memcpy(out, bytes, 12);
+/* Four output pixels of four rows at a time. */
+INLINE void horizontal_by(const int16_t *line, const filter_t *f, const int reach, int flip, uint8_t *const *outs) {
+    const __m256i to_rgb = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,
+                                            0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    for (int done = 0; done < f->side; done += 4) {
+        __m256i sum[4];
+        for (int j = 0; j < 4; j++) {
+            int i = done + j < f->side ? done + j : f->side - 1;
+            if (flip) i = f->side - 1 - i;
+            const __m256i *pixel = (const __m256i *)line + f->first[i];
+            const int16_t *tap = f->taps + (size_t)i * reach;
+            sum[j] = _mm256_set1_epi16(64);
+            for (int k = 0; k < reach; k++)
+                sum[j] = _mm256_adds_epi16(sum[j], _mm256_mulhrs_epi16(pixel[k], _mm256_set1_epi16(tap[k])));
+            sum[j] = _mm256_srai_epi16(sum[j], 7);
+        }
+        __m256 two = _mm256_castsi256_ps(_mm256_packus_epi16(sum[0], sum[1]));
+        __m256 more = _mm256_castsi256_ps(_mm256_packus_epi16(sum[2], sum[3]));
+        __m256i even = _mm256_shuffle_epi8(_mm256_castps_si256(_mm256_shuffle_ps(two, more, 0x88)), to_rgb);
+        __m256i odd = _mm256_shuffle_epi8(_mm256_castps_si256(_mm256_shuffle_ps(two, more, 0xDD)), to_rgb);
+        const __m128i row[ROWS] = {_mm256_castsi256_si128(even), _mm256_castsi256_si128(odd),
+                                   _mm256_extracti128_si256(even, 1), _mm256_extracti128_si256(odd, 1)};
+        for (int r = 0; r < ROWS; r++) {
+            uint8_t *out = outs[r] + (size_t)done * 3;
+            if (done + 6 <= f->side) { /* the last four bytes are written again */
+                _mm_storeu_si128((__m128i *)out, row[r]);
+            } else {
+                uint8_t bytes[16];
+                _mm_storeu_si128((__m128i *)bytes, row[r]);
+                memcpy(out, bytes, 3 * (f->side - done < 4 ? f->side - done : 4));
+            }
         }
     }
-    for (; done < side; done++, i += step, out += 3) {
-        __m128i one = pair(line, f, i, i);
-        uint32_t bytes = (uint32_t)_mm_cvtsi128_si32(_mm_packus_epi16(one, one));
-        memcpy(out, &bytes, 3);
+}
+
+AVX2 static void horizontal_avx2(const int16_t *line, const filter_t *f, int flip, uint8_t *const *outs) {
+    switch (f->reach) {
+        case 2: horizontal_by(line, f, 2, flip, outs); break;
+        case 3: horizontal_by(line, f, 3, flip, outs); break;
+        case 4: horizontal_by(line, f, 4, flip, outs); break;
+        case 5: horizontal_by(line, f, 5, flip, outs); break;
+        default: horizontal_by(line, f, f->reach, flip, outs);
     }
 }
 #endif
 
-typedef void vertical_fn(const uint8_t *, size_t, const int16_t *, int, int, int16_t *);
-typedef void horizontal_fn(const int16_t *, const filter_t *, int, uint8_t *);
-static vertical_fn *vertical = vertical_plain;
-static horizontal_fn *horizontal = horizontal_plain;
-
 /* One view from a region of RGBX rows whose first pixel is (top, left) of the picture. */
 static int make_view(scratch_t *s, const uint8_t *region, size_t stride, int top, int left, const box_t *box, int side,
                      uint8_t *out) {
-    int bytes = box->wide * PIXEL;
-    /* Taps of 0 behind the box read up to three pixels past the line. */
-    size_t line = ((size_t)bytes + 2 * LANES + LANES) * sizeof(int16_t);
-    size_t old = s->line_cap;
+    /* Behind the line: up to three pixels that are written and not read, and a row of output that nobody wants. */
+    size_t line = ((size_t)box->wide + 4) * ROWS * PIXEL * sizeof(int16_t), spare = (size_t)side * 3 + 16;
     if (!make_filter(&s->down, box->high, side) || !make_filter(&s->across, box->wide, side) ||
-        !grow((void **)&s->line, &s->line_cap, line))
+        !grow((void **)&s->line, &s->line_cap, line + spare))
         return NO_MEMORY;
-    if (s->line_cap != old) memset(s->line, 0, s->line_cap);
     const uint8_t *corner = region + (size_t)(box->top - top) * stride + (size_t)(box->left - left) * PIXEL;
-    for (int i = 0; i < side; i++) {
-        const uint8_t *rows = corner + (size_t)s->down.first[i] * stride;
-        vertical(rows, stride, s->down.taps + (size_t)i * s->down.reach, s->down.reach, bytes, s->line);
-        horizontal(s->line, &s->across, box->flip, out + (size_t)i * side * 3);
+    for (int i = 0; i < side; i += ROWS) {
+        const uint8_t *rows[ROWS];
+        const int16_t *taps[ROWS];
+        uint8_t *outs[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            int row = i + r < side ? i + r : side - 1;
+            rows[r] = corner + (size_t)s->down.first[row] * stride;
+            taps[r] = s->down.taps + (size_t)row * s->down.reach;
+            outs[r] = i + r < side ? out + (size_t)row * side * 3 : (uint8_t *)s->line + line;
+        }
+        s->vertical(rows, stride, taps, s->down.reach, box->wide, s->line);
+        s->horizontal(s->line, &s->across, box->flip, outs);
     }
     return DONE;
 }
@@ -353,6 +364,32 @@ static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample,
     return DONE;
 }
 
+/* A whole picture at 1/denominator of its size, for the profiler: decoded row by row, kept nowhere. */
+static int decode_whole(scratch_t *s, const uint8_t *data, const sample_t *sample, int denominator) {
+    struct jpeg_decompress_struct *jpeg = &s->jpeg;
+    if (setjmp(s->escape)) {
+        jpeg_abort_decompress(jpeg);
+        return DAMAGED;
+    }
+    jpeg_mem_src(jpeg, data, sample->size);
+    jpeg_read_header(jpeg, TRUE);
+    jpeg->out_color_space = JCS_EXT_RGBX;
+    jpeg->dct_method = JDCT_ISLOW;
+    jpeg->do_fancy_upsampling = TRUE;
+    jpeg->scale_num = 1, jpeg->scale_denom = (unsigned)denominator;
+    jpeg_start_decompress(jpeg);
+    if (!grow((void **)&s->pixels, &s->pixels_cap, (size_t)jpeg->output_width * PIXEL + 64)) {
+        jpeg_abort_decompress(jpeg);
+        return NO_MEMORY;
+    }
+    JSAMPROW line = s->pixels;
+    while (jpeg->output_scanline < jpeg->output_height)
+        if (!jpeg_read_scanlines(jpeg, &line, 1)) longjmp(s->escape, 1);
+    long warnings = s->handler.num_warnings;
+    jpeg_finish_decompress(jpeg);
+    return warnings ? DAMAGED : DONE;
+}
+
 /* ------------------------------------------------------------------------------------------------ reading */
 
 /* The sum over 8-byte words of a mixed word times an odd number of its own, modulo 2^64: any change of one word shows,
@@ -370,19 +407,22 @@ uint64_t checksum(const uint8_t *data, uint64_t size) {
 
 static int read_and_make_views(scratch_t *s, const sample_t *sample, int views, const box_t *boxes,
                                const int32_t *sides, uint8_t *const *outs) {
-    const uint8_t *data = sample->data;
+    uint8_t *data = sample->data;
     s->stage = READING;
     if (sample->file >= 0) {
-        if (!grow((void **)&s->bytes, &s->bytes_cap, sample->size)) return NO_MEMORY;
+        if (!data) {
+            if (!grow((void **)&s->bytes, &s->bytes_cap, sample->size)) return NO_MEMORY;
+            data = s->bytes;
+        }
         for (uint64_t got = 0; got < sample->size;) {
-            ssize_t more = pread(sample->file, s->bytes + got, sample->size - got, (off_t)(sample->offset + got));
+            ssize_t more = pread(sample->file, data + got, sample->size - got, (off_t)(sample->offset + got));
+            if (more < 0 && errno == EINTR) continue;
             if (more <= 0) return UNREADABLE;
             got += (uint64_t)more;
         }
-        data = s->bytes;
     }
     if (sample->sum && checksum(data, sample->size) != sample->sum) return CHANGED;
-    if (!views) return DONE; /* read only: for the profiler */
+    if (!views) return DONE; /* read only */
     s->stage = DECODING;
     return make_views(s, data, sample, views, boxes, sides, outs);
 }
@@ -419,33 +459,35 @@ static void *work(void *argument) {
 }
 
 typedef struct {
-    atomic_int busy;
     int threads;
     scratch_t scratch[];
 } crops_t;
 
 void crops_close(crops_t *crops) {
-    if (!crops || crops->busy) return; /* a read that hangs may come back yet: what it writes to is left to it */
+    if (!crops) return;
     for (int t = 0; t < crops->threads; t++) release(crops->scratch + t);
     free(crops);
 }
 
 /* Memory for `threads` threads; NULL without memory. simd: 0 for the plain arithmetic, which gives the same pixels. */
 crops_t *crops_open(int threads, int simd) {
+    vertical_fn *vertical = vertical_plain;
+    horizontal_fn *horizontal = horizontal_plain;
 #ifdef HAVE_AVX2
-    int can = simd && __builtin_cpu_supports("avx2");
-    vertical = can ? vertical_any_avx2 : vertical_plain;
-    horizontal = can ? horizontal_avx2 : horizontal_plain;
+    if (simd && __builtin_cpu_supports("avx2")) vertical = vertical_avx2, horizontal = horizontal_avx2;
 #else
     (void)simd;
 #endif
     crops_t *crops = calloc(1, sizeof(crops_t) + threads * sizeof(scratch_t));
     if (!crops) return NULL;
-    for (; crops->threads < threads; crops->threads++)
-        if (!prepare(crops->scratch + crops->threads)) {
+    for (; crops->threads < threads; crops->threads++) {
+        scratch_t *s = crops->scratch + crops->threads;
+        if (!prepare(s)) {
             crops_close(crops);
             return NULL;
         }
+        s->vertical = vertical, s->horizontal = horizontal;
+    }
     return crops;
 }
 
@@ -459,13 +501,22 @@ int crops_doing(crops_t *crops, int *place) {
     return IDLE;
 }
 
+/* Decode whole pictures that lie in memory, on one thread. Returns how many failed. */
+int crops_whole(crops_t *crops, int count, int denominator, sample_t *samples) {
+    int failed = 0;
+    for (int i = 0; i < count; i++) {
+        samples[i].status = decode_whole(crops->scratch, samples[i].data, samples + i, denominator);
+        failed += samples[i].status != DONE;
+    }
+    return failed;
+}
+
 /* Make every view of a batch on every thread. Returns how many pictures failed; their status says why. */
 int crops_batch(crops_t *crops, int count, int views, sample_t *samples, const box_t *boxes, const int32_t *sides,
                 uint8_t *const *outs) {
     batch_t batch = {count, views, samples, boxes, sides, outs, 0};
     int threads = crops->threads < count ? crops->threads : count, started = 0, failed = 0;
     if (views > MOST_VIEWS) return -1;
-    crops->busy = 1;
     pthread_t handle[threads > 0 ? threads : 1];
     worker_t workers[threads > 0 ? threads : 1];
     for (int t = 0; t < threads; t++) workers[t] = (worker_t){&batch, crops->scratch + t};
@@ -474,6 +525,5 @@ int crops_batch(crops_t *crops, int count, int views, sample_t *samples, const b
     if (threads > 0) work(workers);
     for (int t = 1; t <= started; t++) pthread_join(handle[t], NULL);
     for (int i = 0; i < count; i++) failed += samples[i].status != DONE;
-    crops->busy = 0;
     return failed;
 }
