@@ -8,8 +8,10 @@ once at the end instead of after each change, and hue turns in YIQ at constant l
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +29,8 @@ def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
     mean: (B, 3), the mean colour of each image, which contrast pivots on.
     """
     device, rows = mean.device, torch.arange(len(mean), device=mean.device)
-    factors = torch.from_numpy(drawn.factors).to(device, torch.float32)
-    order = torch.from_numpy(drawn.order).to(device)
-    luma = torch.tensor(LUMA, device=device)
+    factors, order = _send(drawn.factors.astype(np.float32), device), _send(drawn.order, device)
+    luma = _constants(device)[0]
     eye = torch.eye(3, device=device).expand(len(mean), 3, 3)
     to_gray = luma.expand(3, 3)  # each row: the luma weights
     brightness, contrast, saturation = (factors[:, i, None, None] for i in range(3))
@@ -45,20 +46,40 @@ def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
         now = (matrix @ mean[:, :, None])[:, :, 0] + offset
         pivot = torch.where(which == CONTRAST, (1 - factors[:, CONTRAST]) * (now @ luma), 0.0)
         matrix, offset = change @ matrix, (change @ offset[:, :, None])[:, :, 0] + pivot[:, None]
-    gray = torch.from_numpy(drawn.gray).to(device)[:, None]
+    gray = _send(drawn.gray, device)[:, None]
     matrix = torch.where(gray[:, :, None], to_gray @ matrix, matrix)
     offset = torch.where(gray, (offset @ luma)[:, None], offset)
     return matrix, offset
 
 
+def mean_colour(images: Tensor) -> Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3) float32 in [0, 1], without a float32 copy of the images."""
+    batch, high, wide, _ = images.shape
+    return images.view(batch, high * wide, 3).sum(dim=1, dtype=torch.float32) / (255 * high * wide)
+
+
 def _hue_turn(drawn: Colours, device: torch.device) -> Tensor:
     """(B, 3, 3): turn the chroma plane by `hue` of a full circle, luma untouched."""
-    angle = torch.from_numpy(drawn.hue).to(device, torch.float32) * (2 * math.pi)
+    angle = _send(drawn.hue.astype(np.float32), device) * (2 * math.pi)
     turn = torch.zeros(len(angle), 3, 3, device=device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 1, 2], turn[:, 2, 1] = angle.sin(), -angle.sin()  # red towards yellow, as torchvision turns
-    return torch.linalg.inv(_YIQ).to(device, torch.float32) @ turn @ _YIQ.to(device, torch.float32)
+    _, there, back = _constants(device)
+    return back @ turn @ there
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """On the device once and for all: the weights of luma, the way to YIQ and the way back."""
+    numbers = (torch.tensor(LUMA), _YIQ, torch.linalg.inv(_YIQ))
+    luma, there, back = (each.to(device, torch.float32) for each in numbers)
+    return luma, there, back
+
+
+def _send(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """To the device, without a wait where the driver allows it: the numbers are few."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 def recolour(pixels: Tensor, drawn: Colours) -> Tensor:

@@ -11,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline import kernels
 from pipeline.sampling import Geometry
 
 
 def crop_resize(canvas: Tensor, where: Geometry, side: int) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, side, side, 3) uint8 on the same device: each row its own box, resized, flipped."""
+    if kernels.usable(canvas.device):
+        boxes = torch.from_numpy(where.boxes.astype(np.int32)).to(canvas.device, non_blocking=True)
+        flip = torch.from_numpy(where.flip.astype(np.int32)).to(canvas.device, non_blocking=True)
+        return kernels.crop_resize(canvas, boxes, flip, side)
     resize = _one_by_one if canvas.device.type == "cpu" else _batched
     cropped = resize(canvas, where.boxes, side)
     if not where.flip.any():
@@ -40,7 +45,7 @@ def _one_by_one(canvas: Tensor, boxes: np.ndarray, side: int) -> Tensor:
 
 
 def _batched(canvas: Tensor, boxes: np.ndarray, side: int) -> Tensor:
-    """On a GPU: two batched matrix products with each row's filter written out as a dense matrix."""
+    """On a GPU without Triton: two batched matrix products with each row's filter written out as a dense matrix."""
     rows, columns = canvas.shape[1:3]
     place = torch.from_numpy(boxes).to(canvas.device, torch.float32, non_blocking=True)
     down = _filter(place[:, 0], place[:, 2], rows, side)  # (B, side, H)
@@ -48,7 +53,7 @@ def _batched(canvas: Tensor, boxes: np.ndarray, side: int) -> Tensor:
     batch = len(canvas)
     high = torch.bmm(down, canvas.float().view(batch, rows, columns * 3)).view(batch, side, columns, 3)
     both = torch.bmm(across, high.transpose(1, 2).reshape(batch, columns, side * 3)).view(batch, side, side, 3)
-    return both.transpose(1, 2).round_().clamp_(0, 255).to(torch.uint8)
+    return both.transpose(1, 2).round_().clamp_(0, 255).to(torch.uint8).contiguous()
 
 
 def _filter(start: Tensor, length: Tensor, pixels: int, side: int) -> Tensor:

@@ -1,7 +1,7 @@
 """uint8 crops -> what the encoder reads: normalised patches, and which of them are kept. On the device, batched.
 
-Two backends decode; this is written once for both. Patches hold their values in (channel, row, column) order, the order
-of a convolution's weight, so that timm's patch embedding is a reshape away.
+Every backend decodes to the same crops; this is written once for all of them. Patches hold their values in (channel,
+row, column) order, the order of a convolution's weight, so that timm's patch embedding is a reshape away.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.colour import recolour
+from pipeline import kernels
+from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.errors import UsageError
 from pipeline.sampling import GOLDEN, MASK64, View, colours, mask_key
 
@@ -32,7 +33,7 @@ class Batch:
 class Patches:
     """One view of a batch, ready for the encoder."""
 
-    pixels: Tensor  # (B, N, P) float32, normalised; P = 3 p^2 in (channel, row, column) order
+    pixels: Tensor  # (B, N, P) float32 or bfloat16, normalised; P = 3 p^2 in (channel, row, column) order
     grid: int  # N = grid^2, rows first
     keep: Tensor | None = None  # (B, K) int64, patches that the encoder sees; None means all
     hidden: Tensor | None = None  # (B, N - K) int64, the others, in random order
@@ -110,14 +111,24 @@ def _mix(words: Tensor) -> Tensor:
     return words ^ ((words >> 31) & (MASK64 >> 31))
 
 
-def make_views(batch: Batch, views: dict[str, View], *, patch: int, seed: int) -> dict[str, Patches]:
-    """Colour, normalise, cut into patches and mask every view of a batch."""
+def make_views(
+    batch: Batch, views: dict[str, View], *, patch: int, seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Patches]:
+    """Colour, normalise, cut into patches and mask every view of a batch.
+
+    dtype: on a GPU, of the patches of views that nothing is hidden of: bfloat16 halves their bytes and moves a pixel by
+    less than half a grey level. Hidden patches are what a decoder is to predict, and stay float32.
+    """
     made = {}
     for name, view in views.items():
-        pixels = batch.images[name].float().div_(255)
-        if view.coloured:
-            pixels = recolour(pixels, colours(view, name, seed, batch.epoch, batch.id.numpy()))
-        patches = patchify(normalise(pixels), patch)
+        images = batch.images[name]
+        drawn = colours(view, name, seed, batch.epoch, batch.id.numpy()) if view.coloured else None
+        if kernels.usable(images.device):
+            maps = None if drawn is None else colour_maps(mean_colour(images), drawn)
+            patches = kernels.to_patches(images, patch, maps, MEAN, STD, torch.float32 if view.mask_ratio else dtype)
+        else:
+            pixels = images.float().div_(255)
+            patches = patchify(normalise(pixels if drawn is None else recolour(pixels, drawn)), patch)
         grid = view.side // patch
         if view.mask_ratio > 0:
             count = kept_count(grid * grid, view.mask_ratio)

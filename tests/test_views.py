@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +27,7 @@ from pipeline.views import (
     take,
     unpatchify,
 )  # fmt: skip
-from tests.conftest import psnr
+from tests.conftest import PYTHON, psnr
 from tests.images import picture
 
 
@@ -176,3 +179,48 @@ def test_make_views_masks_one_view_and_colours_the_other():
 def test_views_that_no_grid_fits_are_refused(view, words):
     with pytest.raises(UsageError, match=words):
         check_views({"holed": view}, 8)
+
+
+TRITON = """
+import sys, numpy as np, torch
+from pipeline import kernels
+from pipeline.colour import colour_maps, mean_colour, recolour
+from pipeline.geometry import _batched
+from pipeline.sampling import Geometry, View, colours
+from pipeline.views import MEAN, STD, normalise, patchify
+draw = np.random.default_rng(0)
+canvas = torch.from_numpy(draw.integers(0, 256, (5, 60, 90, 3), dtype=np.uint8))
+boxes = np.array([[0, 0, 60, 90], [3, 7, 21, 64], [10, 20, 12, 9], [59, 89, 1, 1], [5, 5, 48, 16]], np.int32)
+flip = np.array([0, 1, 0, 1, 1], np.int32)
+worst = 0
+for side in (16, 48):
+    mine = kernels.crop_resize(canvas, torch.from_numpy(boxes), torch.from_numpy(flip), side)
+    theirs = _batched(canvas, boxes.astype(np.int64), side)
+    theirs = torch.where(torch.from_numpy(flip)[:, None, None, None] > 0, theirs.flip(2), theirs)
+    worst = max(worst, (mine.int() - theirs.int()).abs().max().item())
+assert worst <= 1, worst
+images = torch.from_numpy(draw.integers(0, 256, (3, 28, 28, 3), dtype=np.uint8))
+drawn = colours(View(side=28, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.5, jitter_p=1.0), "v", 0, 0, np.arange(3))
+floats = images.float() / 255
+assert torch.allclose(mean_colour(images), floats.mean(dim=(1, 2)), atol=1e-6)
+for patch in (14, 4):
+    plain = kernels.to_patches(images, patch, None, MEAN, STD, torch.float32)
+    assert torch.allclose(plain, patchify(normalise(floats), patch), atol=1e-5)
+    maps = colour_maps(mean_colour(images), drawn)
+    coloured = kernels.to_patches(images, patch, maps, MEAN, STD, torch.float32)
+    reference = patchify(normalise(recolour(floats, drawn)), patch)
+    assert torch.allclose(coloured, reference, atol=1e-4), (coloured - reference).abs().max()
+    half = kernels.to_patches(images, patch, maps, MEAN, STD, torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    # A grey level: the interpreter cuts bits off where a GPU rounds, to half of one.
+    assert (half.float() - reference).abs().max() < 1 / 255 / min(STD) + 1e-4
+print("equal")
+"""
+
+
+def test_the_gpus_kernels_equal_plain_torch():
+    """Run by Triton's interpreter, which needs no GPU. On a GPU tests/test_cuda.py runs them compiled."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([PYTHON, "-c", TRITON], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "equal\n", done.stderr

@@ -1,0 +1,125 @@
+"""What only a GPU can show. Skipped where there is none; `make test` runs these where there is one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.network import Network
+from pipeline import kernels
+from pipeline.colour import colour_maps, mean_colour, recolour
+from pipeline.geometry import _batched, _one_by_one
+from pipeline.loader import open_loader
+from pipeline.sampling import View, colours
+from pipeline.store import Store
+from pipeline.views import MEAN, STD, Batch, make_views, normalise, patchify
+from tests.conftest import PYTHON, SMALL, psnr
+from tests.test_loader import BATCH, VIEWS, reference
+from train.optim import make_optimizer
+from train.presets import open_preset
+from train.step import train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("side", [32, 96, 224])
+def test_crop_resize_compiled_is_within_a_grey_level(side: int):
+    pytest.importorskip("triton")
+    draw = np.random.default_rng(side)
+    canvas = torch.from_numpy(draw.integers(0, 256, (32, 300, 400, 3), dtype=np.uint8))
+    high, wide = draw.integers(1, 301, 32), draw.integers(1, 401, 32)
+    top, left = draw.integers(0, 301 - high), draw.integers(0, 401 - wide)
+    boxes = np.stack([top, left, high, wide], axis=1)
+    flip = torch.from_numpy(draw.integers(0, 2, 32).astype(np.int32))
+    mine = kernels.crop_resize(canvas.to(GPU), torch.from_numpy(boxes.astype(np.int32)).to(GPU), flip.to(GPU), side)
+    for slow in (_one_by_one(canvas, boxes, side), _batched(canvas, boxes, side)):
+        theirs = torch.where(flip[:, None, None, None] > 0, slow.flip(2), slow)
+        assert (mine.cpu().int() - theirs.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("patch", [8, 14, 16])
+def test_to_patches_compiled_equals_plain_torch(patch: int):
+    pytest.importorskip("triton")
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (16, 112, 112, 3), dtype=np.uint8))
+    drawn = colours(View(side=112, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.5, jitter_p=1.0), "v", 0, 0, np.arange(16))
+    reference = patchify(normalise(recolour(images.float() / 255, drawn)), patch)
+    maps = colour_maps(mean_colour(images.to(GPU)), drawn)
+    mine = kernels.to_patches(images.to(GPU), patch, maps, MEAN, STD, torch.float32).cpu()
+    assert torch.allclose(mine, reference, atol=1e-4)
+    half = kernels.to_patches(images.to(GPU), patch, maps, MEAN, STD, torch.bfloat16).cpu()
+    assert (half.float() - reference).abs().max() < 0.5 / 255 / min(STD) + 1e-4
+
+
+@pytest.mark.parametrize(("backend", "least", "median"), [("shards", 45, 50), ("dali", 35, 42), ("resident", 45, 50)])
+def test_pixels_on_the_gpu_are_pillows(store: Store, backend, least: float, median: float):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    loader = open_loader(store, VIEWS, batch=BATCH, seed=3, backend=backend, device=GPU, workers=2)
+    for name in VIEWS:
+        found = []
+        for batch in loader.epoch(1):
+            assert batch.images[name].device == GPU
+            found.append(psnr(batch.images[name].cpu().numpy(), reference(store, batch.id.numpy(), name, 1)))
+        decibels = np.concatenate(found)
+        assert decibels.min() >= least
+        assert np.median(decibels) >= median
+    loader.close()
+
+
+@pytest.mark.parametrize("preset", ["mae-tiny", "daae-tiny"])
+def test_a_step_on_the_gpu_is_the_step_on_the_cpu(preset: str):
+    """Loss within 1e-4 and every gradient within 1e-3 of its norm, fp32 without TF32: masks and colours are equal."""
+    run = replace(open_preset(preset), model=SMALL, precision="fp32")
+    draw = np.random.default_rng(0)
+    views = run.method.views(run.model)
+    images = {
+        name: torch.from_numpy(draw.integers(0, 256, (16, view.side, view.side, 3), dtype=np.uint8))
+        for name, view in views.items()
+    }
+    losses, gradients = [], []
+    for device in (torch.device("cpu"), GPU):
+        network = Network(run.method, run.model, 0).to(device)
+        batch = Batch({name: each.to(device) for name, each in images.items()}, torch.zeros(16), torch.arange(16), 0)
+        made = make_views(batch, views, patch=run.model.patch, seed=0)
+        outcome = network(made, batch.label)
+        loss = torch.stack(list(outcome.terms.values())).sum()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.cpu() for name, p in network.named_parameters() if p.grad is not None})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
+
+
+def test_nothing_in_a_step_waits_for_the_gpu():
+    run = replace(open_preset("daae-tiny"), model=SMALL, precision="bf16")
+    network = Network(run.method, run.model, 0).to(GPU)
+    optimizer = make_optimizer(network, run.optim, GPU)
+    images = {
+        name: torch.randint(256, (16, view.side, view.side, 3), dtype=torch.uint8, device=GPU)
+        for name, view in run.method.views(run.model).items()
+    }
+    batch = Batch(images, torch.zeros(16, device=GPU), torch.arange(16), 0)
+    train_step(run, network, optimizer, batch, GPU, lr=1e-3)  # allocates and compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(run, network, optimizer, batch, GPU, lr=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_on_the_gpu_resumes(store_path: Path, tmp_path: Path):
+    flags = ["--preset", "mae-tiny", "--data", str(store_path), "--out", str(tmp_path / "run"), "--batch", "16"]
+    for limit in ("3", "3"):
+        command = [PYTHON, "-m", "train.pretrain", *flags, "--steps", "6", "--limit-steps", limit, "--device", "cuda"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", 6)
