@@ -168,11 +168,11 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a small file: a reader sees the old one or the new one, never half of it. Raises ResourceError."""
     aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        write_durably(aside, text.encode())
+        write_durably(aside, content if isinstance(content, bytes) else content.encode())
         os.replace(aside, path)
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error.strerror}.") from None

@@ -1,4 +1,4 @@
-"""The verdict on staged numbers, and a short profile of the real thing."""
+"""Short profiles of the real thing: the figures, the table, the picture, the search for better settings."""
 
 from __future__ import annotations
 
@@ -6,180 +6,23 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.errors import ResourceError
 from pipeline.store import Store
-from tools import profile
-from tools.profile import Machine, Measured, Sample, Spread, Stage, fit_batch, summarise, verdict
+from tests.conftest import needs_ffcv
+from tools import profile, tune
+from tools.bottleneck import Measured, verdict
+from tools.stages import Machine, fit_batch, usable_backends
+from tools.timing import Spread, Stage
 from train.command import run
 from train.presets import open_preset
-
-
-def stage(rate: float, cpu_ms: float = 1.0, wait: float = 0.0) -> Stage:
-    return Stage(Spread(rate, 0.97 * rate, 1.02 * rate), cpu_ms, wait)
-
-
-def measured(loader: Stage, step: Stage, both: Stage, **facts) -> Measured:
-    """A machine with two cores and a store of pictures as large as the views, unless the facts say otherwise."""
-    backend = facts.setdefault("backend", "ffcv")
-    others = facts.pop("others", {})
-    defaults = {
-        "preset": "mae-tiny", "device": "cpu", "device_name": "a CPU", "precision": "bf16", "can_bf16": True,
-        "compiled": False, "batch": 128, "run_batch": 128, "workers": 1, "cores": 2, "threads": 2, "images": 10_000,
-        "stored_side": 64.0, "view_side": 64,
-    }  # fmt: skip
-    return Measured(
-        **(defaults | facts),
-        step=step,
-        loader={backend: loader} | {name: each[0] for name, each in others.items()},
-        both={backend: both} | {name: each[1] for name, each in others.items()},
-    )
-
-
-GPU = {"device": "cuda:0", "workers": 8, "cores": 8, "threads": 8, "view_side": 224, "stored_side": 390.0}
-
-
-def test_a_step_far_slower_than_the_loader():
-    found = measured(stage(2300, 0.4), stage(118, 16), stage(117, 16.4, 0.01))
-    assert verdict(found) == (
-        "The step limits this run: 118 images/s against the loader's 2,300 (data-wait 1 %). "
-        "A faster loader gains nothing; use a GPU or a smaller --model.depth or --model.width "
-        "(at most 19x, then the loader limits)."
-    )
-    # fp32 where the device could do bf16 is a setting to change; where it could not, it is not.
-    assert "use a GPU, --precision bf16 or a smaller" in verdict(replace(found, precision="fp32"))
-    assert "bf16" not in verdict(replace(found, precision="fp32", can_bf16=False))
-    assert "all 2 cores (torch has 1 of them: see OMP_NUM_THREADS), a GPU or" in verdict(replace(found, threads=1))
-
-
-def test_a_step_on_a_gpu_wants_compiling_first():
-    found = measured(stage(6000, 1.0), stage(2300, 0.3), stage(2290, 1.3, 0.0), **GPU)
-    assert "use --compile or a smaller" in verdict(found)
-    assert "(at most 2.6x, then" in verdict(found)
-    assert "--compile" not in verdict(replace(found, compiled=True))
-    assert "a GPU" not in verdict(found)
-
-
-def test_a_decoder_with_idle_cores_wants_workers():
-    found = measured(stage(1000, 1.0), stage(4000, 0.3), stage(980, 1.3, 0.75), **(GPU | {"workers": 1}))
-    assert verdict(found) == (
-        "The loader limits this run: 1,000 images/s against the step's 4,000 (data-wait 75 %). "
-        "Raise --workers from 1 to 8 (up to 4.1x)."
-    )
-
-
-def test_workers_promise_no_more_than_the_cores_can_do():
-    # 2 cores have 2000 ms a second: 0.9 ms of loading and 0.6 of training allow 1,333 images/s, not twice 1,000.
-    found = measured(stage(1000, 0.9), stage(3300, 0.6), stage(900, 1.5, 0.6))
-    assert "Raise --workers from 1 to 2 (up to 1.5x)." in verdict(found)
-
-
-def test_pictures_stored_larger_than_needed_want_a_smaller_side():
-    few_cores = GPU | {"workers": 2, "cores": 2, "stored_side": 500.0}
-    found = measured(stage(1100, 1.75), stage(4000, 0.3), stage(1080, 2.0, 0.7), **few_cores)
-    assert verdict(found).endswith("Convert again with --max-side 400 (up to 1.6x).")
-    assert "--max-side" not in verdict(replace(found, stored_side=400.0))
-
-
-def test_the_two_best_remedies_come_largest_first():
-    found = measured(
-        stage(1000, 3.5), stage(9000, 0.3), stage(1000, 3.8, 0.9), **(GPU | {"workers": 4, "stored_side": 1000.0}),
-        others={"dali": (stage(1500, 1.0), stage(1500, 1.3, 0.8))},
-    )  # fmt: skip
-    # Of three (6.2x by size, 2x by workers, 1.5x by DALI) the third is left out.
-    ending = "Convert again with --max-side 400 (up to 6.2x), or raise --workers from 4 to 8 (up to 2.0x)."
-    assert verdict(found).endswith(ending)
-
-
-def test_a_faster_backend_is_named_with_its_measured_gain():
-    found = measured(
-        stage(1000, 8.0), stage(9000, 0.3), stage(990, 8.3, 0.9), **(GPU | {"stored_side": 300.0}),
-        others={"dali": (stage(1900, 1.0), stage(1890, 1.3, 0.8))},
-    )  # fmt: skip
-    assert verdict(found).endswith("Pass --loader dali (up to 1.9x).")
-
-
-def test_threads_that_wait_mean_the_disk():
-    # 8 workers, 300 images/s at 1 ms: 0.3 of 8 cores busy.
-    found = measured(stage(300, 1.0), stage(3000, 0.3), stage(298, 1.3, 0.9), **GPU)
-    words = verdict(found)
-    assert "Its threads wait 96 % of the time for the disk. Put the store on a local disk" in words
-    assert words.endswith("(up to 10x).")
-    # Nor are they idle for want of data where other processes have the cores.
-    assert "disk" not in verdict(replace(found, other_cores=5.0))
-    # DALI decodes on the GPU: idle threads of the CPU say nothing there.
-    assert "disk" not in verdict(
-        replace(found, backend="dali", loader={"dali": found.loader["ffcv"]}, both={"dali": found.both["ffcv"]})
-    )
-
-
-def test_a_slow_copy_to_the_gpu_is_told_from_slow_decoding():
-    found = measured(stage(3000, 2.0), stage(9000, 0.3), stage(2950, 2.3, 0.7), **(GPU | {"stored_side": 500.0}))
-    found = replace(found, copy_images_per_second=3100.0)
-    assert "It is the copy to the GPU, which manages 3,100 images/s alone. Convert again with --max-side" in verdict(
-        found
-    )
-    assert "copy" not in verdict(replace(found, copy_images_per_second=30_000.0))
-
-
-def test_nothing_left_to_change_says_more_cores():
-    found = measured(stage(1000, 8.0), stage(3000, 0.3), stage(990, 8.3, 0.7), **(GPU | {"stored_side": 224.0}))
-    assert verdict(found).endswith("More cores gain up to 3.0x.")
-
-
-@pytest.mark.parametrize("rate", [2150.0, 2300.0, 2500.0])
-def test_equal_rates_are_balanced(rate: float):
-    found = measured(stage(rate, 0.4), stage(2300, 0.3), stage(2200, 0.7, 0.1), **GPU)
-    words = verdict(found)
-    assert words.startswith("Balanced: loader and step are within 10 %")
-    assert words.endswith("Speeding up only one of them gains nothing.")
-
-
-@pytest.mark.parametrize(("rate", "who"), [(2000.0, "The loader"), (2600.0, "The step")])
-def test_beyond_ten_percent_one_of_them_limits(rate: float, who: str):
-    assert verdict(measured(stage(rate, 4.0), stage(2300, 0.3), stage(2000, 4.3), **GPU)).startswith(f"{who} limits")
-
-
-def test_on_a_cpu_a_faster_loader_can_still_cost_the_step():
-    found = measured(
-        stage(900, 2.0), stage(400, 5.0), stage(285, 7.0, 0.05),
-        others={"dali": (stage(1200, 0.8), stage(340, 5.8, 0.03))},
-    )  # fmt: skip
-    assert verdict(found) == (
-        "The step limits this run, and the loader takes cores from it: 285 images/s together, 400 without loading "
-        "(data-wait 5 %). Pass --loader dali (up to 1.2x)."
-    )
-    alone = replace(found, loader={"ffcv": found.loader["ffcv"]}, both={"ffcv": found.both["ffcv"]})
-    assert verdict(alone).endswith("Use a GPU, or more cores.")
-    shared = measured(stage(410, 5.0), stage(400, 5.0), stage(200, 10.0, 0.4))
-    assert "since they share 2 cores" in verdict(shared)
-
-
-def test_a_round_that_was_disturbed_does_not_contradict_another():
-    """Together they cannot be faster than either is alone: the higher rate stands, whichever round it is from."""
-    found = measured(stage(1569, 0.6), stage(7, 138.0), stage(42, 22.9, 0.01), other_cores=1.1)
-    assert verdict(found).startswith("The step limits this run: 42 images/s against the loader's 1,569")
-    found = measured(stage(300, 3.0), stage(2000, 0.3), stage(500, 3.3, 0.8), **GPU)
-    assert verdict(found).startswith("The loader limits this run: 500 images/s against the step's 2,000")
-
-
-def test_an_epoch_counts_whole_batches_of_the_run():
-    found = measured(stage(2300), stage(100), stage(100.0), images=1000, batch=64, run_batch=300)
-    assert found.seconds_per_epoch == pytest.approx(9.0)
-
-
-def test_a_stage_is_the_median_of_its_rounds():
-    rounds = [Sample(100, 1.0, 0.5, 0.0), Sample(100, 2.0, 0.6, 1.0), Sample(300, 1.0, 0.3, 0.1)]
-    stage = summarise(rounds)
-    assert (stage.images_per_second.min, stage.rate, stage.images_per_second.max) == (50, 100, 300)
-    assert stage.cpu_ms_per_image == pytest.approx(5.0)
-    assert stage.data_wait == pytest.approx(0.1)
-    assert stage.cores == pytest.approx(0.5)
 
 
 def machine(batch: int) -> Machine:
@@ -250,6 +93,7 @@ def test_a_real_profile_as_json(unlabelled_path: Path):
     assert found["seconds_per_epoch"] == pytest.approx(24 / found["images_per_second"])
     assert found["memory_gb"] > 0.1
     assert found["verdict"] == verdict(from_json(found))
+    assert list(found["parts"]) == ["storage"]  # what DALI does inside cannot be told
 
 
 def from_json(found: dict) -> Measured:
@@ -257,9 +101,9 @@ def from_json(found: dict) -> Measured:
         return Stage(Spread(**row["images_per_second"]), row["cpu_ms_per_image"], row["data_wait"])
 
     values = {field.name: found[field.name] for field in dataclasses.fields(Measured)}
-    for name in ("loader", "both"):
+    for name in ("loader", "both", "parts"):
         values[name] = {backend: stage_of(row) for backend, row in found[name].items()}
-    values["step"] = stage_of(found["step"])
+    values |= {name: stage_of(found[name]) for name in ("step", "views")}
     return Measured(**values)
 
 
@@ -296,7 +140,7 @@ def test_a_store_without_the_backend_is_refused(unlabelled_path: Path, capsys: p
     words = ["--data", str(unlabelled_path), "--loader", "ffcv", "--batch", "8", "--seconds", "0.2"]
     assert run(profile.main, words) == 2
     assert "was written without ffcv. Convert again with --backends both." in capsys.readouterr().err
-    assert profile.usable_backends(Store.open(unlabelled_path)) == ["shards", "dali"]
+    assert usable_backends(Store.open(unlabelled_path)) == ["shards", "dali"]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +150,10 @@ def test_a_store_without_the_backend_is_refused(unlabelled_path: Path, capsys: p
         (["--seconds", "0"], 2, "--seconds is from 0.1"),
         (["--workers", "-1"], 2, "--workers is at least 0"),
         (["--batch", "0"], 2, "--batch is at least 1"),
+        (["--tune", "/nowhere/fast.yaml"], 2, "there is no folder /nowhere"),
+        (["--tune", "fast.yaml", "--tune-seconds", "inf"], 2, "--tune-seconds is from 0.1"),
+        (["--peers", "--png", "bars.png"], 2, "pass one of them, no picture"),
+        (["--peers", "--batch", "25"], 3, "fewer than one batch of 25"),
         (["--batch", "25", "--loader", "dali"], 3, "fewer than one batch of 25"),
         (["--device", "cuda:99"], 5, "--device cuda:99"),
         (["--device", "tpu"], 2, "is no device"),
@@ -322,8 +170,97 @@ def test_wrong_input_is_one_sentence(
 
 
 def test_a_config_file_is_profiled_as_the_run_it_describes(unlabelled_path: Path, tmp_path: Path):
-    (tmp_path / "config.yaml").write_text("objective: daae\nmodel: {depth: 3}\nspeed: {workers: 2, compile: true}\n")
-    flags = profile.Profile(data=unlabelled_path, config=tmp_path / "config.yaml", precision="fp32", batch=4)
-    wish = profile.settings(flags)
-    assert (wish.objective, wish.model.depth, wish.model.side) == ("daae", 3, 64)
+    config = tmp_path / "config.yaml"
+    config.write_text("preset: daae-tiny\nmodel: {depth: 3}\nspeed: {workers: 2, compile: true}\n")
+    wish = profile.settings(profile.Profile(data=unlabelled_path, config=config, precision="fp32", batch=4))
+    assert (wish.preset, wish.objective, wish.model.depth, wish.model.side) == ("daae-tiny", "daae", 3, 64)
     assert (wish.speed.workers, wish.speed.compile, wish.precision, wish.optim.batch) == (2, True, "fp32", 4)
+    other = profile.settings(profile.Profile(data=unlabelled_path, config=config, preset="mae-tiny"))
+    assert (other.preset, other.objective, other.model.depth) == ("mae-tiny", "mae", 3)
+    assert profile.settings(profile.Profile(data=unlabelled_path)).preset == "mae-tiny"
+
+
+def test_the_picture_and_the_page_show_every_stage(
+    unlabelled_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    html, png = tmp_path / "stages.html", tmp_path / "stages.png"
+    words = [
+        "--data",
+        str(unlabelled_path),
+        "--loader",
+        "shards",
+        "--batch",
+        "8",
+        "--seconds",
+        "0.3",
+        "--device",
+        "cpu",
+    ]
+    assert profile.main([*words, "--html", str(html), "--png", str(png)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    text = html.read_text()
+    for name in ("read and check", "decode", "cut the views", "loader shards", "device views", "step, views included"):
+        assert name in text
+        assert name in told
+    assert "libjpeg-turbo, whole pictures, images/s a core" in text
+    assert "http" not in text  # stands alone
+    assert '<p class="answer">The step limits this run' in text
+    with Image.open(png) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
+        assert image.width > 800
+    assert {(0x3B, 0x82, 0xD6), (0xE0, 0x77, 0x2F)} <= colours  # the stages, and the one that limits
+    assert run(profile.main, [*words, "--png", str(tmp_path / "stages.gif")]) == 2
+
+
+def rates(monkeypatch: pytest.MonkeyPatch, rate: Callable[[tune.Candidate], float]) -> list[tune.Candidate]:
+    """Candidates on four cores, of which each is as fast as it is told."""
+    monkeypatch.setattr(tune, "rate_of", lambda machine, store, batch, one, seconds: rate(one))
+    default = tune.Candidate("shards", 1, 2)
+    return tune.candidates(default, ["ffcv", "shards"], 4, on_gpu=False)
+
+
+def test_the_search_finds_the_fastest(monkeypatch: pytest.MonkeyPatch):
+    tried = rates(monkeypatch, lambda one: 100 * one.workers + (50 if one.loader == "ffcv" else 0) + one.ahead)
+    assert len(tried) == len({str(one.settings()) for one in tried}) == 2 * 3 * 2
+    best = tune.search(None, None, 8, tried, 60.0, lambda _: None)
+    assert best.settings() == {"loader": "ffcv", "speed": {"workers": 4, "ahead": 4}}
+    assert len(best.rates) >= 3  # the better ones are measured again
+
+
+def test_the_search_keeps_the_defaults_where_nothing_is_clearly_faster(monkeypatch: pytest.MonkeyPatch):
+    tried = rates(monkeypatch, lambda one: 100 + one.workers / 4)
+    assert tune.search(None, None, 8, tried, 60.0, lambda _: None) is tried[0]
+
+
+def test_shares_of_the_hardware_decoder_are_tried_on_a_gpu_only():
+    default = tune.Candidate("dali", 8, 2, 0.65)
+    shares = {one.hw_decoder_load for one in tune.candidates(default, ["dali", "shards"], 8, on_gpu=True)}
+    assert shares == {None, 0.5, 0.65, 0.8, 0.9}
+
+
+def test_what_the_search_writes_configures_a_run(unlabelled_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    found = tmp_path / "fast.yaml"
+    words = ["--data", str(unlabelled_path), "--batch", "8", "--loader", "shards", "--device", "cpu", "--quiet"]
+    assert profile.main([*words, "--tune", str(found), "--tune-seconds", "2"]) == 0
+    assert "images/s  shards, 1 worker, 2 ahead  (by itself)" in capsys.readouterr().out
+    settings = profile.settings(profile.Profile(data=unlabelled_path, config=found))
+    assert settings.speed.workers >= 1
+    assert settings.speed.ahead in (2, 4)
+    assert run(profile.main, [*words, "--tune", str(tmp_path / "fast.txt")]) == 2
+    assert "--tune writes a .yaml file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_ffcv
+def test_every_peer_runs_and_is_counted(store_path: Path, capsys: pytest.CaptureFixture):
+    """FFCV compiles for a quarter of a minute in each of its processes."""
+    pytest.importorskip("nvidia.dali")
+    assert profile.main(["--data", str(store_path), "--peers", "--seconds", "1", "--batch", "16", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["views"]["224"]) == {
+        "DAAE, FFCV file", "DAAE, shards", "FFCV", "DALI", "torchvision, Pillow", "torchvision, v2"
+    }  # fmt: skip
+    for peers in told["views"].values():
+        assert all(each["images_per_cpu_second"] > 0 for each in peers.values())
+    assert "1" in told["threads"]
+    assert told["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -93,10 +93,10 @@ def chart(
         axes.set_ylabel(y_name)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _inline(buffer.getvalue(), name, description)
+    return inline(buffer.getvalue(), name, description)
 
 
-def _inline(svg: str, name: str, description: str) -> str:
+def inline(svg: str, name: str, description: str) -> str:
     """The bare <svg> of matplotlib's file: no prologue, no addresses, ids of its own, the page's colours."""
     from html import escape
 

@@ -21,10 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ResourceError, StalledError
+from pipeline.jpeg import StoredJpegs
+from pipeline.loader import check_batch
+from pipeline.store import Store
 from train.command import run
 
 ROUNDS = 5
@@ -176,9 +180,9 @@ PEERS: dict[str, Callable[[Task], Iterator[int]]] = {
 }
 PLAN = {
     "224": ["DAAE, FFCV file", "DAAE, shards", "FFCV", "DALI", "torchvision, Pillow", "torchvision, v2"],
-    "224 + 112, shared crop": ["DAAE, FFCV file", "FFCV, small view pooled", "DALI"],
-    "224 + 112": ["DAAE, FFCV file", "FFCV", "DALI", "torchvision, Pillow"],
-    "2 x 224 + 6 x 96": ["DAAE, FFCV file"],
+    "224 + 112, shared crop": ["DAAE, FFCV file", "DAAE, shards", "FFCV, small view pooled", "DALI"],
+    "224 + 112": ["DAAE, FFCV file", "DAAE, shards", "FFCV", "DALI", "torchvision, Pillow"],
+    "2 x 224 + 6 x 96": ["DAAE, FFCV file", "DAAE, shards"],
 }
 
 
@@ -258,36 +262,63 @@ def start(task: Task) -> Peer:
     return Peer(task, process, said)
 
 
+SCALED = ("DAAE, shards", "224 + 112, shared crop")  # what is measured with 1, 2, … threads
+
+
 def compare_peers(
     data: Path, *, seconds: float, batch: int, workers: int, say: Callable[[str], None]
-) -> dict[str, dict[str, dict]]:
-    """views -> peer -> rates over the rounds. seconds: of each peer, in all rounds together."""
+) -> tuple[dict[str, dict[str, dict]], dict[int, dict]]:
+    """views -> peer -> rates, and threads -> rates of ours. seconds: of each peer, in all rounds together."""
+    store = Store.open(data)
+    check_batch(store, batch)
+    absent = missing(store)
+    for name, why in absent.items():
+        print(f"note: {name} is left out: {why}.", file=sys.stderr)
     results: dict[str, dict[str, dict]] = {}
     with tempfile.TemporaryDirectory(prefix="daae-peers-") as files:
-        write_files(data, Path(files))
+        write_files(store, Path(files))
         for views, names in PLAN.items():
-            with contextlib.ExitStack() as opened:
-                peers = {}
-                for name in names:
-                    say(f"{views}: {name} starts")
-                    peers[name] = start(Task(name, views, str(data), files, batch, workers))
-                    opened.callback(peers[name].close)
-                    peers[name].ask(None, READY_SECONDS)
-                rounds: dict[str, list[dict]] = {name: [] for name in names}
-                for turn in range(ROUNDS):
-                    say(f"{views}: round {turn + 1} of {ROUNDS}")
-                    for name, peer in peers.items():
-                        rounds[name].append(peer.ask(f"{seconds / ROUNDS}", READY_SECONDS))
-            results[views] = {name: rates(each) for name, each in rounds.items()}
-    return results
+            there = [name for name in names if name not in absent]
+            tasks = {name: Task(name, views, str(data), files, batch, workers) for name in there}
+            results[views] = measure(tasks, seconds, lambda doing, views=views: say(f"{views}: {doing}"))
+        counts = sorted({1, *(2**power for power in range(1, 10) if 2**power < workers), workers})
+        tasks = {f"{count} threads": Task(*SCALED, str(data), files, batch, count) for count in counts}
+        scaled = measure(tasks, seconds, lambda doing: say(f"scaling: {doing}"))
+    return results, dict(zip(counts, scaled.values(), strict=True))
 
 
-def write_files(data: Path, folder: Path) -> None:
+def measure(tasks: dict[str, Task], seconds: float, say: Callable[[str], None]) -> dict[str, dict]:
+    """Rates of each task over rounds in which one works after the other."""
+    with contextlib.ExitStack() as opened:
+        peers = {}
+        for name, task in tasks.items():
+            say(f"{name} starts")
+            peers[name] = start(task)
+            opened.callback(peers[name].close)
+            peers[name].ask(None, READY_SECONDS)
+        rounds: dict[str, list[dict]] = {name: [] for name in tasks}
+        for turn in range(ROUNDS):
+            say(f"round {turn + 1} of {ROUNDS}")
+            for name, peer in peers.items():
+                rounds[name].append(peer.ask(f"{seconds / ROUNDS}", READY_SECONDS))
+    return {name: rates(each) for name, each in rounds.items()}
+
+
+def missing(store: Store) -> dict[str, str]:
+    """Peers that cannot run here, and why."""
+    found = {}
+    if store.beton is None:
+        found |= dict.fromkeys(("DAAE, FFCV file", "FFCV", "FFCV, small view pooled"), "the store has no FFCV file")
+    for package, names in (("ffcv", ("FFCV", "FFCV, small view pooled")), ("nvidia.dali", ("DALI",))):
+        with contextlib.suppress(ModuleNotFoundError):
+            if find_spec(package) is not None:
+                continue
+        found |= dict.fromkeys(names, f"{package} is not installed")
+    return found
+
+
+def write_files(store: Store, folder: Path) -> None:
     """The store's JPEGs as an ImageFolder."""
-    from pipeline.jpeg import StoredJpegs
-    from pipeline.store import Store
-
-    store = Store.open(data)
     jpegs = StoredJpegs.in_shards(store)
     (folder / "all").mkdir()
     for sample in range(min(store.count, MOST_IMAGES)):
@@ -303,7 +334,7 @@ def rates(rounds: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def show_peers(results: dict[str, dict[str, dict]]) -> None:
+def show_peers(results: dict[str, dict[str, dict]], scaled: dict[int, dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -319,7 +350,15 @@ def show_peers(results: dict[str, dict[str, dict]]) -> None:
                 f"{1000 / rate:.2f}", f"{each['images_per_second']:,.0f}",
                 "" if name.startswith("DAAE") else f"{best / rate:.2f}x",
             )  # fmt: skip
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    out.print(table)
+    one = scaled[1]["images_per_second"]
+    out.print(f"\nOurs with more threads ({', '.join(SCALED)}):")
+    for threads, each in scaled.items():
+        rate = each["images_per_second"]
+        out.print(
+            f"  {threads} threads: {rate:,.0f} images/s, {rate / one / threads:.0%} of {threads} times one thread's"
+        )
 
 
 def main(argv: list[str]) -> int:
