@@ -14,26 +14,28 @@ help:
 	@echo "make test    lint, types and tests, offline once set up"
 	@echo "make faults  the long fault tests: kills, full disk, damaged files"
 
-setup: $(VENV)/.installed
+# Looks at everything again; the others take what is there, and need no network once it is.
+setup:
+	PYTHON="$(PYTHON)" VENV="$(VENV)" APT="$(APT)" sh tools/setup.sh
+	@touch $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml tools/setup.sh
-	PYTHON="$(PYTHON)" VENV="$(VENV)" APT="$(APT)" sh tools/setup.sh
-	@touch $@
+	@$(MAKE) --no-print-directory setup
 
-demo: setup
+demo: $(VENV)/.installed
 	@$(BIN)/python -m tools.demo --data "$(DATA)" --out "$(DEMO)"
 
 test: check tests
 
-check: setup
+check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-tests: setup
+tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 
-faults: setup
+faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 900
 
 clean:

@@ -56,6 +56,22 @@ def test_without_npm_the_demo_ends_with_code_5_and_another_way(tmp_path, capfd, 
     assert "make demo DATA=synthetic" in said
 
 
+def test_a_second_run_does_not_profile_again(tmp_path, monkeypatch):
+    called = []
+
+    def call(self, *words, listen=False):
+        called.append(words[0])
+        if "--html" in words:
+            Path(words[words.index("--html") + 1]).write_text("bars")
+        return "a verdict" if listen else ""
+
+    monkeypatch.setattr(demo.Tour, "call", call)
+    for _ in range(2):
+        assert tour(tmp_path).go() == "a verdict"
+    first = ["doctor", "fetch", "convert", "convert", "convert", "profile", "compare", "report"]
+    assert called == first + [name for name in first if name != "profile"]
+
+
 def test_after_a_signal_no_command_starts(tmp_path, capfd):
     one = tour(tmp_path)
     one.stop.name = signal.Signals.SIGINT.name

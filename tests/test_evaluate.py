@@ -153,3 +153,15 @@ def test_only_labelled_samples_are_encoded(tmp_path):
     assert asked[0].tolist() == np.flatnonzero(truth >= 0).tolist()
     assert len(asked[0]) == 16
     assert result["leading"]["value"] == 1
+
+
+def test_where_classes_have_one_or_two_pictures_the_nearest_alone_leads(tmp_path):
+    make_folder(tmp_path / "images", 12, 48, 6)
+    assert convert.main([str(tmp_path / "images"), str(tmp_path / "store"), "--backends", "dali", "--quiet"]) == 0
+    make_folder(tmp_path / "more", 12, 48, 6, first=50)
+    assert convert.main([str(tmp_path / "more"), str(tmp_path / "unseen"), "--backends", "dali", "--quiet"]) == 0
+    result = Exam.prepare(tmp_path / "store", (tmp_path / "unseen",), None).sit(
+        evaluate.pixel_features(torch.device("cpu")), ("knn",)
+    )
+    assert result["leading_name"] == "knn1 on class, mean of unseen"
+    assert result["leading"] == result["scores"]["unseen"]["class"]["knn1"]

@@ -20,7 +20,8 @@ from pipeline.store import Store
 from tests.conftest import COUNT, PYTHON
 from tests.images import make_folder
 from tools import convert
-from train import checkpoint, evaluate
+from train import checkpoint, evaluate, loop
+from train.command import run
 from train.journal import duration, read_rows
 from train.loop import evaluation_steps
 from train.pretrain import main
@@ -225,12 +226,50 @@ def test_a_data_set_changed_between_stop_and_resume_is_refused_with_both_counts(
         (["--device", "cuda:9"], ResourceError, "CUDA devices"),
         (["--device", "toaster"], UsageError, "is no device"),
         (["--method.mask-ratio", "0.999"], UsageError, "mask ratio"),
+        (["--batch", "0"], UsageError, "--batch 0 and --accum-iter 1: both are at least 1"),
+        (["--batch", "16", "--optim.accumulate", "3"], UsageError, "--batch 16 cannot be cut into 3 equal parts"),
+        (["--speed.ahead", "0"], UsageError, "--speed.ahead is at least 1"),
+        (["--speed.hw-decoder-load", "1.5"], UsageError, "at most 1"),
+        (["--watch.log-every", "0"], UsageError, "--watch.log-every is at least 1"),
         (["--data", "/nowhere"], DataError, "is not a folder"),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_sentence(store_path, tmp_path, more, error, words):
     with pytest.raises(error, match=words):
         main([*flags("mae-tiny", store_path, tmp_path / "run", "--steps", "2"), *more])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_without_manifest_ends_with_code_3_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    assert run(main, flags("mae-tiny", tmp_path / "images", tmp_path / "run", "--steps", "2")) == 3
+    assert "no manifest.json" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_nobody_expected_is_code_1_with_the_traceback_in_the_log(store_path, tmp_path, monkeypatch):
+    def strange(*_, **__):
+        raise ZeroDivisionError("seven")
+
+    monkeypatch.setattr(loop, "train_step", strange)
+    with pytest.raises(ZeroDivisionError):
+        main(flags("mae-tiny", store_path, tmp_path / "run", "--steps", "2"))
+    assert read_json(tmp_path / "run" / "status.json")["code"] == 1
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "Traceback (most recent call last)" in log
+    assert "ZeroDivisionError: seven" in log
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(store_path, tmp_path):
+    out = tmp_path / "run"
+    command = flags("mae-tiny", store_path, out, "--steps", "6")
+    main([*command, "--limit-steps", "2"])
+    (weights,) = (out / "checkpoints").glob("*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    before = read_rows(out / "metrics.jsonl")
+    with pytest.raises(DataError, match=r"every checkpoint in .* is damaged"):
+        main(command)
+    assert read_rows(out / "metrics.jsonl") == before
 
 
 def test_missing_data_and_out():
@@ -296,7 +335,7 @@ def wait_for_rows(out: Path, process: subprocess.Popen, limit: float = 90) -> No
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_goes_on(store_path, tmp_path, number):
     out = tmp_path / "run"
     command = flags("mae-tiny", store_path, out, "--steps", "3000")

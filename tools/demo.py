@@ -87,7 +87,10 @@ class Tour:
             source = flags.out / "images" / name
             self.call("fetch", name, str(source))
         store, tests = self.convert(name, source, parts)
-        self.call("profile", "--data", str(store), "--preset", flags.presets[-1], "--seconds", "4")
+        bars = flags.out / f"profile-{name}.html"
+        if not bars.exists():
+            words = ["--data", str(store), "--preset", flags.presets[-1], "--seconds", "3", "--html", str(bars)]
+            self.call("profile", *words)
         out = flags.out / f"compare-{name}-{flags.seconds:g}s"
         words = ["--presets", *flags.presets, "--data", str(store)]
         words += ["--tests", *map(str, tests)] if tests else []

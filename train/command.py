@@ -242,22 +242,28 @@ def read_yaml(path: os.PathLike | str) -> dict:
     return values
 
 
+def exit_code(error: BaseException) -> int:
+    """What a command ends with that raises this."""
+    if isinstance(error, DaaeError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 5 if isinstance(error, MemoryError) else 1
+
+
 def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Call a command's `main` and turn what it raises into one sentence on stderr and an exit code."""
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except DaaeError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.code
+        return exit_code(error)
     except BrokenPipeError:  # `daae … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("error: stopped by Ctrl-C.", file=sys.stderr)
-        return 130
-    except MemoryError:
-        print("error: out of memory.", file=sys.stderr)
-        return 5
+    except (KeyboardInterrupt, MemoryError) as error:
+        print(f"error: {'out of memory' if isinstance(error, MemoryError) else 'stopped by Ctrl-C'}.", file=sys.stderr)
+        return exit_code(error)
     except Exception as error:
         if os.environ.get("DAAE_TRACEBACK"):
             raise

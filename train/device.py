@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def resolve(run: Run, store: Store) -> Run:
     """The run with every "auto" settled."""
     device = choose_device(run.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels and streams of whoever names no device
     loader = choose_backend(store, device) if run.loader == "auto" else run.loader
     return dataclasses.replace(
         run, device=str(device), precision=choose_precision(run.precision, device), loader=loader

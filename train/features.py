@@ -57,6 +57,8 @@ def encode(
     check_views(views, encoder.patch)
     count = store.count if only is None else len(only)
     result = Features(torch.empty(count, encoder.width), torch.empty(count, encoder.width))
+    if count == 0:
+        return result
     loader = open_loader(
         store, views, batch=min(batch, count), seed=seed, backend=backend, device=device, workers=workers,
         shuffle=False, only=only,
@@ -106,6 +108,8 @@ def pixels(
     """
     count = store.count if only is None else len(only)
     result, done = torch.empty(count, 3 * side * side), 0
+    if count == 0:
+        return result
     loader = open_loader(
         store, {VIEW: View(side=side, centre=1.0)}, batch=min(batch, count), backend=backend, device=device,
         workers=workers, shuffle=False, only=only,

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.errors import DataError, UsageError
 from pipeline.staging import write_whole
-from train.checkpoint import Checkpoint, newest, verify
+from train.checkpoint import Checkpoint, list_steps, newest, verify
 from train.command import read_yaml
 from train.config import Run, as_values, differences
 
@@ -55,6 +55,8 @@ def resume_point(out: Path, path: str | None, fingerprint: str, images: int, war
     """
     found = verify(Path(path)) if path else newest(checkpoints(out), warn)
     if found is None:
+        if list_steps(checkpoints(out)):
+            raise DataError(f"every checkpoint in {checkpoints(out)} is damaged. Use another --out, or --overwrite.")
         return None
     state = found.state
     if state["data"] != fingerprint:

@@ -13,6 +13,7 @@ import math
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +23,17 @@ from torch import Tensor
 
 from model.network import Network
 from model.objectives import Outcome
+from pipeline import native
 from pipeline.errors import DataError, NumericsError, Preempted, UsageError
-from pipeline.loader import Loader, open_loader
+from pipeline.limits import usable_cores
+from pipeline.loader import Loader
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
-from pipeline.views import check_views
 from train import checkpoint, folder
 from train.clock import Clock
+from train.command import exit_code
 from train.config import Budget, Run
+from train.data import check_data, open_data
 from train.device import device_name, memory_gb, resolve
 from train.journal import Journal, duration, environment, read_rows
 from train.optim import make_optimizer
@@ -47,6 +51,7 @@ def pretrain(wish: Run, controls: Controls) -> dict:
     assert wish.out is not None
     store = Store.open(wish.data)
     run = resolve(wish, store)
+    check_data(run, store)  # before the folder is made: what cannot run leaves nothing behind
     with claimed(wish.out, "run", (folder.CONFIG,), overwrite=controls.overwrite) as out, Stop() as stop:
         folder.check_same_run(out, wish, allow_resume=not controls.no_resume)
         journal = Journal(out, quiet=controls.quiet)
@@ -56,7 +61,10 @@ def pretrain(wish: Run, controls: Controls) -> dict:
             journal.status(state="preempted", code=error.code, reason=str(error))
             raise
         except BaseException as error:
-            journal.status(state="failed", code=getattr(error, "code", 1), reason=f"{type(error).__name__}: {error}")
+            code = exit_code(error)
+            journal.status(state="failed", code=code, reason=f"{type(error).__name__}: {error}")
+            if code == 1:
+                journal.keep(traceback.format_exc())
             raise
         finally:
             journal.close()
@@ -71,12 +79,11 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         run = dataclasses.replace(
             run, budget=Budget(**saved["budget"]), precision=saved["precision"], loader=saved["loader"]
         )
-    views = run.method.views(run.model)
-    check_views(views, run.model.patch)
-    loader = open_loader(
-        store, views, batch=run.optim.batch, seed=run.seed, backend=run.loader, device=device,
-        workers=run.speed.workers, stall_seconds=run.speed.stall_seconds,
-    )  # fmt: skip
+    loader = open_data(run, store)
+    if run.speed.workers > (cores := max(1, int(usable_cores()))):
+        journal.say(f"--workers {run.speed.workers}, but this process may use {cores} cores: only a slow disk gains.")
+    if (why := native.why_not()) is not None:
+        journal.say(f"Pillow decodes, several times slower than our decoder: {why}.")
     try:
         if run.budget.steps is None:
             try:
@@ -292,6 +299,11 @@ class Trainer:
         self.saved, self.saved_at = True, time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
+    def save_once(self) -> None:
+        """A step that is saved is never saved again: for a moment there would be none of it."""
+        if not (folder.checkpoints(self.journal.out) / f"step_{self.step:09d}").exists():
+            self.save()
+
     def or_stop(self, work: Callable[[], None]) -> None:
         """Do what a signal may cut off between two steps, since a resumed run makes up for it."""
         try:
@@ -301,15 +313,14 @@ class Trainer:
             self.preempted()
 
     def preempted(self) -> None:
-        self.save()
+        self.save_once()
         raise Preempted(
             f"stopped by {self.stop.name} at step {self.step:,} of {self.steps:,}; checkpoint saved. "
             "Run the same command again to go on."
         )
 
     def finish(self) -> dict:
-        if not (folder.checkpoints(self.journal.out) / f"step_{self.step:09d}").exists():
-            self.save()
+        self.save_once()
         done = self.step >= self.steps
         if done:
             from train.gallery import draw_gallery
@@ -336,15 +347,17 @@ class CutShort(Exception):
 
 
 class Stop:
-    """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask the loop to save and end; a second one ends the process at once."""
+    """SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C ask the loop to save and end; a second one ends it at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.asked, self.name, self._before, self._at_once = False, "", {}, False
 
     def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        # Who ignores SIGHUP (nohup) wants the work to go on.
+        caught = [each for each in self.SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in caught}
         return self
 
     def _ask(self, number: int, _frame) -> None:

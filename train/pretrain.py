@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         for name, value in flat(as_values(wish)).items():
             print(f"{name}: {json.dumps(value)}  # {sources.get(name, wish.preset)}")
         return 0
-    wish.model.check()
+    wish.check()
     if controls.dry_run:
         from train.plan import print_plan
 

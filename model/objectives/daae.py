@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from model.objectives.base import Objective, Outcome
 from model.objectives.mae import build_decoder, decoded_count, repaint_loss, scored_patches
 from model.shape import Shape, decoder_macs, encoder_macs, head_macs
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,8 @@ class DAAE(Objective):
             return Projector(width, self.head_hidden, self.head_out, self.head_norm)
 
         parts = {}
+        if self.feature == "asym" and self.reconstruct_weight == 0:
+            raise UsageError("--method.feature asym is the decoder's, and --method.reconstruct-weight 0 leaves none.")
         if self.reconstruct_weight > 0:
             parts["decoder"] = build_decoder(shape)
         parts["projector"] = projector(shape.width)
