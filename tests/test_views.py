@@ -220,7 +220,9 @@ print("equal")
 
 def test_the_gpus_kernels_equal_plain_torch():
     """Run by Triton's interpreter, which needs no GPU. On a GPU tests/test_cuda.py runs them compiled."""
-    pytest.importorskip("triton", reason="Triton is not installed")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+        pytest.skip("this Triton's interpreter turns arrays into loop bounds, which NumPy 2.5 refuses")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([PYTHON, "-c", TRITON], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "equal\n", done.stderr
