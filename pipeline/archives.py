@@ -38,7 +38,8 @@ LARGEST_HEADER = 1 << 20  # bytes of one member's long name or attributes
 EXTENDED = {
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 }  # fmt: skip
-# What a damaged or hostile archive makes the libraries raise.
+# What a damaged or hostile archive makes the libraries raise; zipfile's word for a compression or an encryption that it
+# does not know is NotImplementedError.
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError)
 
 

@@ -301,6 +301,15 @@ static int prepare(scratch_t *s) {
     return 1;
 }
 
+/* How every picture is decoded. */
+static void read_header(struct jpeg_decompress_struct *jpeg, const uint8_t *data, uint64_t size) {
+    jpeg_mem_src(jpeg, data, size);
+    jpeg_read_header(jpeg, TRUE);
+    jpeg->out_color_space = JCS_EXT_RGBX;
+    jpeg->dct_method = JDCT_ISLOW;
+    jpeg->do_fancy_upsampling = TRUE;
+}
+
 /* All views of one picture, whose JPEG is `data`. */
 static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample, int views, const box_t *boxes,
                       const int32_t *sides, uint8_t *const *outs) {
@@ -326,15 +335,11 @@ static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample,
         jpeg_abort_decompress(jpeg);
         return DAMAGED;
     }
-    jpeg_mem_src(jpeg, data, sample->size);
-    jpeg_read_header(jpeg, TRUE);
+    read_header(jpeg, data, sample->size);
     if ((int)jpeg->image_height != height || (int)jpeg->image_width != width) {
         jpeg_abort_decompress(jpeg);
         return OTHER_PICTURE;
     }
-    jpeg->out_color_space = JCS_EXT_RGBX;
-    jpeg->dct_method = JDCT_ISLOW;
-    jpeg->do_fancy_upsampling = TRUE;
     jpeg_start_decompress(jpeg);
     JDIMENSION from = left, columns = right - left;
     if ((int)columns < width) jpeg_crop_scanline(jpeg, &from, &columns);
@@ -364,18 +369,15 @@ static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample,
     return DONE;
 }
 
-/* A whole picture at 1/denominator of its size, for the profiler: decoded row by row, kept nowhere. */
+/* A whole picture at 1/denominator of its size, decoded row by row and kept nowhere: for the profiler, and for the
+ * converter to see that nothing is wrong with it. */
 static int decode_whole(scratch_t *s, const uint8_t *data, const sample_t *sample, int denominator) {
     struct jpeg_decompress_struct *jpeg = &s->jpeg;
     if (setjmp(s->escape)) {
         jpeg_abort_decompress(jpeg);
         return DAMAGED;
     }
-    jpeg_mem_src(jpeg, data, sample->size);
-    jpeg_read_header(jpeg, TRUE);
-    jpeg->out_color_space = JCS_EXT_RGBX;
-    jpeg->dct_method = JDCT_ISLOW;
-    jpeg->do_fancy_upsampling = TRUE;
+    read_header(jpeg, data, sample->size);
     jpeg->scale_num = 1, jpeg->scale_denom = (unsigned)denominator;
     jpeg_start_decompress(jpeg);
     if (!grow((void **)&s->pixels, &s->pixels_cap, (size_t)jpeg->output_width * PIXEL + 64)) {
