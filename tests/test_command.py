@@ -12,8 +12,10 @@ import yaml
 from pipeline.errors import UsageError
 from tests.conftest import PYTHON
 from tools import cli
+from train import command
 from train.command import coerce, overlay
 from train.config import Optim, Run, as_values, differences, with_values
+from train.help import opposite
 from train.presets import PRESETS, open_preset
 from train.pretrain import read_flags
 
@@ -83,6 +85,9 @@ def test_a_wish_for_seconds_replaces_the_presets_epochs():
         (["--config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
         (["--model", "resnet50"], "--model resnet50 is unknown"),
         (["--batch_size", "big"], "--batch_size wants a number"),
+        (["--steps", "x"], "--steps wants INT, not 'x'"),
+        (["--steps", "--seed"], "--steps wants INT behind it"),
+        (["--loader", "dal"], "--loader wants {auto,ffcv,shards,dali,resident}, not 'dal'. Did you mean dali?"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence_with_the_nearest_name(argv, words):
@@ -99,12 +104,12 @@ def test_a_wrong_flag_is_one_sentence_with_the_nearest_name(argv, words):
         ("optim: {lrr: 1}", "lrr is unknown. Did you mean lr?"),
         ("sede: 1", "sede is unknown. Did you mean seed?"),
         ("optim: 3", "optim is a group of settings"),
-        ("seed: {a: 1}", "seed wants int"),
-        ("seed: yes", "seed wants int"),
+        ("seed: {a: 1}", "seed wants INT"),
+        ("seed: yes", "seed wants INT"),
         ("[1, 2]", "not a mapping"),
         ("a: [", "is not YAML"),
         ("objective: swin", "--objective swin is unknown"),
-        ("model: {side: 64.5}", "side wants int"),
+        ("model: {side: 64.5}", "side wants INT"),
     ],
 )
 def test_a_wrong_yaml_is_one_sentence(tmp_path, text, words):
@@ -157,6 +162,24 @@ def test_every_command_answers_help():
         assert done.returncode == 0, done.stderr
         assert "usage" in done.stdout.lower()
         assert time.monotonic() - begin < 30
+
+
+def test_help_names_each_flag_with_its_type_its_other_names_and_what_it_starts_from(capsys):
+    from train.pretrain import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--preset", "daae-tiny", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    run = open_preset("daae-tiny")
+    for setting in command.settings(type(run)):
+        assert setting.flag in shown or opposite(setting.flag) in shown, setting.flag
+    words = " ".join(shown.split())
+    assert "--optim.batch, --batch INT Images per optimizer step, over all devices. (128)" in words
+    assert "--method.temperature FLOAT Of the contrastive softmax. (0.2)" in words
+    assert "--method.no-norm-pix, --norm-pix-loss Predict each patch" in words
+    assert "--loader {auto,ffcv,shards,dali,resident}" in words
+    assert "--method.jitter FLOAT FLOAT FLOAT FLOAT Colour changes of the small view" in words
 
 
 def test_print_config_can_be_fed_back(tmp_path, capsys):

@@ -800,6 +800,9 @@ def test_a_plan_foretells_the_size_and_writes_nothing(tmp_path, capsys):
     kept, usual, _, asked = planned["choices"]
     assert usual == kept | {key: usual[key] for key in ("max_side", "seconds", "load_images_per_second")}
     assert (kept["kept"], asked["kept"]) == (1.0, 0.0)
+    # A crop of a fifth of 128 px is blown up fourfold; of pictures that stay as they are nothing is lost.
+    assert kept["psnr"] == usual["psnr"] == {"0.2": None, "1": None}
+    assert 15 < asked["psnr"]["0.2"] < asked["psnr"]["1"] < 45
     # A picture of 128 px is cheaper to load than one of 300, and dearer to make than one that is left alone.
     assert asked["load_images_per_second"] > 1.2 * kept["load_images_per_second"]
     assert asked["seconds"] >= kept["seconds"]

@@ -244,8 +244,9 @@ def show(measured: Measured, flags: Profile) -> None:
     if measured.batch != measured.run_batch:
         out.print(f"The batch of {measured.run_batch:,} was cut to {measured.batch:,} for this; --batch sets it.")
     if measured.other_cores:
+        cores = "a core" if measured.other_cores == 1 else f"{measured.other_cores:g} cores"
         out.print(
-            f"Other processes took {measured.other_cores:g} cores meanwhile: on a quiet machine images/s are higher.",
+            f"Other processes took {cores} meanwhile: on a quiet machine images/s are higher.",
             style="yellow",
         )
     chosen = ["--preset", flags.preset or "mae-tiny"] if flags.preset or flags.config is None else []

@@ -1,7 +1,7 @@
 """Turning words typed by a person into a dataclass, and errors into one sentence and an exit code.
 
-Every command is a frozen dataclass whose fields are the flags; tyro writes the parser and `--help`. This module adds
-what tyro leaves out: the nearest name for a wrong flag, `--amp false` beside `--no-amp`, snake_case, aliases, YAML.
+Every command is a frozen dataclass whose fields are the flags, which tyro parses. This module adds what tyro leaves
+out: the nearest name for a wrong flag, `--amp false` beside `--no-amp`, snake_case, aliases, YAML; help.py prints them.
 It imports neither torch nor numpy: `--help` and a wrong flag answer at once.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pipeline.errors import DaaeError, UsageError
+from train.help import help_text, kind, opposite
 
 T = TypeVar("T")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -33,7 +34,7 @@ class Setting:
 
     path: tuple[str, ...]
     type: Any
-    required: bool
+    default: Any  # dataclasses.MISSING where the flag is required
     positional: bool
 
     @property
@@ -48,6 +49,10 @@ class Setting:
     def boolean(self) -> bool:
         return self.type is bool
 
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
 
 def settings(cls: type, prefix: tuple[str, ...] = ()) -> list[Setting]:
     """Every leaf of a dataclass and the dataclasses in it, in order of declaration."""
@@ -61,8 +66,10 @@ def settings(cls: type, prefix: tuple[str, ...] = ()) -> list[Setting]:
         if dataclasses.is_dataclass(hint):
             found += settings(typing.cast(type, hint), (*prefix, field.name))
         else:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            found.append(Setting((*prefix, field.name), hint, required, positional))
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            found.append(Setting((*prefix, field.name), hint, default, positional))
     return found
 
 
@@ -73,10 +80,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def normalise(cls: type, argv: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
-    """Rewrite aliases, snake_case and `--flag true|false`; refuse an unknown flag by its nearest name."""
+    """Rewrite aliases, snake_case and `--flag true|false`; refuse an unknown flag by its nearest name, and a value that
+    its flag does not take."""
     known = {setting.flag: setting for setting in settings(cls) if not setting.positional}
     accepted = {**{flag: flag for flag in known}, **aliases}
-    accepted.update({_negated(flag): _negated(flag) for flag, setting in known.items() if setting.boolean})
+    accepted.update({opposite(flag): opposite(flag) for flag, setting in known.items() if setting.boolean})
     words, result, at = list(argv), [], 0
     while at < len(words):
         word = words[at]
@@ -97,16 +105,18 @@ def normalise(cls: type, argv: Sequence[str], aliases: Mapping[str, str]) -> lis
                 equals, value, at = "=", words[at], at + 1
             if equals and value.lower() not in TRUE + FALSE:
                 raise UsageError(f"{name} takes true or false, not {value!r}.")
-            result.append(_negated(flag) if equals and value.lower() in FALSE else flag)
+            result.append(opposite(flag) if equals and value.lower() in FALSE else flag)
         else:
             result.append(flag + equals + value)
+            if setting is None or typing.get_origin(setting.type) is tuple:
+                continue  # tyro counts the words of a tuple
+            if not equals:
+                if at == len(words) or words[at].startswith("--"):
+                    raise UsageError(f"{name} wants {kind(setting.type)} behind it.")
+                value, at = words[at], at + 1
+                result.append(value)
+            coerce(value, setting.type, name)
     return result
-
-
-def _negated(flag: str) -> str:
-    """--speed.compile -> --speed.no-compile, as tyro spells it."""
-    head, dot, leaf = flag[2:].rpartition(".")
-    return f"--{head}{dot}no-{leaf}"
 
 
 def parse(
@@ -121,18 +131,19 @@ def parse(
 
     Raises UsageError (exit code 2) with one sentence. `--help` prints and exits 0.
     """
+    words = normalise(cls, argv, aliases or {})
+    if {"--help", "-h"} & set(words[: words.index("--") if "--" in words else None]):
+        print(help_text(cls, prog, settings(cls), default, aliases or {}))
+        raise SystemExit(0)
     import tyro
 
-    words = normalise(cls, argv, aliases or {})
     captured = io.StringIO()
-    # Flags are explained by the strings below them; reading comments too takes a fifth of the time of `--help`.
-    config = (tyro.conf.HelptextFromCommentsOff,)
     try:
         with contextlib.redirect_stderr(captured):
             return (
-                tyro.cli(cls, args=words, prog=prog, default=default, config=config)
+                tyro.cli(cls, args=words, prog=prog, default=default)
                 if default is not None
-                else tyro.cli(cls, args=words, prog=prog, config=config)
+                else tyro.cli(cls, args=words, prog=prog)
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -211,8 +222,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             return Path(value)
     elif hint is Any or isinstance(value, hint):
         return value
-    wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-    raise UsageError(f"{where} wants {wanted}, not {value!r}.")
+    close = nearest(value, map(str, choices)) if origin is typing.Literal and isinstance(value, str) else ""
+    raise UsageError(f"{where} wants {kind(hint)}, not {value!r}.{close}")
 
 
 def plain(value: Any) -> Any:

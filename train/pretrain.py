@@ -46,7 +46,9 @@ class Controls:
     print_config: bool = False
     """Print every setting with where it comes from, and stop."""
     list_presets: bool = False
+    """Name the recipes with a line each, and stop."""
     quiet: bool = False
+    """No progress; errors are still said."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -101,7 +103,7 @@ def read_flags(argv: list[str]) -> tuple[Run, Controls, dict[str, str]]:
     if "--optim.base-lr" in given and "--optim.lr" not in given:  # a rate per 256 images replaces the preset's rate
         start = dataclasses.replace(start, optim=dataclasses.replace(start.optim, lr=None))
     default = of_type(dataclasses.replace(start, objective=objective), command)
-    flags = cast(Any, parse(command, words, prog="daae pretrain", default=default))
+    flags = cast(Any, parse(command, words, prog="daae pretrain", default=default, aliases=ALIASES))
     sources.update({flag[2:].replace("-", "_"): "flag" for flag in given})
     settings = {field.name: getattr(flags, field.name) for field in dataclasses.fields(base)}
     controls = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Controls)}
