@@ -6,6 +6,7 @@ A batch is one call into the decoder, which reads, checks, decodes and crops eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -30,17 +31,21 @@ class JpegSource:
     def batches(
         self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
     ) -> Iterator[dict[str, Tensor]]:
-        for ids in plan:
-            boxes, rows, images = where(ids), self.jpegs.rows(ids), self.room(len(ids))
-            self._asked = ids
-            failed = self.decoder.decode(
-                rows, [boxes[name] for name in images], [each.numpy() for each in images.values()]
-            )
-            self._asked = None
-            if failed.size:
-                place = int(failed[0])
-                raise DataError(self.jpegs.sentence(int(ids[place]), int(rows["status"][place])))
-            yield send(images, self.device)
+        # Boxes of the next batch are drawn while this one is decoded: otherwise every core but one would wait for them.
+        with ThreadPoolExecutor(1, thread_name_prefix="boxes") as beside:
+            drawn = [beside.submit(where, ids) for ids in plan[:1]]
+            for place, ids in enumerate(plan):
+                drawn += [beside.submit(where, after) for after in plan[place + 1 : place + 2]]
+                boxes, rows, images = drawn.pop(0).result(), self.jpegs.rows(ids), self.room(len(ids))
+                self._asked = ids
+                failed = self.decoder.decode(
+                    rows, [boxes[name] for name in images], [each.numpy() for each in images.values()]
+                )
+                self._asked = None
+                if failed.size:
+                    first = int(failed[0])
+                    raise DataError(self.jpegs.sentence(int(ids[first]), int(rows["status"][first])))
+                yield send(images, self.device)
 
     def room(self, count: int) -> dict[str, Tensor]:
         """Memory on the host for the crops of a batch: page-locked where it is to leave for a GPU meanwhile."""

@@ -107,11 +107,10 @@ class Loader:
 
     def where(self, epoch: int, ids: np.ndarray) -> dict[str, Geometry]:
         """Boxes and flips of every view of these samples in this epoch."""
-        found = {}
-        for name, view in self.views.items():
-            cut_as = view.same_crop_as or name
-            found[name] = sampling.geometry(self.views[cut_as], cut_as, self.seed, epoch, ids, self.sizes[ids])
-        return found
+        cuts = dict.fromkeys(view.same_crop_as or name for name, view in self.views.items())
+        sizes = self.sizes[ids]
+        drawn = {name: sampling.geometry(self.views[name], name, self.seed, epoch, ids, sizes) for name in cuts}
+        return {name: drawn[view.same_crop_as or name] for name, view in self.views.items()}
 
     def _make(self, epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
         batches = self.source.batches(plan, functools.partial(self.where, epoch))

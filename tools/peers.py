@@ -262,13 +262,14 @@ def start(task: Task) -> Peer:
     return Peer(task, process, said)
 
 
-SCALED = ("DAAE, shards", "224 + 112, shared crop")  # what is measured with 1, 2, … threads
+OURS = "DAAE, shards"
+SCALED = (OURS, "224 + 112, shared crop")  # what is measured with 1, 2, … threads
 
 
 def compare_peers(
     data: Path, *, seconds: float, batch: int, workers: int, say: Callable[[str], None]
-) -> tuple[dict[str, dict[str, dict]], dict[int, dict]]:
-    """views -> peer -> rates, and threads -> rates of ours. seconds: of each peer, in all rounds together."""
+) -> tuple[dict[str, dict[str, dict]], dict[str, dict], dict[int, dict]]:
+    """views -> peer -> rates; of ours alone views -> rates and threads -> rates. seconds: of each, in all rounds."""
     store = Store.open(data)
     check_batch(store, batch)
     absent = missing(store)
@@ -281,10 +282,13 @@ def compare_peers(
             there = [name for name in names if name not in absent]
             tasks = {name: Task(name, views, str(data), files, batch, workers) for name in there}
             results[views] = measure(tasks, seconds, lambda doing, views=views: say(f"{views}: {doing}"))
+        # Beside one another in the same rounds: what more views cost is a smaller difference than the machine's moods.
+        tasks = {views: Task(OURS, views, str(data), files, batch, workers) for views in VIEWS}
+        costs = measure(tasks, seconds, lambda doing: say(f"the cost of views: {doing}"))
         counts = sorted({1, *(2**power for power in range(1, 10) if 2**power < workers), workers})
         tasks = {f"{count} threads": Task(*SCALED, str(data), files, batch, count) for count in counts}
         scaled = measure(tasks, seconds, lambda doing: say(f"scaling: {doing}"))
-    return results, dict(zip(counts, scaled.values(), strict=True))
+    return results, costs, dict(zip(counts, scaled.values(), strict=True))
 
 
 def measure(tasks: dict[str, Task], seconds: float, say: Callable[[str], None]) -> dict[str, dict]:
@@ -334,7 +338,7 @@ def rates(rounds: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def show_peers(results: dict[str, dict[str, dict]], scaled: dict[int, dict]) -> None:
+def show_peers(results: dict[str, dict[str, dict]], costs: dict[str, dict], scaled: dict[int, dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -352,6 +356,10 @@ def show_peers(results: dict[str, dict[str, dict]], scaled: dict[int, dict]) -> 
             )  # fmt: skip
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     out.print(table)
+    one = costs["224"]["images_per_cpu_second"]
+    out.print(f"\nWhat views cost ours ({OURS}), in CPU-seconds of one 224 px view:")
+    for views, each in costs.items():
+        out.print(f"  {views}: {one / each['images_per_cpu_second']:.2f}")
     one = scaled[1]["images_per_second"]
     out.print(f"\nOurs with more threads ({', '.join(SCALED)}):")
     for threads, each in scaled.items():

@@ -303,12 +303,13 @@ def peers(flags: Profile) -> int:
     cores = max(1, int(usable_cores()))
     workers, batch = min(flags.workers or cores, cores), flags.batch or 128
     with telling(flags.quiet) as say:
-        results, scaled = compare_peers(flags.data, seconds=flags.seconds, batch=batch, workers=workers, say=say)
+        results, costs, scaled = compare_peers(flags.data, seconds=flags.seconds, batch=batch, workers=workers, say=say)
     if flags.json:
-        told = {"workers": workers, "batch": batch, "seconds": flags.seconds, "views": results, "threads": scaled}
+        told = {"workers": workers, "batch": batch, "seconds": flags.seconds, "views": results, "costs": costs}
+        told |= {"threads": scaled}
         print(json.dumps({**told, "environment": environment(device_name(torch.device("cpu")))}, indent=1))
     else:
-        show_peers(results, scaled)
+        show_peers(results, costs, scaled)
     return 0
 
 
