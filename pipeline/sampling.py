@@ -6,6 +6,7 @@ resume, whichever library decodes it. numpy only: the numbers are few, and made 
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ def mix(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
+@functools.lru_cache(maxsize=1024)
 def key(seed: int, epoch: int, purpose: str) -> int:
     """One 64-bit key for a stream of random numbers; streams of different purposes are unrelated."""
     state = np.uint64(zlib.crc32(purpose.encode()))
@@ -107,23 +109,30 @@ def geometry(view: View, name: str, seed: int, epoch: int, ids: np.ndarray, size
         boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
         return Geometry(boxes, np.zeros(len(ids), bool))
     boxes, flip = np.empty((len(ids), 4), np.int64), _draw(seed, epoch, name, ids, 4 * TRIES, 1)[:, 0] < view.flip
-    narrow, broad = np.log(view.aspect).tolist()
     left_over = np.arange(len(ids))
-    for attempt in range(TRIES):  # nearly all fit at the first or second
-        draw = _draw(seed, epoch, name, ids[left_over], 4 * attempt, 4)
-        high_here, wide_here = heights[left_over], widths[left_over]
-        area = high_here * wide_here * _between(draw[:, 0], *view.area)
-        aspect = np.exp(_between(draw[:, 1], narrow, broad))
-        wide, high = (np.round(np.sqrt(side)).astype(np.int64) for side in (area * aspect, area / aspect))
-        top = np.floor(draw[:, 2] * (high_here - high + 1)).astype(np.int64)
-        left = np.floor(draw[:, 3] * (wide_here - wide + 1)).astype(np.int64)
-        fits = (wide > 0) & (high > 0) & (wide <= wide_here) & (high <= high_here)
-        boxes[left_over[fits]] = np.stack([top, left, high, wide], axis=1)[fits]
-        left_over = left_over[~fits]
-        if left_over.size == 0:
-            break
+    # Most fit at the first try; those that do not get all their other tries at once, and take the first that fits.
+    for first, tries in ((0, 1), (1, TRIES - 1)):
+        draw = _draw(seed, epoch, name, ids[left_over], 4 * first, 4 * tries).reshape(-1, tries, 4)
+        tried, fits = _try_crops(view, draw, heights[left_over, None], widths[left_over, None])
+        found, which = fits.any(axis=1), fits.argmax(axis=1)
+        boxes[left_over[found]] = tried[found, which[found]]
+        left_over = left_over[~found]
     boxes[left_over] = _largest_central(view, heights[left_over], widths[left_over])
     return Geometry(boxes, flip)
+
+
+def _try_crops(view: View, draw: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of some tries for each of B samples, (B, tries, 4), and which lie inside the picture, (B, tries).
+
+    draw: (B, tries, 4) in [0, 1): area, aspect, top, left.
+    """
+    area = heights * widths * _between(draw[..., 0], *view.area)
+    aspect = np.exp(_between(draw[..., 1], *np.log(view.aspect).tolist()))
+    wide, high = (np.round(np.sqrt(side)).astype(np.int64) for side in (area * aspect, area / aspect))
+    top = np.floor(draw[..., 2] * (heights - high + 1)).astype(np.int64)
+    left = np.floor(draw[..., 3] * (widths - wide + 1)).astype(np.int64)
+    fits = (wide > 0) & (high > 0) & (wide <= widths) & (high <= heights)
+    return np.stack([top, left, high, wide], axis=-1), fits
 
 
 def _draw(seed: int, epoch: int, name: str, ids: np.ndarray, first: int, count: int) -> np.ndarray:
