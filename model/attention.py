@@ -1,17 +1,46 @@
-"""The same attention two ways; which one is faster depends on the device and the type, not on the caller."""
+"""The same attention several ways; which is fastest depends on device, type and length."""
 
 from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True, order=True)
+class Lengths:
+    """What decides which way is fastest, besides device and type."""
+
+    rows: int  # of the batch
+    heads: int
+    tokens: int
+    width: int  # of a head
+
+    def __str__(self) -> str:
+        return f"{self.heads}x{self.tokens}x{self.width}"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention. All (B, heads, N, d); returns (B, heads, N, d)."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return attend_by_products(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value)
+    rows, heads, tokens, width = query.shape
+    if _seen is not None:
+        _seen.add(Lengths(rows, heads, tokens, width))
+    way = _chosen.get((heads, tokens, width)) or _chosen.get(None) or usual(query.device, query.dtype)
+    return WAYS[way](query, key, value)
+
+
+def usual(device: torch.device, dtype: torch.dtype) -> str:
+    """The way for lengths that nothing was measured for."""
+    return "products" if device.type == "cpu" and dtype == torch.bfloat16 else "any"
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -23,3 +52,80 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     scale = query.shape[-1] ** -0.5
     weights = torch.softmax((query * scale) @ key.transpose(-2, -1), dim=-1)
     return weights @ value
+
+
+def _by(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attend_by_backend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    return attend_by_backend
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "any": F.scaled_dot_product_attention,  # torch chooses
+    "products": attend_by_products,
+    "flash": _by(SDPBackend.FLASH_ATTENTION),
+    "efficient": _by(SDPBackend.EFFICIENT_ATTENTION),
+    "cudnn": _by(SDPBackend.CUDNN_ATTENTION),
+}
+CANDIDATES = ("any", "flash", "efficient", "cudnn", "products")
+
+WORTH = 0.9  # of the usual way's time
+
+_chosen: dict[tuple[int, ...] | None, str] = {}  # None: every length
+_seen: set[Lengths] | None = None
+
+
+def choose(ways: str) -> None:
+    """From here on attend so: "12x50x64=products 16x197x32=any", heads x tokens x width of a head, or one way for all.
+
+    Lengths that are not named go by `usual`. Raises UsageError.
+    """
+    _chosen.clear()
+    for word in ways.split():
+        lengths, _, way = word.rpartition("=")
+        if way not in WAYS or (lengths and not re.fullmatch(r"\d+x\d+x\d+", lengths)):
+            raise UsageError(f"--speed.attention {word}: {', '.join(WAYS)}, or HEADSxTOKENSxWIDTH=WAY of these.")
+        _chosen[tuple(map(int, lengths.split("x"))) if lengths else None] = way
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[set[Lengths]]:
+    """The lengths that are attended over inside."""
+    global _seen
+    before, _seen = _seen, set()
+    try:
+        yield _seen
+    finally:
+        _seen = before
+
+
+def fastest(lengths: Lengths, device: torch.device, dtype: torch.dtype, *, rounds: int = 5) -> str:
+    """The way whose forward and backward take least, by the best of interleaved rounds; what fails is left out.
+
+    The usual way stays unless another takes a tenth less: two runs of one machine are to choose alike.
+    """
+    shape = (lengths.rows, lengths.heads, lengths.tokens, lengths.width)
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    best: dict[str, float] = {}
+    for turn in range(rounds + 1):
+        for way in CANDIDATES:
+            if turn > 0 and way not in best:
+                continue
+            try:
+                start = _now(device)
+                WAYS[way](query, key, value).sum().backward()
+                took = _now(device) - start
+            except RuntimeError:  # this kernel does not take these shapes, or is not in this build
+                best.pop(way, None)
+                continue
+            best[way] = took if turn < 2 else min(took, best[way])  # the first one allocates and compiles
+    way, known = min(best, key=lambda way: best[way]), usual(device, dtype)
+    return way if best[way] < WORTH * best.get(known, float("inf")) else known
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -26,10 +26,11 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         init_weights(self)
 
-    def tokens(self, code: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
-        """All decoder tokens after the norm, (B, 1 + K + M, width): class, kept, then those of `hidden`.
+    def forward(self, code: Tensor, keep: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, P) predicted values of the patches `hidden`, and all tokens after the norm, (B, 1 + K + M, width).
 
-        code: (B, 1 + K, D) from the encoder; keep: (B, K); hidden: (B, M), all or some of the hidden patches.
+        code: (B, 1 + K, D) from the encoder; keep: (B, K); hidden: (B, M), all or some of the hidden patches. Tokens
+        are of the class, of the kept patches and of `hidden`; the visible ones have no loss and no prediction.
         """
         seen = self.embed(code)
         seen = torch.cat([seen[:, :1], seen[:, 1:] + self.positions[keep]], dim=1)
@@ -37,12 +38,5 @@ class Decoder(nn.Module):
         tokens = torch.cat([seen, guessed.to(seen.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens)
-
-    def predict(self, tokens: Tensor, count: int) -> Tensor:
-        """(B, M, P): predictions for the last `count` tokens; the visible ones have no loss and no prediction."""
-        return self.pred(tokens[:, -count:])
-
-    def forward(self, code: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
-        """(B, M, P) predicted values of the hidden patches."""
-        return self.predict(self.tokens(code, keep, hidden), hidden.shape[1])
+        tokens = self.norm(tokens)
+        return self.pred(tokens[:, -hidden.shape[1] :]), tokens

@@ -7,13 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Norm = Literal["batch", "layer"]
+from model.gather import BatchNorm
+
+Norm = Literal["batch", "batch_apart", "layer"]
 
 
 def _norm(kind: Norm, width: int, *, affine: bool) -> nn.Module:
     if kind == "layer":
         return nn.LayerNorm(width, elementwise_affine=affine)
-    return nn.BatchNorm1d(width, affine=affine)
+    return BatchNorm(width, affine=affine, gathered=kind == "batch")
 
 
 class Projector(nn.Module):
@@ -38,10 +40,10 @@ class Projector(nn.Module):
 class Predictor(nn.Module):
     """Linear - BN - ReLU - Linear on one side of a pair, which breaks its symmetry (BYOL, MoCo v3)."""
 
-    def __init__(self, width: int = 256, hidden: int = 2048):
+    def __init__(self, width: int = 256, hidden: int = 2048, norm: Norm = "batch"):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width)
+            nn.Linear(width, hidden), _norm(norm, hidden, affine=True), nn.ReLU(), nn.Linear(hidden, width)
         )
 
     def forward(self, features: Tensor) -> Tensor:

@@ -6,35 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.gather import gather, place
+
 
 def info_nce(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
-    """How hard it is to pick each query's own key out of the batch.
+    """How hard it is to pick each query's own key out of the batch, over all processes.
 
     query, key: (B, D), any scale; row i of both comes from image i.
-    Returns a scalar in nats: log(B) for a collapsed encoder, near 0 for a perfect one.
+    Returns a scalar in nats: log(B) for a collapsed encoder, near 0 for a perfect one; with R processes the mean over
+    this one's B queries among R B keys, so that the mean over processes is the loss of the joint batch.
     Source: van den Oord et al. 2018, eq. 4, with cosine similarity as in SimCLR.
     """
     # Under bf16 autocast `@` would round a logit near 10 (temperature 0.1) in steps of 1/16.
     with torch.autocast(query.device.type, enabled=False):
-        logits = _cosine(query, key) / temperature  # (B, B)
-    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+        logits = _unit(query) @ gather(_unit(key)).T / temperature  # (B, R B)
+    first = place()[0] * len(query)
+    return F.cross_entropy(logits, torch.arange(first, first + len(query), device=query.device))
 
 
 def symmetric_info_nce(one: Tensor, other: Tensor, *, temperature: float) -> Tensor:
-    """Mean of both directions of info_nce, from one product.
+    """Mean of both directions of info_nce.
 
-    one, other: (B, D). Returns a scalar in nats in [0, log(B) + 2 / temperature]. Negatives come from the other view
+    one, other: (B, D). Returns a scalar in nats in [0, log(R B) + 2 / temperature]. Negatives come from the other view
     only: among its own view a head could win by telling the views apart.
     """
-    with torch.autocast(one.device.type, enabled=False):
-        logits = _cosine(one, other) / temperature
-    own = torch.arange(len(one), device=one.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    there, back = (info_nce(*pair, temperature=temperature) for pair in ((one, other), (other, one)))
+    return (there + back) / 2
 
 
-def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    dtype = torch.promote_types(one.dtype, torch.float32)
-    return F.normalize(one.to(dtype), dim=-1) @ F.normalize(other.to(dtype), dim=-1).T
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

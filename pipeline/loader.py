@@ -15,7 +15,7 @@ import functools
 import importlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Literal, Protocol
 
 import numpy as np
@@ -90,7 +90,7 @@ class Loader:
         self.sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
         self.labels = store.label(label)[0].astype(np.int64) if label else np.full(store.count, -1, np.int64)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch]:
         """Batches `start` to the end of an epoch. Starting anywhere costs nothing: no sample is read to be skipped."""
         if self.shuffle:
             order = sampling.epoch_order(self.seed, epoch, self.store.count)
@@ -226,13 +226,14 @@ def open_loader(
     stall_seconds: float = 300.0,
     rank: int = 0,
     ranks: int = 1,
+    ranks_here: int = 1,
     only: np.ndarray | None = None,
 ) -> Loader:
     """Open a store for training (`shuffle`) or for one ordered pass over every image.
 
     batch: images over all ranks. workers: decoding threads, 0 chooses. backend: see choose_backend for "auto". ahead:
     batches that are made and wait. hw_decoder_load: share of the JPEGs that DALI sends to a GPU's hardware decoder.
-    only: sample ids that an ordered pass is cut down to.
+    ranks_here: processes that share this machine's cores. only: sample ids that an ordered pass is cut down to.
     Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
     """
     if shuffle:
@@ -243,7 +244,7 @@ def open_loader(
     if backend == "auto":
         backend = choose_backend(store, device)
     options = {"hw_decoder_load": hw_decoder_load} if backend == "dali" else {}
-    threads = decoding_threads(workers, device, ranks)
+    threads = decoding_threads(workers, device, ranks_here)
     source = _source_class(store, backend)(
         store, views, device=device, workers=threads, batch=batch // ranks, **options
     )

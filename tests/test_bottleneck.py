@@ -20,7 +20,7 @@ from tests.slow_disk import slow_disk
 from tools import convert, stages
 from tools.bottleneck import Limit, Measured, limit, verdict
 from tools.profile import Profile, profile
-from tools.timing import Sample, Spread, Stage, summarise
+from train.timing import Sample, Spread, Stage, summarise
 
 
 def stage(rate: float, cpu_ms: float = 1.0, wait: float = 0.0) -> Stage:

@@ -321,11 +321,24 @@ def test_seconds_become_steps_once_and_together(store_path, tmp_path):
         assert joined["mae-tiny"]["seconds_per_step"] == 2000.0
         assert 500 < joined["daae-tiny"]["seconds_per_step"] < 20_000
         assert not (plan.out / ".pace.json").exists()
-        # Other settings are another pace.
-        other = plan_of(*words_for(store_path, plan.out, "--seconds", "4", "--settings", *TINY, "optim.batch=8"))
-        assert min(compare.planned_steps(other, stop, quiet=True).values()) > 4
     words = plan.pretrain_words("mae-tiny", 0, 7)
     assert words[words.index("--seconds") :][:4] == ["--seconds", "4", "--steps", "7"]
+
+
+@pytest.mark.slow
+def test_other_settings_are_another_pace(store_path, tmp_path):
+    plan = plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "4", "--settings", *TINY))
+    plan.out.mkdir()
+    slow = dict.fromkeys(plan.arms, 2000.0)
+    with children.Stop() as stop:
+        compare.planned_steps(plan, stop, quiet=True)
+        known = json.loads((plan.out / "pace.json").read_text())
+        for arm, seconds in slow.items():
+            known[arm]["seconds_per_step"] = seconds
+        (plan.out / "pace.json").write_text(json.dumps(known))
+        assert set(compare.planned_steps(plan, stop, quiet=True).values()) == {1}
+        other = plan_of(*words_for(store_path, plan.out, "--seconds", "4", "--settings", *TINY, "optim.batch=8"))
+        assert min(compare.planned_steps(other, stop, quiet=True).values()) > 4
 
 
 # ------------------------------------------------------------------------------------------------- for real

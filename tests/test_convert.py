@@ -1007,6 +1007,7 @@ def test_sigterm_keeps_full_shards_and_a_damaged_one_is_written_again(noise, tmp
     assert left_beside(tmp_path) == {"in", "s", "t", "whole"}
 
 
+@pytest.mark.slow
 @needs_ffcv
 def test_killed_while_the_ffcv_file_is_written_nothing_is_decoded_again(noise, tmp_path):
     words = ("--backends", "both", "--shard-mb", 2)

@@ -21,9 +21,8 @@ from pipeline.store import Store
 from pipeline.views import MEAN, STD, Batch, make_views, normalise, patchify
 from tests.conftest import PYTHON, SMALL, psnr
 from tests.test_loader import BATCH, VIEWS, reference
-from train.optim import make_optimizer
 from train.presets import open_preset
-from train.step import train_step
+from train.step import Stepper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = torch.device("cuda", 0)
@@ -100,17 +99,17 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(preset: str):
 
 def test_nothing_in_a_step_waits_for_the_gpu():
     run = replace(open_preset("daae-tiny"), model=SMALL, precision="bf16")
-    network = Network(run.method, run.model, 0).to(GPU)
-    optimizer = make_optimizer(network, run.optim, GPU)
+    stepper = Stepper(run, GPU)
+    stepper.prepare()
     images = {
         name: torch.randint(256, (16, view.side, view.side, 3), dtype=torch.uint8, device=GPU)
         for name, view in run.method.views(run.model).items()
     }
     batch = Batch(images, torch.zeros(16, device=GPU), torch.arange(16), 0)
-    train_step(run, network, optimizer, batch, GPU, lr=1e-3)  # allocates and compiles
+    stepper(batch, lr=1e-3)  # allocates and compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(run, network, optimizer, batch, GPU, lr=1e-3)
+        stepper(batch, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

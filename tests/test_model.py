@@ -231,7 +231,7 @@ def test_decoder_sees_visible_tokens_at_their_own_cells():  # T-M3
     decoder.norm = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     keep, hidden = draw_mask(torch.arange(2), 16, 4, stream=1)
     code = torch.randn(2, 5, 16)
-    tokens = decoder.tokens(code, keep, hidden)
+    _, tokens = decoder(code, keep, hidden)
     for b in range(2):
         for k in range(4):
             assert torch.allclose(tokens[b, 1 + k], code[b, 1 + k] + decoder.positions[keep[b, k]])

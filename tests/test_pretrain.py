@@ -47,7 +47,7 @@ def moments(out: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def timeless(rows: list[dict]) -> list[dict]:
-    untimed = ("images_per_second", "train_seconds", "data_wait")
+    untimed = ("images_per_second", "train_seconds", "data_wait", "spent")
     return [{name: value for name, value in row.items() if name not in untimed} for row in rows]
 
 
@@ -251,7 +251,7 @@ def test_what_nobody_expected_is_code_1_with_the_traceback_in_the_log(store_path
     def strange(*_, **__):
         raise ZeroDivisionError("seven")
 
-    monkeypatch.setattr(loop, "train_step", strange)
+    monkeypatch.setattr(loop.Stepper, "__call__", strange)
     with pytest.raises(ZeroDivisionError):
         main(flags("mae-tiny", store_path, tmp_path / "run", "--steps", "2"))
     assert read_json(tmp_path / "run" / "status.json")["code"] == 1
@@ -281,8 +281,11 @@ def test_missing_data_and_out():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(store_path, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(NumericsError, match="loss not finite between steps"):
+    with pytest.raises(NumericsError, match=r"the gradient was not finite for \d+ steps in a row"):
         main(flags("daae-tiny", store_path, out, "--steps", "12", "--lr", "1e30"))
+    (capture,) = (out / "debug").iterdir()
+    assert len(read_json(capture)["ids"]) == 16
+    assert any(each["not_finite"] for each in read_json(capture)["gradients"].values())
     assert checkpoint.list_steps(out / "checkpoints") == []
     assert read_json(out / "status.json")["code"] == 4
 
@@ -335,7 +338,10 @@ def wait_for_rows(out: Path, process: subprocess.Popen, limit: float = 90) -> No
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_signal_saves_and_the_same_command_goes_on(store_path, tmp_path, number):
     out = tmp_path / "run"
     command = flags("mae-tiny", store_path, out, "--steps", "3000")

@@ -19,10 +19,11 @@ from pipeline.store import Store
 from tests.conftest import needs_ffcv
 from tools import profile, tune
 from tools.bottleneck import Measured, verdict
-from tools.stages import Machine, fit_batch, usable_backends
-from tools.timing import Spread, Stage
+from tools.stages import usable_backends
 from train.command import run
 from train.presets import open_preset
+from train.rehearsal import Machine, fit_batch
+from train.timing import Spread, Stage
 
 
 def machine(batch: int) -> Machine:
@@ -53,12 +54,12 @@ def test_the_batch_is_halved_until_it_fits_the_memory():
 
 def test_a_timed_step_trains_nothing():
     one = machine(16)
-    before = {name: value.clone() for name, value in one.network.named_parameters()}
+    before = {name: value.clone() for name, value in one.stepper.network.named_parameters()}
     batch = one.random_batch(16)
     sample = one.time(lambda: batch, one.step, 0.05)
     assert sample.images % 16 == 0
     assert sample.seconds > 0
-    assert all(torch.equal(value, before[name]) for name, value in one.network.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in one.stepper.network.named_parameters())
 
 
 def test_a_real_profile_as_json(unlabelled_path: Path):
@@ -152,7 +153,7 @@ def test_a_store_without_the_backend_is_refused(unlabelled_path: Path, capsys: p
         (["--batch", "0"], 2, "--batch is at least 1"),
         (["--tune", "/nowhere/fast.yaml"], 2, "there is no folder /nowhere"),
         (["--tune", "fast.yaml", "--tune-seconds", "inf"], 2, "--tune-seconds is from 0.1"),
-        (["--peers", "--png", "bars.png"], 2, "pass one of them, no picture"),
+        (["--peers", "--png", "bars.png"], 2, "pass one of them, without a picture"),
         (["--peers", "--batch", "25"], 3, "fewer than one batch of 25"),
         (["--batch", "25", "--loader", "dali"], 3, "fewer than one batch of 25"),
         (["--device", "cuda:99"], 5, "--device cuda:99"),
@@ -264,3 +265,58 @@ def test_every_peer_runs_and_is_counted(store_path: Path, capsys: pytest.Capture
         assert all(each["images_per_cpu_second"] > 0 for each in peers.values())
     assert "1" in told["threads"]
     assert told["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+TINY_CONFIG = """
+preset: daae-tiny
+model: {side: 32, width: 32, depth: 1, heads: 2, decoder_width: 32, decoder_depth: 1, decoder_heads: 2}
+method: {head_hidden: 32, head_out: 16}
+precision: fp32
+"""
+
+
+def test_a_step_is_told_part_by_part(tmp_path: Path, capsys: pytest.CaptureFixture):
+    config, picture, trace = (tmp_path / name for name in ("a.yaml", "step.png", "trace.json"))
+    config.write_text(TINY_CONFIG)
+    words = ["--step", "--config", str(config), "--batch", "16", "--seconds", "1", "--device", "cpu", "--quiet"]
+    assert run(profile.main, [*words, "--json", "--png", str(picture), "--trace", str(trace)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["milliseconds"]) == {"views", "encoder", "decoder", "losses", "backward", "optimizer", "other"}
+    whole = 1000 * 16 / told["images_per_second"]["median"]
+    assert sum(told["milliseconds"].values()) == pytest.approx(whole, rel=0.5)  # medians of each, not of one step
+    method, shape = open_preset("daae-tiny").method, machine(16).run.model
+    assert told["gflop_per_image"] == pytest.approx(
+        6 * replace(method, head_hidden=32, head_out=16).macs(shape) / 1e9, rel=1e-6
+    )
+    assert told["tflops"] == pytest.approx(told["images_per_second"]["median"] * told["gflop_per_image"] / 1000)
+    assert 0 < told["mfu"] == pytest.approx(told["tflops"] / told["gemm_tflops"])
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+    assert any(event.get("name") == "aten::linear" for event in json.loads(trace.read_text())["traceEvents"])
+    assert run(profile.main, words) == 0
+    shown = capsys.readouterr().out
+    assert "GFLOP an image" in shown
+    assert "backward" in shown
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--trace", "a.json"], "--trace goes with --step"), ([], "--data (a store made by `daae convert`) is required"),
+    (["--step", "--html", "a.html"], "without a picture"),
+])  # fmt: skip
+def test_flags_that_do_not_go_together_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture):
+    assert run(profile.main, words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_measures_what_an_epoch_takes(store_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    from train.pretrain import main
+
+    config = tmp_path / "a.yaml"
+    config.write_text(TINY_CONFIG)
+    words = ["--config", str(config), "--data", str(store_path), "--epochs", "10", "--batch", "16", "--device", "cpu"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["seconds_per_epoch"] == pytest.approx(96 / plan["images_per_second"], rel=0.01)
+    assert plan["hours"] == pytest.approx(10 * plan["seconds_per_epoch"] / 3600, abs=0.01)

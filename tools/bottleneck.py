@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tools.timing import Stage
+from train.timing import Stage
 
 ROUNDS = 5
 BALANCED = 0.10  # loader and step this close to one another: neither is the bottleneck

@@ -307,7 +307,7 @@ def _under(name: str, groups: tuple[str, ...]) -> bool:
 # ------------------------------------------------------------------------------------------------- what has to agree
 
 # Settled when a run starts; until then a wish may leave them open.
-SETTLED = ("device", "precision", "loader", "budget.steps")
+SETTLED = ("device", "precision", "loader", "budget.steps", "speed.attention")
 
 
 def undeclared(one: Mapping[str, Any], other: Mapping[str, Any], declared: set[str]) -> list[str]:
@@ -319,9 +319,14 @@ def undeclared(one: Mapping[str, Any], other: Mapping[str, Any], declared: set[s
         for name in sorted(one.keys() | other.keys())
         if one.get(name) != other.get(name)
         and not _under(name, (*RECIPE, *free))
-        and not (name in SETTLED and {one.get(name), other.get(name)} & {None, "auto"})
+        and not (name in SETTLED and (_open(name, one.get(name)) or _open(name, other.get(name))))
         and not (_under(name, ("speed",)) and not (name in one and name in other))  # a record from before there was it
     ]
+
+
+def _open(name: str, value: Any) -> bool:
+    """Left to the run, or settled by it: it attends over its own lengths in the way that was fastest for each."""
+    return value in (None, "auto") or (name == "speed.attention" and (value == "" or "=" in value))
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,27 +12,20 @@ from __future__ import annotations
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false
 import contextlib
 import json
-import os
-import selectors
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ResourceError, StalledError
 from pipeline.jpeg import StoredJpegs
 from pipeline.loader import check_batch
 from pipeline.store import Store
+from tools.peer_process import measure, serve
 from train.command import run
 
-ROUNDS = 5
-READY_SECONDS = 300.0
 MOST_IMAGES = 4096  # of the store, written out as files for torchvision
 
 
@@ -186,82 +179,6 @@ PLAN = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- a peer's process
-
-
-def serve(task: Task) -> None:
-    """For each number of seconds that comes in, load for so long and answer with what that took."""
-    tell, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
-    batches = PEERS[task.peer](task)
-    for _ in range(3):  # compiles, starts workers, fills queues
-        next(batches)
-    print(json.dumps({"ready": True}), file=tell, flush=True)
-    for line in sys.stdin:
-        limit, images = float(line), 0
-        cpu, start = cpu_seconds(), time.perf_counter()
-        while (now := time.perf_counter() - start) < limit:
-            images += next(batches)
-        used = cpu_seconds() - cpu
-        print(json.dumps({"images": images, "seconds": now, "cpu_seconds": used}), file=tell, flush=True)
-    os._exit(0)  # none of the libraries ends its threads in time by itself
-
-
-def cpu_seconds() -> float:
-    """User and system seconds of this process and of its workers."""
-    import psutil
-
-    own = psutil.Process()
-    total = 0.0
-    for process in (own, *own.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
-
-
-# --------------------------------------------------------------------------------------------------------- the parent
-
-
-@dataclass
-class Peer:
-    task: Task
-    process: subprocess.Popen
-    said: Any  # a file with what it printed to stderr
-
-    def ask(self, what: str | None, patience: float) -> dict:
-        """Send a line, wait for the answer. Raises ResourceError: the process died; StalledError: it hangs."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            if what is not None:
-                self.process.stdin.write(what + "\n")
-                self.process.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(patience):
-                raise StalledError(f"{self.task.peer} ({self.task.views}) did not answer for {patience:.0f} s.")
-        line = self.process.stdout.readline()
-        if not line:
-            self.said.seek(0)
-            lines = [each for each in self.said.read().splitlines() if each.strip()]
-            raise ResourceError(f"{self.task.peer} ({self.task.views}) failed: {lines[-1] if lines else 'no reason'}.")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.said.close()
-
-
-def start(task: Task) -> Peer:
-    said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in Peer.close)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.peers", json.dumps(asdict(task))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
-    )  # fmt: skip
-    return Peer(task, process, said)
-
-
 OURS = "DAAE, shards"
 SCALED = (OURS, "224 + 112, shared crop")  # what is measured with 1, 2, … threads
 
@@ -280,32 +197,19 @@ def compare_peers(
         write_files(store, Path(files))
         for views, names in PLAN.items():
             there = [name for name in names if name not in absent]
-            tasks = {name: Task(name, views, str(data), files, batch, workers) for name in there}
+            tasks = {name: command(Task(name, views, str(data), files, batch, workers)) for name in there}
             results[views] = measure(tasks, seconds, lambda doing, views=views: say(f"{views}: {doing}"))
         # Beside one another in the same rounds: what more views cost is a smaller difference than the machine's moods.
-        tasks = {views: Task(OURS, views, str(data), files, batch, workers) for views in VIEWS}
+        tasks = {views: command(Task(OURS, views, str(data), files, batch, workers)) for views in VIEWS}
         costs = measure(tasks, seconds, lambda doing: say(f"the cost of views: {doing}"))
         counts = sorted({1, *(2**power for power in range(1, 10) if 2**power < workers), workers})
-        tasks = {f"{count} threads": Task(*SCALED, str(data), files, batch, count) for count in counts}
+        tasks = {f"{count} threads": command(Task(*SCALED, str(data), files, batch, count)) for count in counts}
         scaled = measure(tasks, seconds, lambda doing: say(f"scaling: {doing}"))
     return results, costs, dict(zip(counts, scaled.values(), strict=True))
 
 
-def measure(tasks: dict[str, Task], seconds: float, say: Callable[[str], None]) -> dict[str, dict]:
-    """Rates of each task over rounds in which one works after the other."""
-    with contextlib.ExitStack() as opened:
-        peers = {}
-        for name, task in tasks.items():
-            say(f"{name} starts")
-            peers[name] = start(task)
-            opened.callback(peers[name].close)
-            peers[name].ask(None, READY_SECONDS)
-        rounds: dict[str, list[dict]] = {name: [] for name in tasks}
-        for turn in range(ROUNDS):
-            say(f"round {turn + 1} of {ROUNDS}")
-            for name, peer in peers.items():
-                rounds[name].append(peer.ask(f"{seconds / ROUNDS}", READY_SECONDS))
-    return {name: rates(each) for name, each in rounds.items()}
+def command(task: Task) -> list[str]:
+    return ["tools.peers", json.dumps(asdict(task))]
 
 
 def missing(store: Store) -> dict[str, str]:
@@ -328,14 +232,6 @@ def write_files(store: Store, folder: Path) -> None:
     for sample in range(min(store.count, MOST_IMAGES)):
         (folder / "all" / f"{sample:09d}.jpg").write_bytes(jpegs.read(sample).tobytes())
     jpegs.close()
-
-
-def rates(rounds: list[dict]) -> dict:
-    per_cpu = [each["images"] / each["cpu_seconds"] for each in rounds]
-    return {
-        "images_per_cpu_second": statistics.median(per_cpu), "least": min(per_cpu), "most": max(per_cpu),
-        "images_per_second": statistics.median(each["images"] / each["seconds"] for each in rounds),
-    }  # fmt: skip
 
 
 def show_peers(results: dict[str, dict[str, dict]], costs: dict[str, dict], scaled: dict[int, dict]) -> None:
@@ -370,7 +266,8 @@ def show_peers(results: dict[str, dict[str, dict]], costs: dict[str, dict], scal
 
 
 def main(argv: list[str]) -> int:
-    serve(Task(**json.loads(argv[0])))
+    task = Task(**json.loads(argv[0]))
+    serve(lambda: PEERS[task.peer](task))
     return 0
 
 

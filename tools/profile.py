@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.errors import UsageError
 from pipeline.limits import usable_cores
 from tools.bottleneck import ROUNDS, Limit, Measured, Part, limit, percent, verdict
-from tools.timing import Neighbours, Stage, stopwatch, summarise
 from train.command import parse, run
+from train.timing import Neighbours, Stage, stopwatch, summarise
 
 if TYPE_CHECKING:
     from pipeline.loader import Backend
@@ -40,8 +40,8 @@ PARTS: dict[Part, str] = {
 class Profile:
     """Where do the seconds go? Times loader, step and both on this machine, names the bottleneck and what to change."""
 
-    data: Path
-    """Store made by `daae convert`."""
+    data: Path | None = None
+    """Store made by `daae convert`; --step alone needs none."""
     preset: str | None = None
     """Whose views, model and batch are timed; `daae pretrain --list-presets` names them. Default: the --config's, or
     mae-tiny."""
@@ -61,6 +61,10 @@ class Profile:
     """Default: the preset's."""
     compile: bool = False
     """torch.compile the loss, as `daae pretrain --compile` does."""
+    step: bool = False
+    """Instead: what the seconds of the training step go into, and its share of what the machine can multiply."""
+    trace: Path | None = None
+    """With --step: write three steps as a trace for chrome://tracing or ui.perfetto.dev."""
     peers: bool = False
     """Instead: our loader beside those of torchvision, FFCV and DALI, on this store's JPEGs, for --seconds each."""
     tune: Path | None = None
@@ -90,9 +94,11 @@ def profile(flags: Profile) -> Measured:
 
     from pipeline.loader import decoding_threads
     from pipeline.store import Store
-    from tools.stages import Machine, Parts, fit_batch, machine_limits, one_round, open_warm, usable_backends, warm_step
+    from tools.stages import Parts, machine_limits, one_round, open_warm, usable_backends, warm_step
     from train.device import choose_precision, device_name, memory_gb, resolve
+    from train.rehearsal import Machine, fit_batch
 
+    assert flags.data is not None
     store, wish = Store.open(flags.data), settings(flags)
     wish = resolve(wish, store)
     device, warm_up = torch.device(wish.device), {}
@@ -159,10 +165,17 @@ def check_flags(flags: Profile) -> None:
             raise UsageError(f"--{name} writes a {endings[0]} file, not {path.name}.")
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"--{name} {path}: there is no folder {path.parent}.")
-    if (flags.tune or flags.peers) and (flags.html or flags.png or (flags.tune and flags.peers)):
+    peers = flags.peers and not flags.step  # --step --peers is one wish
+    instead = [name for name, asked in (("tune", flags.tune), ("peers", peers), ("step", flags.step)) if asked]
+    if len(instead) > 1 or (instead and flags.html) or (flags.png and instead and instead != ["step"]):
         raise UsageError(
-            "--tune and --peers each do something else instead of a profile: pass one of them, no picture."
+            "--tune, --peers and --step each do something else instead of a profile: pass one of them, without a "
+            "picture (--step draws a --png)."
         )
+    if flags.trace is not None and not flags.step:
+        raise UsageError("--trace goes with --step.")
+    if flags.data is None and not flags.step:
+        raise UsageError("--data (a store made by `daae convert`) is required. See `daae profile --help`.")
 
 
 def settings(flags: Profile) -> Run:
@@ -293,6 +306,53 @@ def duration(seconds: float) -> str:
     return words(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
+def profile_steps(flags: Profile) -> int:
+    from tools import step_profile
+    from train.device import resolve
+
+    wish = resolve(settings(flags), None)
+    with telling(flags.quiet) as say:
+        say("steps")
+        measured = step_profile.profile_step(wish, flags.seconds, flags.batch)
+        if flags.trace is not None:
+            say("the trace")
+            step_profile.write_trace(wish, measured.batch, flags.trace)
+    if flags.json:
+        print(json.dumps(step_profile.as_json(measured)))
+    else:
+        step_profile.show(measured)
+    if flags.png is not None:
+        step_profile.write_picture(flags.png, measured)
+    return 0
+
+
+def step_peers(flags: Profile) -> int:
+    import torch
+
+    from tools.step_peers import compare_steps, show
+    from train.ceiling import gemm_flops
+    from train.device import device_name, resolve
+    from train.journal import environment
+
+    wish = resolve(settings(flags), None)
+    device, batch = torch.device(wish.device), flags.batch or 32
+    with telling(flags.quiet) as say:
+        say("the machine's limit")
+        ceiling = gemm_flops(device, wish.precision)
+        found = compare_steps(
+            wish.preset, seconds=flags.seconds, batch=batch, device=wish.device, precision=wish.precision,
+            compiled=wish.speed.compile, say=say,
+        )  # fmt: skip
+    flop = 6 * wish.method.macs(wish.model)
+    if flags.json:
+        told = {"preset": wish.preset, "batch": batch, "seconds": flags.seconds, "precision": wish.precision}
+        told |= {"gflop_per_image": flop / 1e9, "gemm_tflops": ceiling / 1e12, "steps": found}
+        print(json.dumps({**told, "environment": environment(device_name(device))}, indent=1))
+    else:
+        show(found, flop / 1e9, ceiling)
+    return 0
+
+
 def peers(flags: Profile) -> int:
     import torch
 
@@ -303,6 +363,7 @@ def peers(flags: Profile) -> int:
     cores = max(1, int(usable_cores()))
     workers, batch = min(flags.workers or cores, cores), flags.batch or 128
     with telling(flags.quiet) as say:
+        assert flags.data is not None
         results, costs, scaled = compare_peers(flags.data, seconds=flags.seconds, batch=batch, workers=workers, say=say)
     if flags.json:
         told = {"workers": workers, "batch": batch, "seconds": flags.seconds, "views": results, "costs": costs}
@@ -316,6 +377,8 @@ def peers(flags: Profile) -> int:
 def main(argv: list[str]) -> int:
     flags = parse(Profile, argv, prog="daae profile")
     check_flags(flags)
+    if flags.step:
+        return step_peers(flags) if flags.peers else profile_steps(flags)
     if flags.peers:
         return peers(flags)
     if flags.tune is not None:

@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from model.network import Network
 from pipeline import sampling
 from pipeline.decoder import RegionDecoder, fetch
-from pipeline.errors import ResourceError
 from pipeline.jpeg_loader import JpegSource, send
 from pipeline.loader import Loader
 from pipeline.views import Batch
 from tools.bottleneck import Part
-from tools.timing import Sample, Watch
 from train.data import open_data
-from train.optim import make_optimizer
-from train.step import train_step, views_of
+from train.rehearsal import Machine, endless
+from train.timing import Sample, Watch
 
 if TYPE_CHECKING:
     from pipeline.jpeg import StoredJpegs
@@ -40,83 +36,6 @@ if TYPE_CHECKING:
 COPIES_TO = ("cuda",)  # kinds of devices that crops are sent to over a bus
 LIMIT_SECONDS = 0.3  # for each of the machine's limits
 COPY_BYTES = 64 << 20
-
-# --- the step ---------------------------------------------------------------------------------------------------------
-
-
-class Machine:
-    """The device with a throwaway network on it: takes steps, and counts seconds honestly."""
-
-    def __init__(self, wish: Run, device: torch.device):
-        self.run, self.device = wish, device
-        self.network = Network(wish.method, wish.model, wish.seed).to(device).train()
-        self.optimizer = make_optimizer(self.network, wish.optim, device)
-
-    def compile(self) -> None:
-        if self.run.speed.compile:
-            self.network.compile(dynamic=False)
-
-    def step(self, batch: Batch) -> None:
-        """At a rate of 0 the weights stay where they are, so that no round meets a network that diverged."""
-        train_step(self.run, self.network, self.optimizer, batch, self.device, lr=0.0)
-
-    def random_batch(self, size: int) -> Batch:
-        """Pictures of noise: arithmetic on zeros would run faster than on anything real."""
-        images = {
-            name: torch.randint(256, (size, view.side, view.side, 3), dtype=torch.uint8, device=self.device)
-            for name, view in self.run.method.views(self.run.model).items()
-        }
-        return Batch(images, torch.full((size,), -1, device=self.device), torch.arange(size), 0)
-
-    def make_views(self, batch: Batch) -> None:
-        """What a step does before the network: colour, normalisation, patches and masks of every view."""
-        views_of(self.run, batch)
-
-    def settle(self) -> None:
-        """CUDA calls return before the work is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def time(self, take: Callable[[], Batch], work: Callable[[Batch], None] | None, seconds: float) -> Sample:
-        """Take batches, and work on them, for so many seconds, to the nearest batch and at least for one."""
-        images, batches, waited, elapsed = 0, 0, 0.0, 0.0
-        self.settle()
-        cpu, start = time.process_time(), time.perf_counter()
-        while batches == 0 or elapsed + elapsed / batches / 2 < seconds:
-            asked = time.perf_counter()
-            batch = take()
-            waited += time.perf_counter() - asked
-            if work is not None:
-                work(batch)
-            images, batches, elapsed = images + len(batch.id), batches + 1, time.perf_counter() - start
-        self.settle()
-        return Sample(images, time.perf_counter() - start, time.process_time() - cpu, waited)
-
-
-def fit_batch(machine: Machine, limit: float) -> int:
-    """The run's batch, or the largest near it by doubling of which a step takes `limit` seconds and fits the memory.
-
-    Nobody waits for a step of 4,096 images of a ViT-B on a CPU to learn that it is slow.
-    """
-    most = machine.run.optim.batch
-    size = first = min(most, 16 * machine.run.optim.accumulate)
-    crowded = False
-    while True:
-        pictures = machine.random_batch(size)
-        try:
-            machine.step(pictures)  # the first of a size allocates
-            took = min(machine.time(lambda batch=pictures: batch, machine.step, 0.0).seconds for _ in range(2))
-        except ResourceError:
-            if size == first:
-                raise
-            size, crowded = max(first, size // 2), True
-            continue
-        if took > limit:
-            return max(first, size // 2)
-        if size == most or crowded or 2 * took > limit:
-            return size
-        size = min(most, size * 2 ** int(math.log2(limit / took)))
-
 
 # --- the loader's parts -----------------------------------------------------------------------------------------------
 
@@ -243,13 +162,6 @@ def _copy_gb(device: torch.device) -> float:
 
 
 # --- the loader, and both together ------------------------------------------------------------------------------------
-
-
-def endless(loader: Loader, epoch: int) -> Generator[Batch]:
-    """Epoch after epoch, with the hiccup between two of them that a run has too."""
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
 
 
 def usable_backends(store: Store) -> list[Backend]:

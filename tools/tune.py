@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.staging import write_whole
-from tools.timing import Sample
+from train.timing import Sample
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pipeline.loader import Backend
     from pipeline.store import Store
     from tools.profile import Profile
-    from tools.stages import Machine
     from train.config import Run
+    from train.rehearsal import Machine
 
 AHEAD = (2, 4)
 HARDWARE = (0.5, 0.65, 0.8, 0.9)  # shares for the GPU's hardware decoder; 0.65 is DALI's own
@@ -95,7 +95,8 @@ def search(machine: Machine, store: Store, batch: int, tried: list[Candidate], s
 
 def rate_of(machine: Machine, store: Store, batch: int, one: Candidate, seconds: float) -> float:
     """Images/s of loader and step together."""
-    from tools.stages import endless, open_warm
+    from tools.stages import open_warm
+    from train.rehearsal import endless
 
     run = one.applied(machine.run)
     loader = open_warm(store, replace(run, optim=replace(run.optim, batch=batch)))
@@ -113,11 +114,13 @@ def tune(flags: Profile) -> int:
     from pipeline.loader import decoding_threads
     from pipeline.store import Store
     from tools.profile import settings, telling
-    from tools.stages import Machine, fit_batch, usable_backends
+    from tools.stages import usable_backends
     from train.device import resolve
+    from train.rehearsal import Machine, fit_batch
 
     path = flags.tune
     assert path is not None
+    assert flags.data is not None
     store, wish = Store.open(flags.data), settings(flags)
     wish = resolve(wish, store)
     device: torch.device = torch.device(wish.device)

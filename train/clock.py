@@ -16,7 +16,6 @@ import torch
 @dataclass
 class Clock:
     train_seconds: float = 0.0
-    wait_seconds: float = 0.0  # of these, waiting for the loader
     images: int = 0
     _since: float | None = None
 
@@ -32,8 +31,8 @@ class Clock:
             self._since = None
 
     def state(self) -> dict[str, float]:
-        return {"train_seconds": self.train_seconds, "wait_seconds": self.wait_seconds, "images": self.images}
+        return {"train_seconds": self.train_seconds, "images": self.images}
 
     def load(self, state: dict) -> None:
-        self.train_seconds, self.wait_seconds = state["train_seconds"], state["wait_seconds"]
+        self.train_seconds = state["train_seconds"]
         self.images = int(state["images"])

@@ -267,7 +267,9 @@ def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except DaaeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Of the processes of one machine that train together the first speaks for all: it hears what ends the others.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     except BrokenPipeError:  # `daae … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

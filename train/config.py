@@ -90,6 +90,12 @@ class Speed:
     """Share of the JPEGs that DALI sends to the GPU's hardware decoder, where it has one."""
     compile: bool = False
     """torch.compile the loss."""
+    attention: str = "auto"
+    """any (torch chooses), products, flash, efficient or cudnn; auto: measured for each length when the run begins."""
+    recompute: bool = False
+    """Keep no activations inside a block and compute them again in the backward pass: less memory, a third slower."""
+    bf16_gradients: bool = False
+    """Several processes average their gradients in bfloat16: half the bytes between them."""
     stall_seconds: float = 300.0
     """How long to wait for a batch before the run stops with exit code 6."""
 
@@ -116,8 +122,8 @@ class Run:
     """Of weights, order, crops, colours and masks."""
     loader: Literal["auto", "ffcv", "shards", "dali", "resident"] = "auto"
     """What reads and decodes; not under speed, since two decoders differ by a few grey levels."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the device multiplies it fast, fp32 elsewhere."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the device multiplies it fast, fp16 on a GPU without, fp32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -210,6 +216,8 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     for name in sorted(before.keys() | now.keys()):
         if name.split(".")[0] in MAY_CHANGE or now.get(name) in (None, "auto"):
             continue
+        if name == "device" and str(before[name]).partition(":")[0] == str(now[name]).partition(":")[0]:
+            continue  # another GPU of the same kind of machine
         if before.get(name) != now.get(name):
             found.append(f"{name}: {before.get(name)} -> {now.get(name)}")
     return found

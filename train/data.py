@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from pipeline.errors import UsageError
 from pipeline.loader import Loader, check_batch, open_loader
 from pipeline.store import Store
 from pipeline.views import check_views
 from train.config import Run
+from train.ranks import Ranks
 
 
-def check_data(run: Run, store: Store) -> None:
-    """Whether a run fits a store. Raises UsageError (no grid of patches fits a view), DataError (too few images)."""
+def check_data(run: Run, store: Store, ranks: int = 1) -> None:
+    """Whether a run fits a store and its ranks.
+
+    Raises UsageError (no grid of patches fits a view, a batch that cannot be shared out), DataError (too few images).
+    """
     check_views(run.method.views(run.model), run.model.patch)
     check_batch(store, run.optim.batch)
+    if run.optim.batch % (ranks * run.optim.accumulate):
+        raise UsageError(
+            f"--batch {run.optim.batch} cannot be shared out evenly among {ranks} processes"
+            + (f" in {run.optim.accumulate} parts each (--accum-iter)." if run.optim.accumulate > 1 else ".")
+        )
 
 
-def open_data(run: Run, store: Store) -> Loader:
+def open_data(run: Run, store: Store, ranks: Ranks | None = None) -> Loader:
     """run: resolved, so that device and backend are known. Raises what check_data and open_loader raise."""
-    check_data(run, store)
+    ranks = ranks or Ranks()
+    check_data(run, store, ranks.count)
     speed = run.speed
     return open_loader(
         store, run.method.views(run.model), batch=run.optim.batch, seed=run.seed, backend=run.loader, device=run.device,
         workers=speed.workers, ahead=speed.ahead, hw_decoder_load=speed.hw_decoder_load,
-        stall_seconds=speed.stall_seconds,
+        stall_seconds=speed.stall_seconds, rank=ranks.rank, ranks=ranks.count, ranks_here=ranks.local_count,
     )  # fmt: skip

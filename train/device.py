@@ -10,18 +10,19 @@ import torch
 
 from pipeline.errors import ResourceError, UsageError
 from pipeline.loader import choose_backend
+from train.ranks import wanted
 
 if TYPE_CHECKING:
     from pipeline.store import Store
     from train.config import Run
 
 
-def resolve(run: Run, store: Store) -> Run:
-    """The run with every "auto" settled."""
+def resolve(run: Run, store: Store | None) -> Run:
+    """The run with every "auto" settled; without a store, the loader's stays."""
     device = choose_device(run.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels and streams of whoever names no device
-    loader = choose_backend(store, device) if run.loader == "auto" else run.loader
+    loader = choose_backend(store, device) if run.loader == "auto" and store is not None else run.loader
     return dataclasses.replace(
         run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
     )
@@ -31,6 +32,9 @@ def choose_device(wish: str) -> torch.device:
     """Raises ResourceError where a GPU is asked for and there is none."""
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = wanted()
+    if wish == "cuda" and ranks.local_count > 1:
+        wish = f"cuda:{ranks.local}"
     try:
         device = torch.device(wish)
     except RuntimeError:
@@ -49,15 +53,15 @@ def choose_precision(wish: str, device: torch.device) -> str:
     if wish != "auto":
         return wish
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def autocast(device: torch.device, precision: str):
     """The context in which losses and features are computed."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def device_name(device: torch.device) -> str:

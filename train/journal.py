@@ -23,16 +23,19 @@ LINE_SECONDS = 30.0  # between plain lines where there is no terminal
 class Journal:
     """One run's records. Only what is appended after the last checkpoint is ever taken back, by `rewind`."""
 
-    def __init__(self, out: Path, *, quiet: bool = False):
-        self.out, self.quiet = out, quiet
-        self.log = out / "train.log"
-        self._terminal = sys.stderr.isatty() and not quiet
+    def __init__(self, out: Path, *, quiet: bool = False, rank: int = 0):
+        """rank: above 0 nothing is told, but what goes wrong there is kept in logs/."""
+        self.out, self.quiet, self.mute = out, quiet or rank > 0, rank > 0
+        self.log = out / "train.log" if rank == 0 else out / "logs" / f"rank{rank:03d}.log"
+        self._terminal = sys.stderr.isatty() and not self.quiet
         self._progress = self._task = None
         self._last_line = -LINE_SECONDS
         self._status: dict = {}
 
     def rewind(self, step: int) -> None:
         """Drop rows beyond `step` and a last line torn by a crash: steps stay unique and monotone."""
+        if self.mute:
+            return
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             path = self.out / name
             rows = [row for row in read_rows(path) if row["step"] <= step]
@@ -41,6 +44,8 @@ class Journal:
 
     def row(self, name: str, values: dict) -> None:
         """Append one JSON object to `name`.jsonl."""
+        if self.mute:
+            return
         try:
             with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -49,18 +54,24 @@ class Journal:
 
     def status(self, **values) -> None:
         """Rewrite status.json: what a job script decides by, since torchrun hides exit codes."""
+        if self.mute:
+            return
         self._status.update(values)
         stamp = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
         with contextlib.suppress(ResourceError):  # a full disk ends the run where a checkpoint needs it, not here
             write_whole(self.out / "status.json", json.dumps({**self._status, **stamp}, indent=1))
 
     def keep(self, text: str) -> None:
-        """A line in train.log alone."""
-        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        """A line in the log alone."""
+        with contextlib.suppress(OSError):
+            self.log.parent.mkdir(exist_ok=True)
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def say(self, sentence: str) -> None:
         """A line for a person, on stderr and in train.log."""
+        if self.mute:
+            return
         self.keep(sentence)
         if self.quiet:
             return
@@ -71,6 +82,8 @@ class Journal:
 
     def progress(self, done: int, total: int, line: str) -> None:
         """A bar on a terminal; elsewhere a plain line every half minute."""
+        if self.mute:
+            return
         if self._terminal:
             if self._progress is None:
                 from rich.console import Console

@@ -10,8 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.network import Network
 from model.objectives import Outcome
 from pipeline import native
 from pipeline.errors import DataError, NumericsError, Preempted, UsageError
@@ -30,56 +27,84 @@ from pipeline.loader import Loader
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
 from train import checkpoint, folder
+from train.attention import settle_attention
+from train.ceiling import gemm_flops
 from train.clock import Clock
 from train.command import exit_code
-from train.config import Budget, Run
+from train.config import Budget, Run, as_values
 from train.data import check_data, open_data
 from train.device import device_name, memory_gb, resolve
-from train.journal import Journal, duration, environment, read_rows
-from train.optim import make_optimizer
+from train.journal import Journal, code_revision, duration, environment, read_rows
+from train.ledger import PARTS, TRAINING, Ledger
 from train.pace import seconds_per_step, steps_for
+from train.ranks import Ranks, digest, together, wanted
 from train.schedule import learning_rate, warmup_steps
-from train.step import train_step
+from train.step import Stepper
+from train.stop import CutShort, Stop
 
 if TYPE_CHECKING:
     from train.pretrain import Controls
 
 
 def pretrain(wish: Run, controls: Controls) -> dict:
-    """Run, or go on with, what `wish` describes. Returns the result for stdout."""
+    """Run, or go on with, what `wish` describes. Returns the result for stdout; every rank the same."""
     assert wish.data is not None
     assert wish.out is not None
     store = Store.open(wish.data)
     run = resolve(wish, store)
-    check_data(run, store)  # before the folder is made: what cannot run leaves nothing behind
-    with claimed(wish.out, "run", (folder.CONFIG,), overwrite=controls.overwrite) as out, Stop() as stop:
+    check_data(run, store, wanted().count)  # before the folder is made: what cannot run leaves nothing behind
+    with together(torch.device(run.device), run.speed.stall_seconds) as ranks, Stop(quiet=not ranks.first) as stop:
+        settings = {name: value for name, value in as_values(run).items() if name not in ("out", "data", "device")}
+        ranks.agree({
+            "settings": digest(settings), "data": store.fingerprint, "code": code_revision(),
+            "torch": torch.__version__, "--limit-steps": controls.limit_steps, "--until-score": controls.until_score,
+        })  # fmt: skip
+        with claimed_folder(wish, controls, ranks) as out:
+            journal = Journal(out, quiet=controls.quiet, rank=ranks.rank)
+            ranks.on_loss = lambda error: journal.status(state="failed", code=error.code, reason=str(error))
+            try:
+                return _pretrain(run, controls, store, journal, stop, ranks)
+            except Preempted as error:
+                journal.status(state="preempted", code=error.code, reason=str(error))
+                raise
+            except BaseException as error:
+                code = exit_code(error)
+                journal.status(state="failed", code=code, reason=f"{type(error).__name__}: {error}")
+                if code == 1:
+                    journal.keep(traceback.format_exc())
+                raise
+            finally:
+                journal.close()
+
+
+@contextlib.contextmanager
+def claimed_folder(wish: Run, controls: Controls, ranks: Ranks) -> Iterator[Path]:
+    """The run folder, which rank 0 claims for all."""
+    assert wish.out is not None
+    if not ranks.first:
+        yield wish.out
+        return
+    with claimed(wish.out, "run", (folder.CONFIG,), overwrite=controls.overwrite) as out:
         folder.check_same_run(out, wish, allow_resume=not controls.no_resume)
-        journal = Journal(out, quiet=controls.quiet)
-        try:
-            return _pretrain(run, controls, store, journal, stop)
-        except Preempted as error:
-            journal.status(state="preempted", code=error.code, reason=str(error))
-            raise
-        except BaseException as error:
-            code = exit_code(error)
-            journal.status(state="failed", code=code, reason=f"{type(error).__name__}: {error}")
-            if code == 1:
-                journal.keep(traceback.format_exc())
-            raise
-        finally:
-            journal.close()
+        yield out
 
 
-def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop: Stop) -> dict:
+def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop: Stop, ranks: Ranks) -> dict:
     out, device = journal.out, torch.device(run.device)
-    point = folder.resume_point(out, controls.resume, store.fingerprint, store.count, journal.say)
-    saved = folder.saved_settings(out)
+    saved, point = None, None
+    if ranks.first:
+        point = folder.resume_point(out, controls.resume, store.fingerprint, store.count, journal.say)
+        saved = folder.saved_settings(out)
+    saved, point = ranks.share((saved, point))
     if saved is not None:
-        # What was settled when the run began stays: the steps that its seconds came to, precision and decoder.
+        # What was settled when the run began stays: the steps that its seconds came to, precision, decoder, attention.
+        speed = run.speed
+        if speed.attention == "auto":
+            speed = dataclasses.replace(speed, attention=saved["speed"].get("attention") or "auto")
         run = dataclasses.replace(
-            run, budget=Budget(**saved["budget"]), precision=saved["precision"], loader=saved["loader"]
+            run, budget=Budget(**saved["budget"]), precision=saved["precision"], loader=saved["loader"], speed=speed
         )
-    loader = open_data(run, store)
+    loader = open_data(run, store, ranks)
     if run.speed.workers > (cores := max(1, int(usable_cores()))):
         journal.say(f"--workers {run.speed.workers}, but this process may use {cores} cores: only a slow disk gains.")
     if (why := native.why_not()) is not None:
@@ -88,40 +113,51 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         if run.budget.steps is None:
             try:
                 with stop.at_once():
-                    run = dataclasses.replace(run, budget=freeze_budget(run, loader, journal))
+                    run = dataclasses.replace(run, budget=freeze_budget(run, loader, journal, ranks))
             except CutShort:
                 raise Preempted(f"stopped by {stop.name} before the first step. Run the same command again.") from None
-        folder.write_settings(out, run)
         name = device_name(device)
-        facts = {**environment(name), "data": store.fingerprint, "images": store.count}
-        write_whole(out / "env.json", json.dumps(facts, indent=1))
-        trainer = Trainer(run, store, loader, device, journal, stop, controls.baselines)
+        trainer = Trainer(run, store, loader, device, journal, stop, controls.baselines, ranks)
+        attention = settle_attention(trainer.stepper)
+        if ranks.first:
+            folder.write_settings(
+                out, dataclasses.replace(run, speed=dataclasses.replace(run.speed, attention=attention))
+            )
+            facts = {**environment(name), "data": store.fingerprint, "images": store.count, "ranks": ranks.count}
+            write_whole(out / "env.json", json.dumps(facts, indent=1))
         if point is not None:
             trainer.load(point)
             journal.say(f"resumed {out} at step {point.step:,} of {trainer.steps:,}.")
         else:
-            journal.say(f"{run.preset}: {trainer.steps:,} steps of {run.optim.batch} images from {run.data} on {name}.")
+            where = name if ranks.count == 1 else f"{ranks.count} x {name}"
+            journal.say(
+                f"{run.preset}: {trainer.steps:,} steps of {run.optim.batch} images from {run.data} on {where}."
+            )
         journal.rewind(trainer.step)
+        trainer.stepper.prepare()
         trainer.train(controls.limit_steps, until_score=controls.until_score)
         return trainer.finish()
     finally:
         loader.close()
 
 
-def freeze_budget(run: Run, loader: Loader, journal: Journal) -> Budget:
+def freeze_budget(run: Run, loader: Loader, journal: Journal, ranks: Ranks) -> Budget:
     """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step."""
     wish = run.budget
     if wish.epochs is not None and wish.seconds is None:
         return dataclasses.replace(wish, steps=max(1, int(wish.epochs * loader.batches)))
     if wish.seconds is None:
         raise UsageError("how long? Give one of --epochs, --steps and --seconds.")
-    (pace,) = seconds_per_step([(run, loader)], wish.seconds)
+    (pace,) = seconds_per_step([(run, loader)], wish.seconds, ranks)
     budget = steps_for(wish, pace)
     journal.say(f"calibrated: {pace * 1000:.0f} ms a step, so {wish.seconds:g} s are {budget.steps:,} steps.")
     return budget
 
 
 BASELINE_SCORES = "baselines.json"
+WORTH_A_CEILING = 30.0  # seconds of training, below which measuring what the device can do would take longer
+# Steps in a row whose gradient is not finite, after which there is no hope. fp16 searches its scale by such steps.
+PATIENCE, PATIENCE_FP16 = 3, 30
 
 
 class Trainer:
@@ -136,21 +172,23 @@ class Trainer:
         journal: Journal,
         stop: Stop,
         baselines: Path | None,
+        ranks: Ranks,
     ):
         assert run.budget.steps is not None
         self.run, self.store, self.loader, self.device = run, store, loader, device
-        self.journal, self.stop, self.steps = journal, stop, run.budget.steps
-        self.network = Network(run.method, run.model, run.seed).to(device)
-        self.optimizer = make_optimizer(self.network, run.optim, device)
+        self.journal, self.stop, self.ranks, self.steps = journal, stop, ranks, run.budget.steps
+        self.ledger = Ledger(device)
+        self.stepper = Stepper(run, device, ranks=ranks, ledger=self.ledger)
+        self.network, self.optimizer = self.stepper.network, self.stepper.optimizer
+        self.first = ranks.first
         self.warmup = warmup_steps(run.optim, self.steps, loader.batches)
         self.clock, self.step = Clock(), 0
         self.sums: dict[str, Tensor] = {}
+        self.refused = 0  # steps, up to the last row
         self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0.0)
-        self.exam = self._prepare_exam() if run.watch.evaluations else None
+        self.exam = self._prepare_exam() if run.watch.evaluations and ranks.first else None
         self.baselines_from = baselines
         self.baselines: dict = {}
-        if run.speed.compile:
-            self.network.compile(dynamic=False)
 
     def _prepare_exam(self):
         """Labels are never needed to train: without them there is a notice and no score."""
@@ -166,81 +204,82 @@ class Trainer:
     def load(self, point: checkpoint.Checkpoint) -> None:
         self.network.load_state_dict(point.weights())
         checkpoint.load_optimizer(self.network, self.optimizer, point.moments())
+        self.stepper.scaler.load_state_dict(point.state.get("scaler", {}))
         self.clock.load(point.state["clock"])
+        self.ledger.load(point.state.get("ledger", {}))
         self.step = point.step
         self.saved, self.logged = True, (self.step, self.clock.train_seconds)
 
     def train(self, limit: int | None, *, until_score: bool) -> None:
-        run, clock = self.run, self.clock
+        run, clock, ranks, ledger = self.run, self.clock, self.ranks, self.ledger
         last = self.steps if limit is None else min(self.steps, self.step + limit)
-        evaluate_at = evaluation_steps(self.steps, run.watch.evaluations) if self.exam is not None else set()
-        self.journal.status(state="running", code=None, reason="", step=self.step, steps=self.steps)
-        self.network.train()
-        if self.exam is not None:
-            self.or_stop(self.score_baselines)
         scored = {row["step"] for row in read_rows(self.journal.out / "evaluations.jsonl")}
-        if self.step in evaluate_at - scored:
-            self.or_stop(self.evaluate)
+        # Rank 0 scores and the others wait; they only have to know when.
+        scores, missed = ranks.share((self.exam is not None, self.step not in scored))
+        evaluate_at = evaluation_steps(self.steps, run.watch.evaluations) if scores else set()
+        self.journal.status(state="running", code=None, reason="", step=self.step, steps=self.steps)
+        if scores:
+            self.alone("baselines", self.score_baselines)
+        if missed and self.step in evaluate_at:
+            self.alone("missed score", self.evaluate)
         if until_score:
             last = min([last, *(step for step in evaluate_at if step > self.step)])
         while self.step < last:
             epoch, start = divmod(self.step, self.loader.batches)
             clock.start()
-            asked = time.perf_counter()
-            for batch in self.loader.epoch(epoch, start):
-                clock.wait_seconds += time.perf_counter() - asked
-                lr = learning_rate(run.optim, self.step, self.steps, self.warmup)
-                self.add(train_step(run, self.network, self.optimizer, batch, self.device, lr))
-                self.step += 1
-                clock.images += len(batch.id)
-                evaluate = self.step in evaluate_at
-                if self.step % run.watch.log_every == 0 or self.step == last or evaluate or self.stop.asked:
-                    clock.pause(self.device)
-                    self.log(lr)
-                    if self.stop.asked and self.step < self.steps:
-                        self.preempted()
-                    if evaluate:
-                        self.or_stop(self.evaluate)
-                    if time.monotonic() - self.saved_at > run.watch.checkpoint_minutes * 60:
-                        self.save()
-                    clock.start()
-                if self.step == last:
-                    break
-                asked = time.perf_counter()
+            with contextlib.closing(self.loader.epoch(epoch, start)) as batches:
+                while self.step < last:
+                    with ledger("data wait"):
+                        batch = next(batches, None)
+                    if batch is None:
+                        break
+                    lr = learning_rate(run.optim, self.step, self.steps, self.warmup)
+                    with ranks.waiting("a step"):
+                        self.add(self.stepper(batch, lr))
+                    self.step += 1
+                    clock.images += run.optim.batch
+                    evaluate, stopped = self.step in evaluate_at, ranks.any(self.stop.asked)
+                    if self.step % run.watch.log_every == 0 or self.step == last or evaluate or stopped:
+                        clock.pause(self.device)
+                        self.log(lr)
+                        if stopped and self.step < self.steps:
+                            self.preempted()
+                        if evaluate:
+                            self.alone(f"score {self.step}", self.evaluate)
+                        if self.first and time.monotonic() - self.saved_at > run.watch.checkpoint_minutes * 60:
+                            self.save()
+                        if self.step < last:
+                            clock.start()
             clock.pause(self.device)
 
     def add(self, outcomes: list[Outcome]) -> None:
-        """Sum on the device; a row reads the sums once."""
+        """Sum on the device; a row reads the sums once. A step that was refused adds nothing."""
+        watched = {"grad_norm": self.stepper.norm}
         for outcome in outcomes:
             terms = {name: term.detach() for name, term in outcome.terms.items()}
-            terms["loss"] = torch.stack(list(terms.values())).sum()
-            for name, value in {**terms, **outcome.watched}.items():
-                self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            watched["loss"] = torch.stack(list(terms.values())).sum()
+            for name, value in {**terms, **outcome.watched, **watched}.items():
+                value = torch.where(self.stepper.refused.finite, value.float(), 0.0)
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            watched = {}
 
     def log(self, lr: float) -> None:
         before, seconds_before = self.logged
         steps = self.step - before
         if steps == 0:
             return
-        parts = steps * self.run.optim.accumulate
-        means = {name: value.item() / parts for name, value in self.sums.items()}
-        self.sums.clear()
-        if not all(math.isfinite(value) for value in means.values()):
-            raise NumericsError(
-                f"loss not finite between steps {before:,} and {self.step:,}: "
-                + ", ".join(f"{name} {value:g}" for name, value in means.items())
-                + f". The last checkpoint is in {folder.checkpoints(self.journal.out)}. "
-                "Try --precision fp32, a lower --lr or --clip-grad 1.0."
-            )
+        means = self.means(steps)
         clock = self.clock
         rate = steps * self.run.optim.batch / max(1e-9, clock.train_seconds - seconds_before)
         self.logged = (self.step, clock.train_seconds)
         epochs = self.step / self.loader.batches
-        wait = clock.wait_seconds / max(1e-9, clock.train_seconds)
+        spent = self.ledger.read()
+        spent["other"] = clock.train_seconds - sum(spent.get(part, 0.0) for part in TRAINING)
+        wait = spent.get("data wait", 0.0) / max(1e-9, clock.train_seconds)
         self.journal.row("metrics", {
             "step": self.step, "epoch": round(epochs, 4), "lr": lr, **means, "images": clock.images,
             "images_per_second": round(rate, 1), "train_seconds": round(clock.train_seconds, 3),
-            "data_wait": round(wait, 4),
+            "data_wait": round(wait, 4), "spent": {name: round(spent[name], 3) for name in PARTS if name in spent},
         })  # fmt: skip
         used, total = memory_gb(self.device)
         saved = f"ckpt {duration(time.monotonic() - self.saved_at)} ago" if self.saved else "no ckpt yet"
@@ -251,6 +290,41 @@ class Trainer:
             f"{saved}  ETA {duration(left)}"
         ))  # fmt: skip
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
+
+    def means(self, steps: int) -> dict[str, float]:
+        """What is watched, over the last `steps` steps and all ranks.
+
+        Raises NumericsError where too many steps in a row were refused, on every rank.
+        """
+        in_a_row, refused = self.stepper.refused.read()
+        lately, self.refused = refused - self.refused, refused
+        names = sorted(self.sums)
+        sums = self.ranks.mean(torch.stack([self.sums[name] for name in names])).tolist()
+        self.sums.clear()
+        taken = max(1, steps - lately)
+        parts = {name: taken if name == "grad_norm" else taken * self.run.optim.accumulate for name in names}
+        means = {name: value / parts[name] for name, value in zip(names, sums, strict=True)}
+        patience = PATIENCE_FP16 if self.run.precision == "fp16" else PATIENCE
+        if in_a_row >= patience or not all(map(math.isfinite, means.values())):
+            what = f"gradient was not finite for {in_a_row:,} steps in a row" if in_a_row else "loss is not finite"
+            raise NumericsError(
+                f"the {what} at step {self.step:,}; {self.capture()} tells what that was. No such step was taken. "
+                f"The last checkpoint is in {folder.checkpoints(self.journal.out)}. "
+                "Try --precision fp32, a lower --lr or --clip-grad 1.0."
+            )
+        if lately:
+            self.journal.say(
+                f"step {self.step:,}: {lately:,} of the last {steps:,} steps were not taken: gradient not finite."
+            )
+        return means
+
+    def capture(self) -> Path:
+        """What the last step was made of. It was not taken, so the weights are those that it met."""
+        from train.capture import write_capture
+
+        epoch, start = divmod(self.step - 1, self.loader.batches)
+        with contextlib.closing(self.loader.epoch(epoch, start)) as batches:
+            return write_capture(self.journal.out, self.stepper, next(batches), self.step, self.ranks)
 
     def score_baselines(self) -> None:
         """What the scores will stand beside: taken once, before the first of them, or from a run that has the same."""
@@ -272,6 +346,21 @@ class Trainer:
             self.baselines = score_baselines(self.exam, self.run, self.device)
         write_whole(path, json.dumps({"key": key, "scores": self.baselines}))
 
+    def balance(self) -> None:
+        """ledger.json: what the run's seconds went into, and how near the machine's limit its steps were."""
+        seconds, flop = self.clock.train_seconds, 6 * self.run.method.macs(self.run.model)
+        flops = flop * self.clock.images / max(1e-9, seconds)
+        # On every rank the same: one device's share is compared with what one device can do.
+        ceiling = gemm_flops(self.device, self.run.precision) if seconds > WORTH_A_CEILING else None
+        write_whole(self.journal.out / "ledger.json", json.dumps({
+            "train_seconds": round(seconds, 3), "images": self.clock.images,
+            "images_per_second": round(self.clock.images / max(1e-9, seconds), 1),
+            "spent": {part: round(spent, 3) for part, spent in self.ledger.read().items()},
+            "gflop_per_image": flop / 1e9, "tflops": flops / 1e12, "gemm_tflops": ceiling and ceiling / 1e12,
+            "mfu": ceiling and flops / self.ranks.count / ceiling, "memory_gb": round(memory_gb(self.device)[0], 2),
+            "ranks": self.ranks.count,
+        }, indent=1))  # fmt: skip
+
     def evaluate(self) -> None:
         """Off the clock. The encoder comes back in training mode. A score cut off by a signal is made up on resume."""
         from train.evaluate import EVALUATION, score_network, sentence
@@ -291,26 +380,34 @@ class Trainer:
 
     def save(self) -> None:
         state = {
-            "step": self.step, "steps": self.steps, "clock": self.clock.state(), "preset": self.run.preset,
-            "objective": self.run.objective, "data": self.store.fingerprint, "images_in_store": self.store.count,
+            "step": self.step, "steps": self.steps, "clock": self.clock.state(), "ledger": self.ledger.read(),
+            "preset": self.run.preset, "objective": self.run.objective, "data": self.store.fingerprint,
+            "images_in_store": self.store.count, "scaler": self.stepper.scaler.state_dict(),
         }  # fmt: skip
         where = folder.checkpoints(self.journal.out)
-        path = checkpoint.save(where, self.network, self.optimizer, state, self.run.watch.keep_checkpoints)
+        with self.ledger.aside("checkpoint"):
+            path = checkpoint.save(where, self.network, self.optimizer, state, self.run.watch.keep_checkpoints)
         self.saved, self.saved_at = True, time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
     def save_once(self) -> None:
         """A step that is saved is never saved again: for a moment there would be none of it."""
-        if not (folder.checkpoints(self.journal.out) / f"step_{self.step:09d}").exists():
+        if self.first and not (folder.checkpoints(self.journal.out) / f"step_{self.step:09d}").exists():
             self.save()
 
-    def or_stop(self, work: Callable[[], None]) -> None:
-        """Do what a signal may cut off between two steps, since a resumed run makes up for it."""
+    def alone(self, occasion: str, work: Callable[[], None]) -> None:
+        """Rank 0 does what needs one process, while the others wait. A signal cuts it off: it is made up on resume."""
+        if not self.first:
+            if self.ranks.hear(occasion) == "stopped":
+                self.preempted()
+            return
         try:
-            with self.stop.at_once():
+            with self.stop.at_once(), self.ledger.aside("evaluation"):
                 work()
         except CutShort:
+            self.ranks.tell(occasion, "stopped")
             self.preempted()
+        self.ranks.tell(occasion, "done")
 
     def preempted(self) -> None:
         self.save_once()
@@ -322,10 +419,11 @@ class Trainer:
     def finish(self) -> dict:
         self.save_once()
         done = self.step >= self.steps
-        if done:
+        if done and self.first:
             from train.gallery import draw_gallery
 
             draw_gallery(self.journal.out, self.network, self.run, self.store, self.device)
+            self.balance()
         self.journal.status(state="done" if done else "paused", code=0, reason="", step=self.step)
         seconds = self.clock.train_seconds
         what = "finished" if done else f"paused at step {self.step:,} of {self.steps:,}"
@@ -340,43 +438,3 @@ class Trainer:
 def evaluation_steps(steps: int, count: int) -> set[int]:
     """`count` steps spread evenly, the last one included."""
     return {max(1, round(steps * place / count)) for place in range(1, count + 1)} if count else set()
-
-
-class CutShort(Exception):
-    """A signal came during work that need not be finished."""
-
-
-class Stop:
-    """SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C ask the loop to save and end; a second one ends it at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.asked, self.name, self._before, self._at_once = False, "", {}, False
-
-    def __enter__(self) -> Stop:
-        # Who ignores SIGHUP (nohup) wants the work to go on.
-        caught = [each for each in self.SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in caught}
-        return self
-
-    def _ask(self, number: int, _frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked, self.name = True, signal.Signals(number).name
-        print(f"{self.name}: finishing this step, then saving. Once more to stop without.", file=sys.stderr, flush=True)
-        if self._at_once:
-            raise CutShort
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises CutShort where it strikes: for work that may be lost, between two steps."""
-        self._at_once = True
-        try:
-            yield
-        finally:
-            self._at_once = False
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

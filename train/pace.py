@@ -24,50 +24,50 @@ if TYPE_CHECKING:
     from pipeline.loader import Loader
     from pipeline.views import Batch
     from train.config import Budget, Run
+    from train.ranks import Ranks
 
 TURN_STEPS = 4
 SHARE = 0.1  # of the seconds that are planned, spent on measuring
 SECONDS = (2.0, 20.0)  # for each recipe, at least and at most
 
 
-def seconds_per_step(recipes: list[tuple[Run, Loader]], wanted: float) -> list[float]:
+def seconds_per_step(recipes: list[tuple[Run, Loader]], wanted: float, ranks: Ranks | None = None) -> list[float]:
     """Median seconds of a whole step of each recipe: waiting for data, views, forward, backward, optimizer.
 
     wanted: seconds of the run that is planned; a tenth of them, within limits, is spent on each recipe. The steps are
-    those of the run, on a throwaway network and at a learning rate of 0.
+    those of the run, on a throwaway network and at a learning rate of 0. Of several ranks rank 0's clock counts.
     """
+    from train.ranks import Ranks
+
+    ranks = ranks or Ranks()
     each = min(SECONDS[1], max(SECONDS[0], SHARE * wanted))
-    rehearsals = [_rehearse(run, loader) for run, loader in recipes]
+    rehearsals = [_rehearse(run, loader, ranks) for run, loader in recipes]
     with contextlib.ExitStack() as stack:
         for turns in rehearsals:
             stack.enter_context(contextlib.closing(turns))  # pyright: ignore[reportArgumentType]
             next(turns)  # allocates, compiles and fills the loader's queue
         taken: list[list[float]] = [[] for _ in recipes]
-        while min(map(sum, taken)) * TURN_STEPS < each:
+        while ranks.share(min(map(sum, taken)) * TURN_STEPS < each):
             for turns, seconds in zip(rehearsals, taken, strict=True):
                 seconds.append(next(turns))
-    return [statistics.median(seconds) for seconds in taken]
+    return ranks.share([statistics.median(seconds) for seconds in taken])
 
 
-def _rehearse(run: Run, loader: Loader) -> Iterator[float]:
+def _rehearse(run: Run, loader: Loader, ranks: Ranks) -> Iterator[float]:
     """Seconds of a step, the mean of one turn after another, without end. Within a turn nothing waits for the GPU, as
     in a run between two rows of its log."""
     import torch
 
-    from model.network import Network
-    from train.optim import make_optimizer
-    from train.step import train_step
+    from train.step import Stepper
 
     device = torch.device(run.device)
-    network = Network(run.method, run.model, run.seed).to(device)
-    if run.speed.compile:
-        network.compile(dynamic=False)
-    optimizer = make_optimizer(network, run.optim, device)
+    stepper = Stepper(run, device, ranks=ranks)
+    stepper.prepare()
     batches = _endless(loader)
     while True:
         start = time.perf_counter()
         for _ in range(TURN_STEPS):
-            train_step(run, network, optimizer, next(batches), device, lr=0.0)
+            stepper(next(batches), lr=0.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         yield (time.perf_counter() - start) / TURN_STEPS

@@ -55,8 +55,20 @@ def make_plan(run: Run, images: int, images_per_second: float | None) -> dict:
         plan["exaflop"] = round(6 * run.method.macs(run.model) * optim.batch * steps / 1e18, 4)
         if images_per_second:
             plan["images_per_second"] = images_per_second
+            plan["seconds_per_epoch"] = round(images // optim.batch * optim.batch / images_per_second, 4)
             plan["hours"] = round(steps * optim.batch / images_per_second / 3600, 2)
     return plan
+
+
+def measured_rate(run: Run) -> float:
+    """Images/s of loader and step on this machine, on one device. Raises what `daae pretrain` would."""
+    from train.device import resolve
+    from train.rehearsal import predict
+
+    assert run.data is not None
+    store = Store.open(run.data)
+    sample = predict(resolve(run, store), store)
+    return sample.images / sample.seconds
 
 
 KNOWN_IMAGES = {"in1k": 1_281_167, "mini": 34_745}  # ImageNet-1K; ImageNet-mini as it is distributed
@@ -70,7 +82,10 @@ def print_plan(run: Run, controls: Controls) -> int:
         images = next((count for name, count in KNOWN_IMAGES.items() if f"-{name}-" in run.preset), None)
     if images is None:
         raise UsageError("--dry-run needs --data or --images to count an epoch.")
-    plan = make_plan(run, images, controls.images_per_second)
+    rate, how = controls.images_per_second, ""
+    if rate is None and run.data is not None:
+        rate, how = measured_rate(run), ", measured here for some seconds on one device,"
+    plan = make_plan(run, images, rate)
     if controls.json:
         print(json.dumps(plan))
         return 0
@@ -78,7 +93,8 @@ def print_plan(run: Run, controls: Controls) -> int:
         shown = f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<20} {shown}")
     if "hours" in plan:
-        print(f"At {controls.images_per_second:,g} images/s this run takes {duration(plan['hours'] * 3600)}.")
+        epoch = duration(plan["seconds_per_epoch"])
+        print(f"At {rate:,.4g} images/s{how} an epoch takes {epoch}, and this run {duration(plan['hours'] * 3600)}.")
     elif plan["steps"] is not None:
         print("Give --images-per-second (from `daae profile`) to see hours.")
     return 0

@@ -47,6 +47,8 @@ class Controls:
     """Print every setting with where it comes from, and stop."""
     list_presets: bool = False
     """Name the recipes with a line each, and stop."""
+    gpus: int | None = None
+    """Train on so many GPUs of this machine, a process each; without GPUs, in so many processes."""
     quiet: bool = False
     """No progress; errors are still said."""
     json: bool = False
@@ -69,12 +71,18 @@ def main(argv: list[str]) -> int:
     if wish.data is None or wish.out is None:
         missing = "--data (a store made by `daae convert`)" if wish.data is None else "--out (the run folder)"
         raise UsageError(f"{missing} is required. See `daae pretrain --help`.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("this version trains in one process; start it without torchrun, or with --nproc-per-node 1.")
+    if controls.gpus is not None and "RANK" not in os.environ:
+        if controls.gpus < 1:
+            raise UsageError(f"--gpus is at least 1, not {controls.gpus}.")
+        if controls.gpus > 1:
+            from train.launch import launch
+
+            return launch(controls.gpus, argv, wish.out)
     from train.loop import pretrain
 
     result = pretrain(wish, controls)
-    print(json.dumps(result) if controls.json else result["sentence"])
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result) if controls.json else result["sentence"])
     return 0
 
 

@@ -2,46 +2,178 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.network import Network
 from model.objectives import Outcome
+from model.vit import Block
 from pipeline.errors import ResourceError
 from pipeline.views import Batch, Patches, make_views
 from train.config import Run
-from train.device import autocast
+from train.device import autocast, memory_gb
+from train.ledger import Ledger
+from train.optim import make_optimizer
+from train.ranks import Ranks
 
 
-def train_step(run: Run, network: Network, optimizer, batch: Batch, device: torch.device, lr: float) -> list[Outcome]:
-    """One optimizer step. Nothing here reads a value back from the device.
+class Stepper:
+    """A network, its optimizer and what one step of training is. Nothing in a step reads a value from the device."""
 
-    Raises ResourceError where the batch does not fit the GPU; the gradients are let go then.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    outcomes, parts = [], run.optim.accumulate
-    try:
-        for part in cut(batch, parts):
-            with autocast(device, run.precision):
-                outcome = network(views_of(run, part), part.label)
-            loss = torch.stack(list(outcome.terms.values())).sum()
-            (loss / parts).backward()
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device,
+        *,
+        ranks: Ranks | None = None,
+        ledger: Ledger | None = None,
+    ):
+        """run: resolved. Every rank draws the same weights."""
+        self.run, self.device = run, device
+        self.ranks = ranks or Ranks()
+        self.ledger = ledger or Ledger(device)
+        self.network = Network(run.method, run.model, run.seed).to(device)
+        self.optimizer = make_optimizer(self.network, run.optim, device)
+        self.refused = Refused(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+        self.norm = torch.zeros((), device=device)  # of the last step's gradient, before it was clipped
+        self.wrapped: nn.Module | None = None
+
+    def prepare(self, *, watched: bool = True) -> None:
+        """Compile, and join the other ranks. After weights have been loaded, before the first step.
+
+        watched: the ledger is to tell encoder and decoder apart.
+        """
+        network = self.network.train()
+        if self.run.speed.recompute:
+            for module in network.modules():
+                if isinstance(module, Block):
+                    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        if self.run.speed.compile:
+            network.compile(dynamic=False)
+        elif watched:
+            self.ledger.watch(network)
+        self.wrapped = network
+        if self.ranks.count > 1:
+            # Buffers need no broadcast: each rank computes the same, or (batch norms kept apart) rank 0's are saved.
+            data_parallel = nn.parallel.DistributedDataParallel
+            newer = "forward_sync_buffers" in inspect.signature(data_parallel).parameters  # torch 2.15's name for it
+            quiet: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            self.wrapped = data_parallel(network, gradient_as_bucket_view=True, **quiet)
+            if self.run.speed.bf16_gradients:
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+                self.wrapped.register_comm_hook(None, bf16_compress_hook)
+
+    def __call__(self, batch: Batch, lr: float) -> list[Outcome]:
+        """Take the step; `batch` is this rank's share. What a step does not bear is refused: weights stay as they are
+        where a gradient is not finite, on every rank alike, since gradients are averaged before they are looked at.
+
+        Raises ResourceError where the batch does not fit the memory, with how many images would.
+        """
+        try:
+            outcomes = self._step(batch, lr, self.run.optim.accumulate)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise self._too_large(len(batch.id)) from None
+        self.run.method.after_step(self.network)
+        return outcomes
+
+    def _step(self, batch: Batch, lr: float, parts: int) -> list[Outcome]:
+        assert self.wrapped is not None
+        ledger, outcomes = self.ledger, []
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for number, part in enumerate(cut(batch, parts)):
+            with self._alone_but_for(number == parts - 1):
+                with ledger("views"):
+                    views = views_of(self.run, part)
+                with ledger("losses"), autocast(self.device, self.run.precision):
+                    outcome = self.wrapped(views, part.label)
+                    loss = torch.stack(list(outcome.terms.values())).sum() / parts
+                with ledger("backward"):
+                    self.scaler.scale(loss).backward()
             outcomes.append(outcome)
-        if run.optim.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(network.parameters(), run.optim.clip_grad)
-        optimizer.step()
-    except torch.OutOfMemoryError:
-        optimizer.zero_grad(set_to_none=True)
-        size = len(batch.id)
-        raise ResourceError(
-            f"a step of {size // parts:,} images does not fit {device}. Use --batch {size // 2} or less, or "
-            f"--accum-iter {2 * parts}."
-        ) from None
-    optimizer.zero_grad(set_to_none=True)
-    run.method.after_step(network)
-    return outcomes
+        with ledger("optimizer"):
+            self._update()
+        return outcomes
+
+    def _too_large(self, size: int) -> ResourceError:
+        """What to say where a batch of `size` does not fit: how much would, found by trying."""
+        parts, ranks = self.run.optim.accumulate, self.ranks.count
+        peak, whole = memory_gb(self.device)
+        said = f"a step of {size // parts:,} images does not fit {self.device} ({peak:.1f} of {whole:.1f} GB in use)."
+        most = self._most(size // parts) if ranks == 1 else 0  # other ranks could not follow the trials
+        fewer = next((n for n in range(parts + 1, size + 1) if size % n == 0 and size // n <= most), None)
+        if fewer is None:
+            return ResourceError(f"{said} Use --accum-iter {2 * parts}, or --batch {size * ranks // 2} or less.")
+        return ResourceError(f"{said} {most:,} do: use --accum-iter {fewer}, or --batch {most * parts}.")
+
+    def _most(self, size: int) -> int:
+        """The most images below `size` that a step bears, to an eighth; 0 if none. The optimizer is of no use after."""
+        works, fails = 0, size
+        while fails - works > max(1, works // 8):
+            count = (works + fails) // 2 if works else fails // 2
+            if count == 0:
+                break
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self._step(noise(self.run, count, self.device), 0.0, 1)
+                works = count
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                fails = count
+        return works
+
+    def _update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        gradients = [each.grad for each in self.network.parameters() if each.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.run.optim.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.run.optim.clip_grad, norm)
+        self.norm = norm.detach()
+        self.refused.count(torch.isfinite(norm))
+        # The fused optimizer leaves everything as it is where this is 1: nobody has to ask the device.
+        self.optimizer.found_inf = 1.0 - self.refused.finite.float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _alone_but_for(self, last: bool) -> AbstractContextManager:
+        """Ranks average their gradients once a step, with the last part."""
+        if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+
+class Refused:
+    """Steps that were not taken, counted on the device and read when a row of metrics is written."""
+
+    def __init__(self, device: torch.device):
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # the last step was taken
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # in a row up to now; in all
+
+    def count(self, finite: Tensor) -> None:
+        self.finite = finite
+        refused = (~finite).long()
+        self._counts = torch.stack([(self._counts[0] + 1) * refused, self._counts[1] + refused])
+
+    def read(self) -> tuple[int, int]:
+        """How many in a row up to the last step, and how many in all."""
+        in_a_row, total = self._counts.tolist()
+        return in_a_row, total
 
 
 def views_of(run: Run, batch: Batch) -> dict[str, Patches]:
@@ -60,3 +192,19 @@ def cut(batch: Batch, parts: int) -> Iterator[Batch]:
         rows = slice(at, at + count)
         images = {name: image[rows] for name, image in batch.images.items()}
         yield Batch(images, batch.label[rows], batch.id[rows], batch.epoch)
+
+
+def noise(run: Run, count: int, device: torch.device) -> Batch:
+    """A batch of random pictures on the device: arithmetic on zeros would run faster than on anything real."""
+    images = {
+        name: torch.randint(256, (count, view.side, view.side, 3), dtype=torch.uint8, device=device)
+        for name, view in run.method.views(run.model).items()
+    }
+    return Batch(images, torch.full((count,), -1, device=device), torch.arange(count), 0)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """torch has a class for GPUs only; on a CPU it is a RuntimeError like any other."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -8,7 +8,7 @@ weight, which features) is an option here, with our default.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.objectives.base import Objective, Outcome
 from model.objectives.mae import build_decoder, decoded_count, repaint_loss, scored_patches
@@ -18,7 +18,6 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.decoder import Decoder
     from model.network import Network
     from pipeline.sampling import View
     from pipeline.views import Patches
@@ -35,6 +34,8 @@ class DAAE(Objective):
     """Share of the patches of the full-size view hidden from the encoder."""
     small: float = 0.5
     """Side of the downsampled view as a share of the full side."""
+    small_drop: float = 0.0
+    """Share of the small view's patches that the encoder does not see; with ema its target sees them neither."""
     contrast_weight: float = 0.1
     """Weight of the contrastive term against the reconstruction term."""
     reconstruct_weight: float = 1.0
@@ -62,7 +63,8 @@ class DAAE(Objective):
     """Share of the hidden patches that are decoded and scored."""
     head_hidden: int = 2048
     head_out: int = 256
-    head_norm: Literal["batch", "layer"] = "batch"
+    head_norm: Literal["batch", "batch_apart", "layer"] = "batch"
+    """Norm in the heads: over the batches of all processes, each over its own, or over a vector's own values."""
 
     def views(self, shape: Shape) -> dict[str, View]:
         from pipeline.sampling import View
@@ -71,7 +73,7 @@ class DAAE(Objective):
             "holed": View(side=shape.side, mask_ratio=self.mask_ratio),
             "small": View(
                 side=round(shape.side * self.small), area=self.area, jitter=self.jitter, gray=self.gray,
-                same_crop_as="holed" if self.share_crop else None,
+                same_crop_as="holed" if self.share_crop else None, mask_ratio=self.small_drop,
             ),
         }  # fmt: skip
 
@@ -92,7 +94,7 @@ class DAAE(Objective):
         if self.feature == "asym":
             parts["decoder_projector"] = projector(shape.decoder_width)
         if self.feature == "asym_pred":
-            parts["predictor"] = Predictor(self.head_out)
+            parts["predictor"] = Predictor(self.head_out, norm=self.head_norm)
         if self.target == "ema":
             parts["momentum_encoder"] = MomentumCopy(
                 Encoder(side=shape.side, patch=shape.patch, width=shape.width, depth=shape.depth, heads=shape.heads)
@@ -112,9 +114,7 @@ class DAAE(Objective):
         terms, feature = {}, patch_mean(code)
         if self.reconstruct_weight > 0:
             hidden = scored_patches(holed.hidden, self.decoded_share)
-            decoder = cast("Decoder", net.parts["decoder"])
-            tokens = decoder.tokens(code, holed.keep, hidden)
-            predicted = decoder.predict(tokens, hidden.shape[1])
+            predicted, tokens = net.parts["decoder"](code, holed.keep, hidden)
             terms["reconstruct"] = self.reconstruct_weight * repaint_loss(predicted, holed, hidden, self.norm_pix)
             if self.feature == "asym":
                 feature = tokens.mean(dim=1)
@@ -150,7 +150,8 @@ class DAAE(Objective):
     def macs(self, shape: Shape) -> int:
         kept, decoded = decoded_count(shape, self.mask_ratio, self.decoded_share)
         head = head_macs(shape.width, self.head_hidden, self.head_out)
-        small = encoder_macs(shape, (round(shape.side * self.small) // shape.patch) ** 2) + head
+        seen = int((round(shape.side * self.small) // shape.patch) ** 2 * (1 - self.small_drop))
+        small = encoder_macs(shape, seen) + head
         trained = self.target == "both" and self.feature != "asym_pred"
         total = encoder_macs(shape, kept) + head + (small if trained else small // 3)
         return total + (decoder_macs(shape, kept, decoded) if self.reconstruct_weight > 0 else 0)

@@ -79,7 +79,8 @@ def reconstruction(net: Network, code: Tensor, holed: Patches, share: float, nor
     assert holed.keep is not None
     assert holed.hidden is not None
     hidden = scored_patches(holed.hidden, share)
-    return repaint_loss(net.parts["decoder"](code, holed.keep, hidden), holed, hidden, norm_pix)
+    predicted, _ = net.parts["decoder"](code, holed.keep, hidden)
+    return repaint_loss(predicted, holed, hidden, norm_pix)
 
 
 def scored_patches(hidden: Tensor, share: float) -> Tensor:

@@ -1,0 +1,258 @@
+"""One optimizer step: equal to the plain one however it is cut, refused where it must be, and accounted for."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import attention
+from model.attention import WAYS, Lengths, attend_by_products, choose, listening
+from model.network import Network
+from model.objectives.daae import DAAE
+from model.objectives.mae import MAE
+from pipeline.errors import ResourceError, UsageError
+from pipeline.views import Batch
+from tests.conftest import SMALL
+from train.attention import settle_attention
+from train.config import Optim, Run, Speed
+from train.ledger import TRAINING, Ledger
+from train.step import Refused, Stepper, noise, views_of
+
+CPU = torch.device("cpu")
+SMALL_DAAE = DAAE(head_hidden=32, head_out=16)
+
+
+def small_run(method=SMALL_DAAE, **changes) -> Run:
+    speed = {name: changes.pop(name) for name in ("compile", "recompute", "attention") if name in changes}
+    rates = {name: changes.pop(name) for name in ("accumulate", "clip_grad") if name in changes}
+    optim = Optim(batch=16, lr=1e-3, **rates)
+    run = Run(objective="daae", method=method, model=SMALL, optim=optim, speed=Speed(**speed), device="cpu")
+    return replace(run, **{"precision": "fp32", **changes})
+
+
+def stepper_of(run: Run) -> Stepper:
+    stepper = Stepper(run, CPU)
+    stepper.prepare()
+    return stepper
+
+
+def batch_of(run: Run, seed: int = 3, count: int = 16) -> Batch:
+    torch.manual_seed(seed)
+    return noise(run, count, CPU)
+
+
+def weights(stepper: Stepper) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in stepper.network.state_dict().items()}
+
+
+def test_a_step_equals_one_written_out():
+    run = small_run()
+    stepper, batch = stepper_of(run), batch_of(run)
+    network = Network(run.method, run.model, run.seed).train()
+    groups = [
+        {"params": [p for n, p in network.named_parameters() if p.ndim > 1 and "token" not in n], "weight_decay": 0.05},
+        {"params": [p for n, p in network.named_parameters() if p.ndim <= 1 or "token" in n], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    for _ in range(3):
+        stepper(batch, 1e-3)
+        loss = sum(network(views_of(run, batch), batch.label).terms.values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, stepper.network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("changes", [{"recompute": True}, {"accumulate": 4, "method": MAE()}])
+def test_what_saves_memory_changes_rounding_at_most(changes):
+    batch, found = batch_of(small_run()), []
+    for change in ({"method": changes.get("method", SMALL_DAAE)}, changes):
+        stepper = stepper_of(small_run(**change))
+        stepper(batch, 1e-3)
+        found.append((stepper.norm, weights(stepper)))
+    (norm, plain), (other_norm, other) = found
+    assert other_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    for name, value in plain.items():
+        # A step of Adam is the sign of the gradient: where that is rounding alone, it goes anywhere.
+        assert (value - other[name]).abs().float().mean() <= 2e-5, name
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing():
+    run = small_run()
+    stepper, batch = stepper_of(run), batch_of(run)
+    stepper(batch, 1e-3)
+    before = weights(stepper)
+    moments = {id(p): {k: v.clone() for k, v in state.items()} for p, state in stepper.optimizer.state.items()}
+    weight = stepper.network.encoder.norm.weight
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    for _ in range(2):
+        stepper(batch, 1e-3)
+    hook.remove()
+    assert stepper.refused.read() == (2, 2)
+    for name, value in stepper.network.named_parameters():
+        assert torch.equal(value, before[name]), name
+    for parameter, state in stepper.optimizer.state.items():
+        for key, value in state.items():
+            assert torch.equal(value, moments[id(parameter)][key]), key
+    stepper(batch, 1e-3)
+    assert stepper.refused.read() == (0, 2)
+    assert not torch.equal(weight, before["encoder.norm.weight"])
+
+
+def test_refused_steps_are_counted_in_a_row_and_in_all():
+    refused = Refused(CPU)
+    for finite, expected in [(True, (0, 0)), (False, (1, 1)), (False, (2, 2)), (True, (0, 2)), (False, (1, 3))]:
+        refused.count(torch.tensor(finite))
+        assert refused.read() == expected
+
+
+def test_clipping_bounds_what_the_optimizer_sees_and_the_norm_is_that_before_it():
+    run = small_run(clip_grad=0.01)
+    stepper, batch = stepper_of(run), batch_of(run)
+    seen = []
+    stepper.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.nn.utils.get_total_norm([p.grad for p in stepper.network.parameters()]).item())
+    )
+    stepper(batch, 1e-3)
+    assert seen == [pytest.approx(0.01, rel=1e-3)]
+    assert stepper.norm.item() > 0.1
+
+
+def test_fp16_scales_its_loss_and_refuses_what_overflows():
+    run = small_run(precision="fp16")
+    stepper, batch = stepper_of(run), batch_of(run)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # no gradient of float16 bears this
+    before = weights(stepper)
+    stepper(batch, 1e-3)
+    assert stepper.refused.read() == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in stepper.network.named_parameters())
+    assert stepper.scaler.get_scale() == 2.0**39
+    stepper.scaler.update(2.0**10)
+    stepper(batch, 1e-3)
+    assert stepper.refused.read() == (0, 1)
+    plain = stepper_of(small_run())
+    plain(batch, 1e-3)
+    assert stepper.norm.item() == pytest.approx(plain.norm.item(), rel=0.05)
+
+
+def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(monkeypatch):
+    whole = Stepper._step
+
+    def small_memory(self, batch, lr, parts):
+        if len(batch.id) // parts > 5:
+            raise torch.OutOfMemoryError("fake")
+        return whole(self, batch, lr, parts)
+
+    monkeypatch.setattr(Stepper, "_step", small_memory)
+    run = small_run()
+    said = r"a step of 16 images does not fit cpu .* 5 do: use --accum-iter 4, or --batch 5"
+    with pytest.raises(ResourceError, match=said):
+        stepper_of(run)(batch_of(run), 1e-3)
+    monkeypatch.setattr(Stepper, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("another error")))
+    with pytest.raises(RuntimeError, match="another error"):
+        stepper_of(run)(batch_of(run), 1e-3)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _usual_attention():
+    yield
+    choose("")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_way_to_attend_is_the_same(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, 17, 8, dtype=dtype) for _ in range(3))
+    expected = torch.softmax(query @ key.transpose(-2, -1) / 8**0.5, dim=-1) @ value
+    for way in ("any", "products"):
+        assert torch.allclose(WAYS[way](query, key, value), expected, atol=1e-6), way
+
+
+def test_a_way_is_chosen_for_lengths_or_for_all_or_refused():
+    shape = (2, 2, 17, 8)
+    query = torch.randn(shape)
+    called = []
+    before = dict(WAYS)
+    WAYS["products"] = lambda *inputs: called.append("products") or attend_by_products(*inputs)
+    try:
+        attention.attend(query, query, query)
+        assert called == []
+        choose("2x17x8=products 2x5x8=any")
+        attention.attend(query, query, query)
+        attention.attend(query[:, :, :5], query[:, :, :5], query[:, :, :5])
+        assert called == ["products"]
+        choose("products")
+        attention.attend(query[:, :, :5], query[:, :, :5], query[:, :, :5])
+        assert called == ["products"] * 2
+    finally:
+        WAYS.update(before)
+    for wrong in ("slow", "2x17=any", "2x17x8=slow"):
+        with pytest.raises(UsageError, match=r"--speed\.attention"):
+            choose(wrong)
+
+
+def test_lengths_of_a_loss_are_heard():
+    run = small_run()
+    stepper, batch = stepper_of(run), batch_of(run)
+    with listening() as heard:
+        stepper.network(views_of(run, batch), batch.label)
+    # 16 patches: 4 seen in the masked view, 4 in the small one, both in one call; 1 + 16 in the decoder.
+    assert heard == {Lengths(32, 2, 5, 16), Lengths(16, 2, 17, 16)}
+
+
+def test_the_fastest_way_is_one_of_them_and_a_cpu_goes_by_rule():
+    assert attention.fastest(Lengths(8, 2, 17, 8), CPU, torch.float32, rounds=1) in WAYS
+    assert settle_attention(stepper_of(small_run())) == ""
+    assert settle_attention(stepper_of(small_run(attention="products"))) == "products"
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_counts_for_the_innermost_part(monkeypatch):
+    clock = itertools.count(start=0.0, step=1.0)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    ledger = Ledger("cpu")
+    with ledger("losses"):  # 0
+        with ledger("encoder"):  # 1
+            pass  # 2
+        with ledger("decoder"):  # 3
+            pass  # 4
+    # 5
+    with ledger("backward"):  # 6
+        pass  # 7
+    assert ledger.read() == {"losses": 3.0, "encoder": 1.0, "decoder": 1.0, "backward": 1.0}
+    with ledger.aside("evaluation"), ledger("encoder"):
+        pass
+    assert ledger.read()["encoder"] == 1.0
+    again = Ledger("cpu")
+    again.load(ledger.read())
+    assert again.read() == ledger.read()
+
+
+def test_every_part_of_a_step_is_in_the_ledger():
+    run = small_run()
+    stepper, batch = stepper_of(run), batch_of(run)
+    stepper(batch, 1e-3)
+    spent = stepper.ledger.read()
+    assert set(spent) == set(TRAINING) - {"data wait"}
+    assert min(spent.values()) > 0
+
+
+def test_dropping_tokens_of_the_small_view_is_counted_and_seen():
+    whole, half = SMALL_DAAE, replace(SMALL_DAAE, small_drop=0.5)
+    assert half.macs(SMALL) < whole.macs(SMALL)
+    run = small_run(half)
+    views = views_of(run, batch_of(run))
+    assert (views["small"].tokens, views["holed"].tokens) == (2, 4)
+    stepper = stepper_of(run)
+    stepper(batch_of(run), 1e-3)
+    assert stepper.refused.read() == (0, 0)

@@ -1,0 +1,128 @@
+"""Contenders that are timed against one another, each in a process of its own, set up as its documentation does it.
+
+Rounds are interleaved: one works while the others wait, so that whatever disturbs the machine disturbs all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import ResourceError, StalledError
+
+ROUNDS = 5
+READY_SECONDS = 300.0
+
+# --- a peer's own process ---
+
+
+def serve(open_peer: Callable[[], Iterator[int]]) -> None:
+    """For each number of seconds that comes in, work for so long and answer with what that took.
+
+    open_peer: makes what yields the number of images of one batch after another.
+    """
+    tell, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
+    batches = open_peer()
+    for _ in range(3):  # compiles, starts workers, fills queues
+        next(batches)
+    print(json.dumps({"ready": True}), file=tell, flush=True)
+    for line in sys.stdin:
+        limit, images = float(line), 0
+        cpu, start = cpu_seconds(), time.perf_counter()
+        while (now := time.perf_counter() - start) < limit:
+            images += next(batches)
+        used = cpu_seconds() - cpu
+        print(json.dumps({"images": images, "seconds": now, "cpu_seconds": used}), file=tell, flush=True)
+    os._exit(0)  # none of the libraries ends its threads in time by itself
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and of its workers."""
+    import psutil
+
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+# --- the process that times them ---
+
+
+@dataclass
+class Peer:
+    name: str
+    process: subprocess.Popen
+    said: Any  # a file with what it printed to stderr
+
+    def ask(self, what: str | None, patience: float) -> dict:
+        """Send a line, wait for the answer. Raises ResourceError: the process died; StalledError: it hangs."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            if what is not None:
+                self.process.stdin.write(what + "\n")
+                self.process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(patience):
+                raise StalledError(f"{self.name} did not answer for {patience:.0f} s.")
+        line = self.process.stdout.readline()
+        if not line:
+            self.said.seek(0)
+            lines = [each for each in self.said.read().splitlines() if each.strip()]
+            raise ResourceError(f"{self.name} failed: {lines[-1] if lines else 'no reason'}.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.said.close()
+
+
+def start(name: str, words: list[str]) -> Peer:
+    """`python -m WORDS`, which ends in `serve`."""
+    said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in Peer.close)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+    )
+    return Peer(name, process, said)
+
+
+def measure(commands: dict[str, list[str]], seconds: float, say: Callable[[str], None]) -> dict[str, dict]:
+    """Rates of each command over rounds in which one works after the other. seconds: of each, in all rounds."""
+    with contextlib.ExitStack() as opened:
+        peers = {}
+        for name, words in commands.items():
+            say(f"{name} starts")
+            peers[name] = start(name, words)
+            opened.callback(peers[name].close)
+            peers[name].ask(None, READY_SECONDS)
+        rounds: dict[str, list[dict]] = {name: [] for name in commands}
+        for turn in range(ROUNDS):
+            say(f"round {turn + 1} of {ROUNDS}")
+            for name, peer in peers.items():
+                rounds[name].append(peer.ask(f"{seconds / ROUNDS}", READY_SECONDS))
+    return {name: rates(each) for name, each in rounds.items()}
+
+
+def rates(rounds: list[dict]) -> dict:
+    per_cpu = [each["images"] / each["cpu_seconds"] for each in rounds]
+    per_second = [each["images"] / each["seconds"] for each in rounds]
+    return {
+        "images_per_cpu_second": statistics.median(per_cpu), "least": min(per_cpu), "most": max(per_cpu),
+        "images_per_second": statistics.median(per_second), "slowest": min(per_second), "fastest": max(per_second),
+    }  # fmt: skip

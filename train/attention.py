@@ -1,0 +1,41 @@
+"""How a run attends: measured for its own lengths on its own GPU when it begins, and kept from then on.
+
+On a CPU two ways are left and a rule tells which (model.attention.usual), so that two runs there are equal to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from model.attention import choose, fastest, listening
+from train.ceiling import DTYPES
+from train.device import autocast
+from train.step import Stepper, noise, views_of
+
+LOOKED_AT = 2  # images, to learn which lengths there are
+MOST_ROWS = 1024  # that are timed: more take no other way, and may not fit beside the rest
+
+
+def settle_attention(stepper: Stepper) -> str:
+    """Choose for every length that the run's loss attends over, and say what was chosen as --speed.attention takes it.
+
+    A wish that is not "auto" is done as it says. Raises UsageError where it names what is not there.
+    """
+    run, device = stepper.run, stepper.device
+    wish = run.speed.attention
+    if wish == "auto" and device.type == "cpu":
+        wish = ""
+    elif wish == "auto":
+        network, share = stepper.network.eval(), run.optim.batch // run.optim.accumulate // stepper.ranks.count
+        choose("")
+        with listening() as seen, torch.no_grad(), autocast(device, run.precision):
+            batch = noise(run, LOOKED_AT, device)
+            network(views_of(run, batch), batch.label)
+        network.train()
+        most = {str(one): replace(one, rows=min(MOST_ROWS, one.rows * share // LOOKED_AT)) for one in sorted(seen)}
+        ways = {name: fastest(one, device, DTYPES[run.precision]) for name, one in most.items()}
+        wish = stepper.ranks.share(" ".join(f"{name}={way}" for name, way in ways.items()))
+    choose(wish)
+    return wish

@@ -1,0 +1,45 @@
+"""What is kept of a step whose gradient was not finite: enough to repeat it, and to see where it began."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.staging import write_whole
+from pipeline.views import Batch
+from train.device import autocast
+from train.ranks import Ranks
+from train.step import Stepper, views_of
+
+
+def write_capture(out: Path, stepper: Stepper, batch: Batch, step: int, ranks: Ranks) -> Path:
+    """Take the step once more without changing a weight, and write debug/nonfinite_STEP.json; every rank its own.
+
+    Holds the samples' ids, every term of the loss, and of each parameter the gradient's norm and how many of its
+    values are not finite. All ranks call it: their gradients are averaged again.
+    """
+    assert stepper.wrapped is not None
+    run = stepper.run
+    with autocast(stepper.device, run.precision):
+        outcome = stepper.wrapped(views_of(run, batch), batch.label)
+        loss = torch.stack(list(outcome.terms.values())).sum()
+    loss.backward()
+    gradients = {
+        name: {"norm": parameter.grad.norm().item(), "not_finite": int((~parameter.grad.isfinite()).sum())}
+        for name, parameter in stepper.network.named_parameters()
+        if parameter.grad is not None
+    }
+    weights = [name for name, value in stepper.network.state_dict().items() if not bool(value.isfinite().all())]
+    stepper.optimizer.zero_grad(set_to_none=True)
+    path = out / "debug" / (f"nonfinite_{step}" + ("" if ranks.first else f"_rank{ranks.rank:03d}") + ".json")
+    path.parent.mkdir(exist_ok=True)
+    found = {
+        "step": step, "rank": ranks.rank, "epoch": batch.epoch, "ids": batch.id.tolist(),
+        "terms": {name: term.item() for name, term in outcome.terms.items()},
+        "watched": {name: value.item() for name, value in outcome.watched.items()},
+        "gradients": gradients, "weights_not_finite": weights,
+    }  # fmt: skip
+    write_whole(path, json.dumps(found, indent=1))
+    return path

@@ -1,0 +1,49 @@
+"""`daae pretrain --gpus N`: torchrun's agent starts the same command N times; the run's own exit code comes back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import Preempted, StalledError
+from pipeline.limits import usable_cores
+
+
+def launch(processes: int, words: Sequence[str], out: Path) -> int:
+    """Run `python -m train.pretrain` with these words in so many processes of this machine.
+
+    Returns the exit code of the run. Signals reach the processes through the agent, which waits for them to save.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The agent would give each process one thread; where there are no GPUs they have the cores to share.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(usable_cores()) // processes)))
+    # What the processes say is enough; the agent would put a page of traceback behind each sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=f"daae-{os.getpid()}", max_restarts=0,
+    )  # fmt: skip
+    started = time.time()
+    try:
+        elastic_launch(config, sys.executable)("-m", "train.pretrain", *words)
+    except ChildFailedError as failed:
+        first = failed.get_first_failure()[1].exitcode
+        return _told(out, started) or (first if first > 0 else StalledError.code)
+    except SignalException:
+        return _told(out, started) or Preempted.code
+    return 0
+
+
+def _told(out: Path, started: float) -> int:
+    """What the run says of itself; 0 where it says nothing."""
+    from train.folder import read_json
+
+    status = read_json(out / "status.json")
+    return int(status.get("code") or 0) if status.get("heartbeat", 0.0) >= started else 0

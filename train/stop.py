@@ -1,0 +1,51 @@
+"""Signals that ask a run to end: it finishes the step, saves, and says how to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+
+class CutShort(Exception):
+    """A signal came during work that need not be finished."""
+
+
+class Stop:
+    """SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C ask the loop to save and end; a second one ends it at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.asked, self.name, self.quiet = False, "", quiet
+        self._before, self._at_once = {}, False
+
+    def __enter__(self) -> Stop:
+        # Who ignores SIGHUP (nohup) wants the work to go on.
+        caught = [each for each in self.SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in caught}
+        return self
+
+    def _ask(self, number: int, _frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self.name = True, signal.Signals(number).name
+        if not self.quiet:
+            say = f"{self.name}: finishing this step, then saving. Once more to stop without."
+            print(say, file=sys.stderr, flush=True)
+        if self._at_once:
+            raise CutShort
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises CutShort where it strikes: for work that may be lost, between two steps."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
