@@ -164,6 +164,26 @@ def test_every_command_answers_help():
         assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize(("wish", "right"), [
+    ("auto", True), ("products", True), ("12x50x64=flash 16x197x32=any", True), ("", True),
+    ("fast", False), ("12x50=any", False), ("12x50x64=fast", False),
+])  # fmt: skip
+def test_ways_to_attend_are_checked_before_anything_starts(wish, right):
+    run = settings("--preset", "mae-tiny", "--speed.attention", wish)
+    if right:
+        run.check()
+    else:
+        with pytest.raises(UsageError, match=r"--speed\.attention"):
+            run.check()
+
+
+def test_the_ways_that_flags_know_are_those_there_are():
+    from model.attention import WAYS
+    from train.config import ATTENTION
+
+    assert set(ATTENTION) == set(WAYS)
+
+
 def test_help_names_each_flag_with_its_type_its_other_names_and_what_it_starts_from(capsys):
     from train.pretrain import main
 
