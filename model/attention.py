@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.errors import UsageError
+from model.ways import parse_ways
 
 
 @dataclass(frozen=True, order=True)
@@ -82,12 +81,9 @@ def choose(ways: str) -> None:
 
     Lengths that are not named go by `usual`. Raises UsageError.
     """
+    wanted = parse_ways(ways)
     _chosen.clear()
-    for word in ways.split():
-        lengths, _, way = word.rpartition("=")
-        if way not in WAYS or (lengths and not re.fullmatch(r"\d+x\d+x\d+", lengths)):
-            raise UsageError(f"--speed.attention {word}: {', '.join(WAYS)}, or HEADSxTOKENSxWIDTH=WAY of these.")
-        _chosen[tuple(map(int, lengths.split("x"))) if lengths else None] = way
+    _chosen.update(wanted)
 
 
 @contextlib.contextmanager

@@ -178,10 +178,9 @@ def test_ways_to_attend_are_checked_before_anything_starts(wish, right):
 
 
 def test_the_ways_that_flags_know_are_those_there_are():
-    from model.attention import WAYS
-    from train.config import ATTENTION
+    from model import attention, ways
 
-    assert set(ATTENTION) == set(WAYS)
+    assert set(ways.WAYS) == set(attention.WAYS)
 
 
 def test_help_names_each_flag_with_its_type_its_other_names_and_what_it_starts_from(capsys):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +15,9 @@ from typing import Any, Literal
 from model.objectives import OBJECTIVES, Objective
 from model.objectives.mae import MAE
 from model.shape import Shape
+from model.ways import parse_ways
 from pipeline.errors import UsageError
 from train.command import nearest, overlay, plain
-
-ATTENTION = ("any", "products", "flash", "efficient", "cudnn")  # ways of model/attention.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +140,8 @@ class Run:
         for name, lowest in least.items():
             if values[name] < lowest:
                 raise UsageError(f"--{name.replace('_', '-')} is at least {lowest}, not {values[name]}.")
-        for word in self.speed.attention.split():
-            if word != "auto" and not re.fullmatch(rf"(\d+x\d+x\d+=)?({'|'.join(ATTENTION)})", word):
-                raise UsageError(
-                    f"--speed.attention {word}: auto, {', '.join(ATTENTION)}, or HEADSxTOKENSxWIDTH=WAY of these."
-                )
+        if self.speed.attention != "auto":
+            parse_ways(self.speed.attention)
         if self.speed.hw_decoder_load > 1 or self.speed.stall_seconds <= 0:
             raise UsageError("--speed.hw-decoder-load is at most 1, and --speed.stall-seconds above 0.")
 
