@@ -67,7 +67,7 @@ def test_a_second_run_does_not_profile_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo.Tour, "call", call)
     for _ in range(2):
-        assert tour(tmp_path).go() == "a verdict"
+        assert tour(tmp_path / "not there yet").go() == "a verdict"
     first = ["doctor", "fetch", "convert", "convert", "convert", "profile", "compare", "report"]
     assert called == first + [name for name in first if name != "profile"]
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.store import MANIFEST
 from tools.children import Stop, failure
 from train.command import nearest, parse, run
@@ -87,6 +87,10 @@ class Tour:
             source = flags.out / "images" / name
             self.call("fetch", name, str(source))
         store, tests = self.convert(name, source, parts)
+        try:  # of a store that is there already nothing has been written yet
+            flags.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"--out {flags.out} cannot be written: {error.strerror}.") from None
         bars = flags.out / f"profile-{name}.html"
         if not bars.exists():
             words = ["--data", str(store), "--preset", flags.presets[-1], "--seconds", "3", "--html", str(bars)]
