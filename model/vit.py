@@ -30,6 +30,20 @@ def sincos_positions(width: int, grid: int, base: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(grid * grid, width).float()
 
 
+class Positions:
+    """Position codes, made once per grid and device. Fixed, hence no parameter and in no checkpoint."""
+
+    def __init__(self, width: int, base: int):
+        self.width, self.base = width, base
+        self._made: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __call__(self, grid: int, device: torch.device) -> Tensor:
+        """(grid^2, width)."""
+        if (grid, device) not in self._made:
+            self._made[grid, device] = sincos_positions(self.width, grid, self.base).to(device)
+        return self._made[grid, device]
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -93,7 +107,7 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(patch, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self._positions: dict[tuple[int, torch.device], Tensor] = {}
+        self.positions = Positions(width, self.grid)
         nn.init.normal_(self.cls_token, std=0.02)
         init_weights(self)
 
@@ -101,12 +115,6 @@ class Encoder(nn.Module):
     def values(self) -> int:
         """Values per patch, P = 3 p^2."""
         return 3 * self.patch**2
-
-    def positions(self, grid: int, device: torch.device) -> Tensor:
-        """(grid^2, D), made once per grid and device. Fixed, hence no parameter and in no checkpoint."""
-        if (grid, device) not in self._positions:
-            self._positions[grid, device] = sincos_positions(self.width, grid, self.grid).to(device)
-        return self._positions[grid, device]
 
     def embed(self, view: Patches) -> Tensor:
         """(B, K, D): what the encoder sees of a view, each token with the code of its place."""

@@ -231,12 +231,13 @@ def test_decoder_sees_visible_tokens_at_their_own_cells():  # T-M3
     decoder.norm = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     keep, hidden = draw_mask(torch.arange(2), 16, 4, stream=1)
     code = torch.randn(2, 5, 16)
-    _, tokens = decoder(code, keep, hidden)
+    _, tokens = decoder(code, Patches(torch.zeros(2, 16, 12), 4, keep, hidden), hidden)
+    positions = decoder.positions(4, torch.device("cpu"))
     for b in range(2):
         for k in range(4):
-            assert torch.allclose(tokens[b, 1 + k], code[b, 1 + k] + decoder.positions[keep[b, k]])
+            assert torch.allclose(tokens[b, 1 + k], code[b, 1 + k] + positions[keep[b, k]])
         for m in range(12):
-            assert torch.allclose(tokens[b, 5 + m], decoder.mask_token[0, 0] + decoder.positions[hidden[b, m]])
+            assert torch.allclose(tokens[b, 5 + m], decoder.mask_token[0, 0] + positions[hidden[b, m]])
 
 
 def test_patch_mean_leaves_the_class_token_out():

@@ -108,7 +108,7 @@ def test_ema_target_starts_equal_follows_and_leaks_nothing():
     objective.after_step(network)
     moved = dict(copy.named_parameters())["module.cls_token"]
     assert torch.allclose(moved, before["cls_token"] + 0.1, atol=1e-6)
-    trained = {id(p) for group in parameter_groups(network, 0.05) for p in group["params"]}
+    trained = {id(p) for group in parameter_groups(network, Optim())[0] for p in group["params"]}
     assert not any(id(p) in trained for p in copy.parameters())
 
 
@@ -191,9 +191,11 @@ def test_forty_steps_on_one_batch_lower_the_loss(objective, factor):
 
 def test_weight_decay_spares_vectors_and_tokens_and_every_parameter_is_in_one_group():
     network = Network(DAAE(), SMALL, 0)
-    decayed, plain = parameter_groups(network, 0.05)
+    (plain, decayed), matrices = parameter_groups(network, Optim())
+    assert matrices == []
     assert decayed["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0
+    assert plain["lr_scale"] == decayed["lr_scale"] == 1
     names = {id(p): n for n, p in network.named_parameters()}
     free = {names[id(p)] for p in plain["params"]}
     assert {"encoder.cls_token", "parts.decoder.mask_token", "encoder.norm.weight"} <= free

@@ -28,7 +28,7 @@ SMALL_DAAE = DAAE(head_hidden=32, head_out=16)
 
 def small_run(method=SMALL_DAAE, **changes) -> Run:
     speed = {name: changes.pop(name) for name in ("compile", "recompute", "attention") if name in changes}
-    rates = {name: changes.pop(name) for name in ("accumulate", "clip_grad") if name in changes}
+    rates = {name: changes.pop(name) for name in ("accumulate", "clip_grad", "layer_decay") if name in changes}
     optim = Optim(batch=16, lr=1e-3, **rates)
     run = Run(objective="daae", method=method, model=SMALL, optim=optim, speed=Speed(**speed), device="cpu")
     return replace(run, **{"precision": "fp32", **changes})

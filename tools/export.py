@@ -127,7 +127,7 @@ def load_encoder(settings: Run, point: Checkpoint) -> Encoder:
 
     shape, prefix = settings.model, "encoder."
     encoder = Encoder(side=shape.side, patch=shape.patch, width=shape.width, depth=shape.depth, heads=shape.heads)
-    weights = {name.removeprefix(prefix): value for name, value in point.weights().items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): value for name, value in point.scored().items() if name.startswith(prefix)}
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:

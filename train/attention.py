@@ -12,6 +12,7 @@ import torch
 from model.attention import choose, fastest, listening
 from train.ceiling import DTYPES
 from train.device import autocast
+from train.stages import parts_of
 from train.step import Stepper, noise, views_of
 
 LOOKED_AT = 2  # images, to learn which lengths there are
@@ -31,8 +32,9 @@ def settle_attention(stepper: Stepper) -> str:
         network, share = stepper.network.eval(), run.optim.batch // run.optim.accumulate // stepper.ranks.count
         choose("")
         with listening() as seen, torch.no_grad(), autocast(device, run.precision):
-            batch = noise(run, LOOKED_AT, device)
-            network(views_of(run, batch), batch.label)
+            for _, part in parts_of(run):
+                batch = noise(part, LOOKED_AT, device)
+                network(views_of(part, batch), batch.label)
         network.train()
         most = {str(one): replace(one, rows=min(MOST_ROWS, one.rows * share // LOOKED_AT)) for one in sorted(seen)}
         ways = {name: fastest(one, device, DTYPES[run.precision]) for name, one in most.items()}

@@ -21,7 +21,7 @@ def write_capture(out: Path, stepper: Stepper, batch: Batch, step: int, ranks: R
     values are not finite. All ranks call it: their gradients are averaged again.
     """
     assert stepper.wrapped is not None
-    run = stepper.run
+    run = stepper.now
     with autocast(stepper.device, run.precision):
         outcome = stepper.wrapped(views_of(run, batch), batch.label)
         loss = torch.stack(list(outcome.terms.values())).sum()

@@ -2,7 +2,8 @@
 
 checkpoints/step_000012000/
   model.safetensors   every weight and buffer of the network
-  optim.safetensors   AdamW's moments, by parameter name
+  optim.safetensors   the optimizer's moments, by parameter name
+  ema.safetensors     the average of the encoder's weights, where the run keeps one
   state.json          step, clock, configuration, fingerprint of the data
   manifest.json       size and sha256 of the others, written last
 """
@@ -27,6 +28,7 @@ from pipeline.errors import DataError, ResourceError
 from pipeline.staging import sync, write_durably
 
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
+AVERAGE = "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,26 @@ class Checkpoint:
     def moments(self) -> dict[str, Tensor]:
         return _tensors(self.path / "optim.safetensors")
 
+    def average(self) -> dict[str, Tensor]:
+        """Of the encoder's weights, by the names that they have in the network; empty where none is kept."""
+        return _tensors(self.path / AVERAGE) if (self.path / AVERAGE).exists() else {}
 
-def save(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> Path:
+    def scored(self) -> dict[str, Tensor]:
+        """The weights that are scored and exported: the average's, where there is one, in place of the encoder's."""
+        return {**self.weights(), **self.average()}
+
+
+def save(
+    folder: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int,
+    average: dict[str, Tensor] | None = None,
+) -> Path:
     """Write step `state["step"]` under `folder` and prune older ones; returns its path.
 
+    average: weights of the encoder by their names in the network, or None.
     A crash at any instant leaves the previous checkpoint untouched and nothing that reads as a newer one.
     Raises ResourceError on a full disk, with the half-written folder removed.
     """
@@ -61,12 +79,14 @@ def save(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, sta
         partial.mkdir(parents=True)
         save_file(_contiguous(network.state_dict()), partial / FILES[0])
         save_file(_contiguous(optimizer_tensors(network, optimizer)), partial / FILES[1])
-        for name in FILES[:2]:
-            share(partial / name)
+        if average is not None:
+            save_file(_contiguous(average), partial / AVERAGE)
+        for path in partial.iterdir():
+            share(path)
         (partial / FILES[2]).write_text(json.dumps(state, indent=1))
-        for name in FILES:
-            sync(partial / name)
-        manifest = json.dumps({name: _facts(partial / name) for name in FILES}, indent=1)
+        for path in partial.iterdir():
+            sync(path)
+        manifest = json.dumps({path.name: _facts(path) for path in sorted(partial.iterdir())}, indent=1)
         write_durably(partial / "manifest.json", manifest.encode())
         sync(partial)
         if final.exists():
@@ -105,7 +125,7 @@ def verify(path: Path) -> Checkpoint:
     """Check every byte against the manifest. Raises DataError: one flipped bit loads silently from safetensors."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in FILES:
+        for name in {*FILES, *manifest}:
             if _facts(path / name) != manifest[name]:
                 raise DataError(f"checkpoint {path} is damaged ({name}: size or sha256 differs).")
         return Checkpoint(path, json.loads((path / FILES[2]).read_text()))
@@ -114,7 +134,8 @@ def verify(path: Path) -> Checkpoint:
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name: `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`."""
+    """The optimizer's state by parameter name: AdamW's `NAME/exp_avg`, `NAME/exp_avg_sq` and `NAME/step`, Muon's
+    `NAME/momentum`."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     return {
         f"{names[id(parameter)]}/{key}": value

@@ -18,11 +18,12 @@ from model.shape import Shape
 from model.ways import parse_ways
 from pipeline.errors import UsageError
 from train.command import nearest, overlay, plain
+from train.stages import parts_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with MAE's schedule: linear warm-up, half a cosine down, decided by the step alone."""
+    """MAE's recipe and what may be tried beside it; its schedule is linear warm-up, then half a cosine down."""
 
     batch: int = 4096
     """Images per optimizer step, over all devices."""
@@ -40,6 +41,15 @@ class Optim:
     """Largest gradient norm; none by default, as MAE."""
     accumulate: int = 1
     """Parts that a batch is cut into to fit memory. A contrastive loss sees only one part's negatives."""
+    stages: str = ""
+    """Parts of the run with smaller pictures or batches, as SHARE:side=PIXELS,batch=IMAGES up to a share of the steps:
+    "0.7:side=160" trains seven tenths of the steps at 160 px; the rest is as configured. The rate follows the batch."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the blocks' matrices move along their momentum made orthogonal, everything else by AdamW."""
+    layer_decay: float = 1.0
+    """Each encoder block learns this much slower than the one behind it; 1: all alike."""
+    ema: float = 0.0
+    """Decay of a moving average of the encoder's weights, which is then what is scored and exported; 0: none."""
 
     def check(self) -> None:
         """Raises UsageError."""
@@ -47,6 +57,8 @@ class Optim:
             raise UsageError(f"--batch {self.batch} and --accum-iter {self.accumulate}: both are at least 1.")
         if self.batch % self.accumulate:
             raise UsageError(f"--batch {self.batch} cannot be cut into {self.accumulate} equal parts (--accum-iter).")
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.ema < 1:
+            raise UsageError("--optim.layer-decay lies above 0 and up to 1, --optim.ema from 0 to below 1.")
 
     def peak_lr(self) -> float:
         return self.lr if self.lr is not None else self.base_lr * self.batch / 256
@@ -130,8 +142,6 @@ class Run:
 
     def check(self) -> None:
         """What can be said before any data is looked at. Raises UsageError."""
-        self.model.check()
-        self.optim.check()
         least = {
             "speed.workers": 0, "speed.ahead": 1, "watch.log_every": 1, "watch.evaluations": 0,
             "watch.keep_checkpoints": 1, "watch.checkpoint_minutes": 0, "speed.hw_decoder_load": 0,
@@ -140,6 +150,9 @@ class Run:
         for name, lowest in least.items():
             if values[name] < lowest:
                 raise UsageError(f"--{name.replace('_', '-')} is at least {lowest}, not {values[name]}.")
+        for _, part in parts_of(self):
+            part.model.check()
+            part.optim.check()
         if self.speed.attention != "auto":
             parse_ways(self.speed.attention)
         if self.speed.hw_decoder_load > 1 or self.speed.stall_seconds <= 0:

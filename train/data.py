@@ -8,24 +8,29 @@ from pipeline.store import Store
 from pipeline.views import check_views
 from train.config import Run
 from train.ranks import Ranks
+from train.stages import parts_of
 
 
 def check_data(run: Run, store: Store, ranks: int = 1) -> None:
-    """Whether a run fits a store and its ranks.
+    """Whether a run, every stage of it, fits a store and its ranks.
 
     Raises UsageError (no grid of patches fits a view, a batch that cannot be shared out), DataError (too few images).
     """
-    check_views(run.method.views(run.model), run.model.patch)
-    check_batch(store, run.optim.batch)
-    if run.optim.batch % (ranks * run.optim.accumulate):
-        raise UsageError(
-            f"--batch {run.optim.batch} cannot be shared out evenly among {ranks} processes"
-            + (f" in {run.optim.accumulate} parts each (--accum-iter)." if run.optim.accumulate > 1 else ".")
-        )
+    for _, part in parts_of(run):
+        check_views(part.method.views(part.model), part.model.patch)
+        check_batch(store, part.optim.batch)
+        if part.optim.batch % (ranks * part.optim.accumulate):
+            raise UsageError(
+                f"--batch {part.optim.batch} cannot be shared out evenly among {ranks} processes"
+                + (f" in {part.optim.accumulate} parts each (--accum-iter)." if part.optim.accumulate > 1 else ".")
+            )
 
 
 def open_data(run: Run, store: Store, ranks: Ranks | None = None) -> Loader:
-    """run: resolved, so that device and backend are known. Raises what check_data and open_loader raise."""
+    """The loader of a run in one part, or of one stage.
+
+    run: resolved, so that device and backend are known. Raises what check_data and open_loader raise.
+    """
     ranks = ranks or Ranks()
     check_data(run, store, ranks.count)
     speed = run.speed

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
     device = choose_device(flags.device)
     network = Network(settings.method, settings.model, settings.seed).to(device)
-    network.load_state_dict(point.weights())
+    network.load_state_dict(point.scored())
     result = exam.sit(encoder_features(network, settings, device, flags.feature), flags.protocols)
     result = {"step": point.step, "train_seconds": round(point.state["clock"]["train_seconds"], 3), **result}
     if flags.baselines:

@@ -63,7 +63,7 @@ def repainted(network: Network, view: Patches, run: Run) -> Tensor:
     assert view.hidden is not None
     network.eval()
     (code,) = network.encoder(view)
-    predicted = network.parts["decoder"](code, view.keep, view.hidden)[0].float()
+    predicted = network.parts["decoder"](code, view, view.hidden)[0].float()
     if getattr(run.method, "norm_pix", False):
         truth = take(view.pixels, view.hidden)
         predicted = predicted * (truth.var(-1, keepdim=True) + 1e-6).sqrt() + truth.mean(-1, keepdim=True)

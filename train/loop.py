@@ -23,7 +23,6 @@ from model.objectives import Outcome
 from pipeline import native
 from pipeline.errors import DataError, NumericsError, Preempted, UsageError
 from pipeline.limits import usable_cores
-from pipeline.loader import Loader
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
 from train import checkpoint, folder
@@ -39,6 +38,7 @@ from train.ledger import PARTS, TRAINING, Ledger
 from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, digest, together, wanted
 from train.schedule import learning_rate, warmup_steps
+from train.stages import Stage, lay_out, macs_per_image, steps_of
 from train.step import Stepper
 from train.stop import CutShort, Stop
 
@@ -104,20 +104,18 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         run = dataclasses.replace(
             run, budget=Budget(**saved["budget"]), precision=saved["precision"], loader=saved["loader"], speed=speed
         )
-    loader = open_data(run, store, ranks)
     if run.speed.workers > (cores := max(1, int(usable_cores()))):
         journal.say(f"--workers {run.speed.workers}, but this process may use {cores} cores: only a slow disk gains.")
     if (why := native.why_not()) is not None:
         journal.say(f"Pillow decodes, several times slower than our decoder: {why}.")
-    try:
-        if run.budget.steps is None:
-            try:
-                with stop.at_once():
-                    run = dataclasses.replace(run, budget=freeze_budget(run, loader, journal, ranks))
-            except CutShort:
-                raise Preempted(f"stopped by {stop.name} before the first step. Run the same command again.") from None
-        name = device_name(device)
-        trainer = Trainer(run, store, loader, device, journal, stop, controls.baselines, ranks)
+    if run.budget.steps is None:
+        try:
+            with stop.at_once():
+                run = dataclasses.replace(run, budget=freeze_budget(run, store, journal, ranks))
+        except CutShort:
+            raise Preempted(f"stopped by {stop.name} before the first step. Run the same command again.") from None
+    name = device_name(device)
+    with contextlib.closing(Trainer(run, store, device, journal, stop, controls.baselines, ranks)) as trainer:
         attention = settle_attention(trainer.stepper)
         if ranks.first:
             folder.write_settings(
@@ -137,18 +135,16 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         trainer.stepper.prepare()
         trainer.train(controls.limit_steps, until_score=controls.until_score)
         return trainer.finish()
-    finally:
-        loader.close()
 
 
-def freeze_budget(run: Run, loader: Loader, journal: Journal, ranks: Ranks) -> Budget:
+def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks) -> Budget:
     """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step."""
     wish = run.budget
     if wish.epochs is not None and wish.seconds is None:
-        return dataclasses.replace(wish, steps=max(1, int(wish.epochs * loader.batches)))
+        return dataclasses.replace(wish, steps=steps_of(run, wish.epochs, store.count))
     if wish.seconds is None:
         raise UsageError("how long? Give one of --epochs, --steps and --seconds.")
-    (pace,) = seconds_per_step([(run, loader)], wish.seconds, ranks)
+    (pace,) = seconds_per_step([(run, store)], wish.seconds, ranks)
     budget = steps_for(wish, pace)
     journal.say(f"calibrated: {pace * 1000:.0f} ms a step, so {wish.seconds:g} s are {budget.steps:,} steps.")
     return budget
@@ -167,7 +163,6 @@ class Trainer:
         self,
         run: Run,
         store: Store,
-        loader: Loader,
         device: torch.device,
         journal: Journal,
         stop: Stop,
@@ -175,17 +170,19 @@ class Trainer:
         ranks: Ranks,
     ):
         assert run.budget.steps is not None
-        self.run, self.store, self.loader, self.device = run, store, loader, device
+        self.run, self.store, self.device = run, store, device
         self.journal, self.stop, self.ranks, self.steps = journal, stop, ranks, run.budget.steps
+        self.stages = lay_out(run, self.steps, store.count)
+        self.stage, self.loader = self.stages[0], open_data(self.stages[0].run, store, ranks)
         self.ledger = Ledger(device)
         self.stepper = Stepper(run, device, ranks=ranks, ledger=self.ledger)
         self.network, self.optimizer = self.stepper.network, self.stepper.optimizer
         self.first = ranks.first
-        self.warmup = warmup_steps(run.optim, self.steps, loader.batches)
+        self.warmup = warmup_steps(run.optim, self.steps, store.count // run.optim.batch)
         self.clock, self.step = Clock(), 0
         self.sums: dict[str, Tensor] = {}
         self.refused = 0  # steps, up to the last row
-        self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0.0)
+        self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0, 0.0)  # step, images, seconds
         self.exam = self._prepare_exam() if run.watch.evaluations and ranks.first else None
         self.baselines_from = baselines
         self.baselines: dict = {}
@@ -203,12 +200,13 @@ class Trainer:
 
     def load(self, point: checkpoint.Checkpoint) -> None:
         self.network.load_state_dict(point.weights())
+        self.stepper.load_average(point.average())
         checkpoint.load_optimizer(self.network, self.optimizer, point.moments())
         self.stepper.scaler.load_state_dict(point.state.get("scaler", {}))
         self.clock.load(point.state["clock"])
         self.ledger.load(point.state.get("ledger", {}))
-        self.step = point.step
-        self.saved, self.logged = True, (self.step, self.clock.train_seconds)
+        self.step = self.stepper.taken = point.step
+        self.saved, self.logged = True, (self.step, self.clock.images, self.clock.train_seconds)
 
     def train(self, limit: int | None, *, until_score: bool) -> None:
         run, clock, ranks, ledger = self.run, self.clock, self.ranks, self.ledger
@@ -225,19 +223,19 @@ class Trainer:
         if until_score:
             last = min([last, *(step for step in evaluate_at if step > self.step)])
         while self.step < last:
-            epoch, start = divmod(self.step, self.loader.batches)
+            stage = self.enter_stage()
             clock.start()
-            with contextlib.closing(self.loader.epoch(epoch, start)) as batches:
-                while self.step < last:
+            with contextlib.closing(self.loader.epoch(*stage.place(self.step))) as batches:
+                while self.step < min(last, stage.last):
                     with ledger("data wait"):
                         batch = next(batches, None)
                     if batch is None:
                         break
-                    lr = learning_rate(run.optim, self.step, self.steps, self.warmup)
+                    lr = learning_rate(stage.run.optim, self.step, self.steps, self.warmup)
                     with ranks.waiting("a step"):
                         self.add(self.stepper(batch, lr))
                     self.step += 1
-                    clock.images += run.optim.batch
+                    clock.images += stage.run.optim.batch
                     evaluate, stopped = self.step in evaluate_at, ranks.any(self.stop.asked)
                     if self.step % run.watch.log_every == 0 or self.step == last or evaluate or stopped:
                         clock.pause(self.device)
@@ -252,6 +250,20 @@ class Trainer:
                             clock.start()
             clock.pause(self.device)
 
+    def enter_stage(self) -> Stage:
+        """The stage of the next step; another one's views or batch need another loader."""
+        stage = next(each for each in self.stages if self.step < each.last)
+        if stage is not self.stage:
+            self.loader.close()
+            self.stage, self.loader = stage, open_data(stage.run, self.store, self.ranks)
+            part = stage.run
+            self.journal.say(f"step {self.step:,}: from here {part.model.side} px, {part.optim.batch} images a step.")
+        self.stepper.now = stage.run
+        return stage
+
+    def close(self) -> None:
+        self.loader.close()
+
     def add(self, outcomes: list[Outcome]) -> None:
         """Sum on the device; a row reads the sums once. A step that was refused adds nothing."""
         watched = {"grad_norm": self.stepper.norm}
@@ -264,15 +276,15 @@ class Trainer:
             watched = {}
 
     def log(self, lr: float) -> None:
-        before, seconds_before = self.logged
+        before, images_before, seconds_before = self.logged
         steps = self.step - before
         if steps == 0:
             return
         means = self.means(steps)
         clock = self.clock
-        rate = steps * self.run.optim.batch / max(1e-9, clock.train_seconds - seconds_before)
-        self.logged = (self.step, clock.train_seconds)
-        epochs = self.step / self.loader.batches
+        rate = (clock.images - images_before) / max(1e-9, clock.train_seconds - seconds_before)
+        self.logged = (self.step, clock.images, clock.train_seconds)
+        epochs = self.stage.epochs(self.step)
         spent = self.ledger.read()
         spent["other"] = clock.train_seconds - sum(spent.get(part, 0.0) for part in TRAINING)
         wait = spent.get("data wait", 0.0) / max(1e-9, clock.train_seconds)
@@ -285,7 +297,7 @@ class Trainer:
         saved = f"ckpt {duration(time.monotonic() - self.saved_at)} ago" if self.saved else "no ckpt yet"
         left = (self.steps - self.step) * clock.train_seconds / max(1, self.step)
         self.journal.progress(self.step, self.steps, (
-            f"ep {epochs:.1f}/{self.steps / self.loader.batches:.1f}  step {self.step:,}  loss {means['loss']:.4f}  "
+            f"ep {epochs:.1f}/{self.stages[-1].epochs(self.steps):.1f}  step {self.step:,}  loss {means['loss']:.4f}  "
             f"img/s {rate:,.0f}  data-wait {wait:.0%}  mem {used:.1f}/{total:.0f} GB  "
             f"{saved}  ETA {duration(left)}"
         ))  # fmt: skip
@@ -322,8 +334,7 @@ class Trainer:
         """What the last step was made of. It was not taken, so the weights are those that it met."""
         from train.capture import write_capture
 
-        epoch, start = divmod(self.step - 1, self.loader.batches)
-        with contextlib.closing(self.loader.epoch(epoch, start)) as batches:
+        with contextlib.closing(self.loader.epoch(*self.stage.place(self.step - 1))) as batches:
             return write_capture(self.journal.out, self.stepper, next(batches), self.step, self.ranks)
 
     def score_baselines(self) -> None:
@@ -348,7 +359,7 @@ class Trainer:
 
     def balance(self) -> None:
         """ledger.json: what the run's seconds went into, and how near the machine's limit its steps were."""
-        seconds, flop = self.clock.train_seconds, 6 * self.run.method.macs(self.run.model)
+        seconds, flop = self.clock.train_seconds, 6 * macs_per_image(self.run)
         flops = flop * self.clock.images / max(1e-9, seconds)
         # On every rank the same: one device's share is compared with what one device can do.
         ceiling = gemm_flops(self.device, self.run.precision) if seconds > WORTH_A_CEILING else None
@@ -367,7 +378,8 @@ class Trainer:
 
         assert self.exam is not None
         final = self.step == self.steps
-        result = score_network(self.network, self.exam, self.run, self.device, final=final)
+        with self.stepper.scored() as network:
+            result = score_network(network, self.exam, self.run, self.device, final=final)
         leading = result["leading"] and result["leading"]["value"]
         seconds = round(self.clock.train_seconds, 3)
         at = {"step": self.step, "train_seconds": seconds, "images": self.clock.images}
@@ -386,7 +398,14 @@ class Trainer:
         }  # fmt: skip
         where = folder.checkpoints(self.journal.out)
         with self.ledger.aside("checkpoint"):
-            path = checkpoint.save(where, self.network, self.optimizer, state, self.run.watch.keep_checkpoints)
+            path = checkpoint.save(
+                where,
+                self.network,
+                self.optimizer,
+                state,
+                self.run.watch.keep_checkpoints,
+                self.stepper.average_weights(),
+            )
         self.saved, self.saved_at = True, time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 

@@ -22,6 +22,7 @@ from train.command import run as run_command
 
 if TYPE_CHECKING:
     from pipeline.loader import Loader
+    from pipeline.store import Store
     from pipeline.views import Batch
     from train.config import Budget, Run
     from train.ranks import Ranks
@@ -31,26 +32,37 @@ SHARE = 0.1  # of the seconds that are planned, spent on measuring
 SECONDS = (2.0, 20.0)  # for each recipe, at least and at most
 
 
-def seconds_per_step(recipes: list[tuple[Run, Loader]], wanted: float, ranks: Ranks | None = None) -> list[float]:
-    """Median seconds of a whole step of each recipe: waiting for data, views, forward, backward, optimizer.
+def seconds_per_step(recipes: list[tuple[Run, Store]], wanted: float, ranks: Ranks | None = None) -> list[float]:
+    """Median seconds of a whole step of each recipe: waiting for data, views, forward, backward, optimizer. Where a
+    recipe has stages, the mean over its steps.
 
     wanted: seconds of the run that is planned; a tenth of them, within limits, is spent on each recipe. The steps are
     those of the run, on a throwaway network and at a learning rate of 0. Of several ranks rank 0's clock counts.
     """
+    from train.data import open_data
     from train.ranks import Ranks
+    from train.stages import parts_of
 
     ranks = ranks or Ranks()
-    each = min(SECONDS[1], max(SECONDS[0], SHARE * wanted))
-    rehearsals = [_rehearse(run, loader, ranks) for run, loader in recipes]
+    parts = [(place, *part, store) for place, (run, store) in enumerate(recipes) for part in parts_of(run)]
+    each = min(SECONDS[1], max(SECONDS[0], SHARE * wanted)) * len(recipes) / len(parts)
     with contextlib.ExitStack() as stack:
+        rehearsals = []
+        for _, _, run, store in parts:
+            loader = open_data(run, store, ranks)
+            stack.callback(loader.close)
+            rehearsals.append(_rehearse(run, loader, ranks))
         for turns in rehearsals:
             stack.enter_context(contextlib.closing(turns))  # pyright: ignore[reportArgumentType]
             next(turns)  # allocates, compiles and fills the loader's queue
-        taken: list[list[float]] = [[] for _ in recipes]
+        taken: list[list[float]] = [[] for _ in parts]
         while ranks.share(min(map(sum, taken)) * TURN_STEPS < each):
             for turns, seconds in zip(rehearsals, taken, strict=True):
                 seconds.append(next(turns))
-    return ranks.share([statistics.median(seconds) for seconds in taken])
+    paces = [0.0] * len(recipes)
+    for (place, share, _, _), seconds in zip(parts, taken, strict=True):
+        paces[place] += share * statistics.median(seconds)
+    return ranks.share(paces)
 
 
 def _rehearse(run: Run, loader: Loader, ranks: Ranks) -> Iterator[float]:
@@ -88,23 +100,18 @@ def main(argv: list[str]) -> int:
     """Measure what a file asks for, {"settings": {name: settings of a run}}, and write "seconds_per_step" into it."""
     from pipeline.store import Store
     from train.config import Run, with_values
-    from train.data import open_data
     from train.device import resolve
 
     path = Path(argv[0])
     question = json.loads(path.read_text(encoding="utf-8"))
-    with contextlib.ExitStack() as stack:
-        recipes, wanted = [], 0.0
-        for name, values in question["settings"].items():
-            wish = with_values(Run(), values, f"{path}: {name}")
-            if wish.data is None or wish.budget.seconds is None:
-                raise DataError(f"{path}: {name} names no data or no seconds.")
-            store, wanted = Store.open(wish.data), max(wanted, wish.budget.seconds)
-            run = resolve(wish, store)
-            loader = open_data(run, store)
-            stack.callback(loader.close)
-            recipes.append((run, loader))
-        paces = seconds_per_step(recipes, wanted)
+    recipes, wanted = [], 0.0
+    for name, values in question["settings"].items():
+        wish = with_values(Run(), values, f"{path}: {name}")
+        if wish.data is None or wish.budget.seconds is None:
+            raise DataError(f"{path}: {name} names no data or no seconds.")
+        store, wanted = Store.open(wish.data), max(wanted, wish.budget.seconds)
+        recipes.append((resolve(wish, store), store))
+    paces = seconds_per_step(recipes, wanted)
     answer = {**question, "seconds_per_step": dict(zip(question["settings"], paces, strict=True))}
     write_whole(path, json.dumps(answer, indent=1))
     return 0

@@ -10,6 +10,7 @@ from pipeline.store import Store
 from train.config import Run
 from train.journal import duration
 from train.schedule import learning_rate, warmup_steps
+from train.stages import images_per_step, macs_per_image, parts_of, steps_of
 
 if TYPE_CHECKING:
     from train.pretrain import Controls
@@ -32,17 +33,18 @@ def parameter_counts(run: Run) -> tuple[int, int]:
 
 def make_plan(run: Run, images: int, images_per_second: float | None) -> dict:
     """Numbers of the run; those that depend on a rate are there only with one."""
-    optim, steps_per_epoch = run.optim, images / run.optim.batch
+    optim, batch = run.optim, images_per_step(run)
+    steps_per_epoch, flop = images / batch, 6 * macs_per_image(run)
     steps = run.budget.steps
     if steps is None and run.budget.epochs is not None:
-        steps = max(1, int(run.budget.epochs * (images // optim.batch)))
+        steps = steps_of(run, run.budget.epochs, images)
     if steps is None and run.budget.seconds is not None and images_per_second:
-        steps = max(1, int(run.budget.seconds * images_per_second / optim.batch))
+        steps = max(1, int(run.budget.seconds * images_per_second / batch))
     encoder, parts = parameter_counts(run)
     plan: dict = {
         "preset": run.preset, "objective": run.objective, "images": images, "batch": optim.batch,
         "steps_per_epoch": round(steps_per_epoch, 2), "steps": steps, "peak_lr": optim.peak_lr(),
-        "gflop_per_image": round(6 * run.method.macs(run.model) / 1e9, 3),
+        "gflop_per_image": round(flop / 1e9, 3),
         "encoder_parameters": encoder, "other_parameters": parts,
         # fp32 weights, gradients and two moments
         "state_gb": round(16 * (encoder + parts) / 1e9, 3), "checkpoint_gb": round(12 * (encoder + parts) / 1e9, 3),
@@ -52,11 +54,11 @@ def make_plan(run: Run, images: int, images_per_second: float | None) -> dict:
         plan["epochs"] = round(steps / steps_per_epoch, 2)
         plan["warmup_steps"] = round(warmup)
         plan["lr_halfway"] = learning_rate(optim, steps // 2, steps, warmup)
-        plan["exaflop"] = round(6 * run.method.macs(run.model) * optim.batch * steps / 1e18, 4)
+        plan["exaflop"] = round(flop * batch * steps / 1e18, 4)
         if images_per_second:
             plan["images_per_second"] = images_per_second
             plan["seconds_per_epoch"] = round(images // optim.batch * optim.batch / images_per_second, 4)
-            plan["hours"] = round(steps * optim.batch / images_per_second / 3600, 2)
+            plan["hours"] = round(steps * batch / images_per_second / 3600, 2)
     return plan
 
 
@@ -67,8 +69,12 @@ def measured_rate(run: Run) -> float:
 
     assert run.data is not None
     store = Store.open(run.data)
-    sample = predict(resolve(run, store), store)
-    return sample.images / sample.seconds
+    images = seconds = 0.0
+    for share, part in parts_of(run):
+        sample = predict(resolve(part, store), store)
+        images += share * part.optim.batch
+        seconds += share * part.optim.batch * sample.seconds / sample.images
+    return images / seconds
 
 
 KNOWN_IMAGES = {"in1k": 1_281_167, "mini": 34_745}  # ImageNet-1K; ImageNet-mini as it is distributed

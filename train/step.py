@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.network import Network
+from model.network import MomentumCopy, Network
 from model.objectives import Outcome
-from model.vit import Block
+from model.vit import Block, Encoder
 from pipeline.errors import ResourceError
 from pipeline.views import Batch, Patches, make_views
 from train.config import Run
@@ -38,6 +39,7 @@ class Stepper:
     ):
         """run: resolved. Every rank draws the same weights."""
         self.run, self.device = run, device
+        self.now = run  # as it is at the stage under way: sides of the views, and the batch
         self.ranks = ranks or Ranks()
         self.ledger = ledger or Ledger(device)
         self.network = Network(run.method, run.model, run.seed).to(device)
@@ -45,6 +47,8 @@ class Stepper:
         self.refused = Refused(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         self.norm = torch.zeros((), device=device)  # of the last step's gradient, before it was clipped
+        self.average = MomentumCopy(copy.deepcopy(self.network.encoder)) if run.optim.ema else None
+        self.taken = 0  # steps of the run so far
         self.wrapped: nn.Module | None = None
 
     def prepare(self, *, watched: bool = True) -> None:
@@ -86,17 +90,22 @@ class Stepper:
                 raise
             raise self._too_large(len(batch.id)) from None
         self.run.method.after_step(self.network)
+        self.taken += 1
+        if self.average is not None:
+            # Over few steps a slow average would still be mostly the untrained weights.
+            slow = min(self.run.optim.ema, (1 + self.taken) / (10 + self.taken))
+            self.average.follow(self.network.encoder, slow)
         return outcomes
 
     def _step(self, batch: Batch, lr: float, parts: int) -> list[Outcome]:
         assert self.wrapped is not None
         ledger, outcomes = self.ledger, []
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for number, part in enumerate(cut(batch, parts)):
             with self._alone_but_for(number == parts - 1):
                 with ledger("views"):
-                    views = views_of(self.run, part)
+                    views = views_of(self.now, part)
                 with ledger("losses"), autocast(self.device, self.run.precision):
                     outcome = self.wrapped(views, part.label)
                     loss = torch.stack(list(outcome.terms.values())).sum() / parts
@@ -129,7 +138,7 @@ class Stepper:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self._step(noise(self.run, count, self.device), 0.0, 1)
+                self._step(noise(self.now, count, self.device), 0.0, 1)
                 works = count
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
@@ -150,6 +159,27 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def average_weights(self) -> dict[str, Tensor] | None:
+        if self.average is None:
+            return None
+        return {f"encoder.{name}": value for name, value in self.average.module.state_dict().items()}
+
+    def load_average(self, weights: dict[str, Tensor]) -> None:
+        """As `average_weights` gave them; nothing where there is no average."""
+        if self.average is not None:
+            self.average.module.load_state_dict({name.removeprefix("encoder."): each for name, each in weights.items()})
+
+    @contextlib.contextmanager
+    def scored(self) -> Iterator[Network]:
+        """The network as it is scored: with the average of the encoder's weights where there is one."""
+        trained = self.network.encoder
+        try:
+            if self.average is not None:
+                self.network.encoder = cast(Encoder, self.average.module)
+            yield self.network
+        finally:
+            self.network.encoder = trained
 
     def _alone_but_for(self, last: bool) -> AbstractContextManager:
         """Ranks average their gradients once a step, with the last part."""

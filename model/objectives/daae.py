@@ -108,13 +108,12 @@ class DAAE(Objective):
         from model.vit import patch_mean
 
         holed, small = views["holed"], views["small"]
-        assert holed.keep is not None
         assert holed.hidden is not None
         code, seen_small = self._encode(net, holed, small)
         terms, feature = {}, patch_mean(code)
         if self.reconstruct_weight > 0:
             hidden = scored_patches(holed.hidden, self.decoded_share)
-            predicted, tokens = net.parts["decoder"](code, holed.keep, hidden)
+            predicted, tokens = net.parts["decoder"](code, holed, hidden)
             terms["reconstruct"] = self.reconstruct_weight * repaint_loss(predicted, holed, hidden, self.norm_pix)
             if self.feature == "asym":
                 feature = tokens.mean(dim=1)

@@ -76,10 +76,9 @@ class MAE(Objective):
 
 def reconstruction(net: Network, code: Tensor, holed: Patches, share: float, norm_pix: bool) -> Tensor:
     """MAE's loss on `share` of the hidden patches of a view that the encoder has turned into `code`."""
-    assert holed.keep is not None
     assert holed.hidden is not None
     hidden = scored_patches(holed.hidden, share)
-    predicted, _ = net.parts["decoder"](code, holed.keep, hidden)
+    predicted, _ = net.parts["decoder"](code, holed, hidden)
     return repaint_loss(predicted, holed, hidden, norm_pix)
 
 
