@@ -16,6 +16,7 @@ from train.presets import open_preset
 
 NAME = "ridge on subcategory, mean of fluent and emojione"
 EPOCH_IMAGES, BATCH = 1280, 128
+SPENT = {"data wait": 0.03, "encoder": 0.3, "backward": 0.6, "other": 0.07}  # of the training seconds
 
 
 def score(value: float, error: float = 0.01, count: int = 1600) -> dict[str, float]:
@@ -65,6 +66,7 @@ def write_run(
         row |= {"info_nce": 4.8, "contrast": 0.48} if "daae" in preset else {}
         row["loss"] = row["reconstruct"] + row.get("contrast", 0)
         row |= {"images": images, "images_per_second": rate, "train_seconds": images / rate, "data_wait": 0.031}
+        row["spent"] = {part: share * images / rate for part, share in SPENT.items()} | {"evaluation": 7.0}
         rows.append(row)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if labelled:

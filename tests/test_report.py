@@ -121,6 +121,17 @@ def test_the_page_stands_alone(pair, capsys):
     assert said["bytes"] == len(html.encode()) < 3e6
 
 
+def test_the_seconds_of_each_arm_are_laid_out(pair, capsys):
+    _, _, page = page_of(pair, capsys)
+    part = page[page.index("Where the seconds went") :]
+    part = part[: part.index("</section>")]
+    # 640 and 480 images a second are 1.56 and 2.08 ms an image, three fifths of them backward.
+    assert "<td class=n>0.94</td><td class=n>0.11</td><td class=n>1.56</td>" in part
+    assert "<td class=n>1.25</td><td class=n>0.15</td><td class=n>2.08</td>" in part
+    assert re.findall(r'width:([\d.]+)%;background:#\w+" title="backward', part) == ["45.00", "60.00"]
+    assert "evaluation:" not in part  # off the clock
+
+
 def test_large_pictures_still_fit(tmp_path, capsys):
     folders = [
         write_run(tmp_path / f"run{seed}", preset=preset, seed=seed, gallery=(1830, 1144))

@@ -108,6 +108,8 @@ table.plain thead{display:none}table.plain td:first-child{color:var(--faint);whi
 .legend span{margin-right:1.4rem}
 figure{margin:.6rem 0 1.2rem}
 .chart svg{width:100%;height:auto;display:block;stroke-linejoin:round}
+.bar{display:flex;align-items:center;gap:.8rem;margin:.3rem 0}.bar>span{flex:0 0 9rem;overflow-wrap:anywhere}
+.bar>div{flex:1;display:flex;height:1.4rem}.bar i{display:block;height:100%}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}
 .gallery img{max-width:100%;min-width:min(100%,36rem);height:auto;border-radius:6px;background:#fff;display:block}
 .slides{margin-top:1.6rem;background:var(--soft);border-radius:10px;padding:.9rem 1.25rem}

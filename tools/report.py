@@ -21,6 +21,7 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.staging import write_whole
+from tools import spent
 from tools.analysis import Contrast
 from tools.charts import COLOURS, Level, Line, chart
 from tools.page import document, marked, notes, picture, table
@@ -55,7 +56,7 @@ SLIDES = (
     ("ImageNet-mini", "DAAE", 800, "44.8", "1.45"),
 )
 
-NOT_TERMS = ("step", "epoch", "lr", "images", "images_per_second", "train_seconds", "data_wait")
+NOT_TERMS = ("step", "epoch", "lr", "images", "images_per_second", "train_seconds", "data_wait", "spent", "grad_norm")
 TERM_NAMES = {
     "reconstruct": "reconstruction loss",
     "info_nce": "contrastive loss, nats",
@@ -110,6 +111,7 @@ def render(study: Study) -> str:
         _scores(study, colours),
         _curves(study, colours),
         _speed(study, colours),
+        spent.section(study.groups),
         _losses(study, colours),
         _pictures(study),
         _method(study),
