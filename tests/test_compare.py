@@ -24,7 +24,7 @@ from pipeline.store import Store
 from tests.study_folders import write_run
 from tools import children, compare, report
 from tools import experiment as asked
-from tools.records import read_lines, read_study, target_score
+from tools.records import Cell, cells, read_lines, read_study, target_score
 from train.command import parse
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def words_for(store: Path, out: Path, *more: str, presets: tuple[str, ...] = ("m
 
 
 def experiment(path: Path, **values: Any) -> str:
-    path.write_text(yaml.safe_dump({"arms": {"a": "mae-tiny", "b": "daae-tiny"}, "steps": 4} | values))
+    path.write_text(yaml.safe_dump({"arms": {"a": "mae-tiny", "b": "daae-tiny"}, "steps": 4} | values, sort_keys=False))
     return str(path)
 
 
@@ -87,7 +87,7 @@ def test_arms_may_have_epochs_of_their_own(store_path, tmp_path):
     values = {"arms": arms, "data": str(store_path), "steps": None}
     plan = plan_of("--experiment", experiment(tmp_path / "e.yaml", **values), "--out", str(tmp_path / "out"))
     assert [plan.wish(name).budget.epochs for name in plan.arms] == [16, 6]
-    assert "--steps" not in plan.pretrain_words("long", 0)
+    assert "--steps" not in plan.pretrain_words(Cell("long", 0))
     with pytest.raises(UsageError, match="steps is given for all arms, and arm long declares a budget"):
         plan_of("--experiment", str(tmp_path / "e.yaml"), "--out", str(tmp_path / "out"), "--steps", "5")
 
@@ -131,7 +131,7 @@ def test_flags_go_before_the_file(store_path, tmp_path):
     file = experiment(tmp_path / "e.yaml", data="nowhere", seeds=[5], evaluations=9, target="none")
     more = ("--data", str(store_path), "--seeds", "1", "2", "--seconds", "3", "--evaluations", "0", "--target", "31")
     plan = plan_of("--experiment", file, "--out", str(tmp_path / "out"), *more)
-    assert (plan.seeds, plan.given(), plan.evaluations, plan.target) == ((1, 2), {"seconds": 3.0}, 0, "31")
+    assert (plan.seeds, plan.unit, plan.lengths, plan.evaluations, plan.target) == ((1, 2), "seconds", (3.0,), 0, "31")
 
 
 def test_the_saved_experiment_is_the_same_plan(store_path, tmp_path):
@@ -142,7 +142,40 @@ def test_the_saved_experiment_is_the_same_plan(store_path, tmp_path):
 
 def test_arms_take_turns_to_go_first(store_path, tmp_path):
     plan = plan_of(*words_for(store_path, tmp_path / "out", "--steps", "4", "--seeds", "0", "1", "2"))
-    assert [f"{arm[0]}{seed}" for arm, seed in plan.order()] == ["m0", "d0", "d1", "m1", "m2", "d2"]
+    assert [f"{cell.arm[0]}{cell.seed}" for cell in plan.order()] == ["m0", "d0", "d1", "m1", "m2", "d2"]
+
+
+def test_several_lengths_are_runs_of_their_own(store_path, tmp_path):
+    arms = {"mae": "mae-tiny", "daae": {"preset": "daae-tiny", "also": [2]}}
+    values = {"arms": arms, "data": str(store_path), "steps": [8, 4], "seeds": [0, 1]}
+    plan = plan_of("--experiment", experiment(tmp_path / "e.yaml", **values), "--out", str(tmp_path / "out"))
+    said = [f"{cell.arm[0]}{cell.length:g}/{cell.seed}" for cell in plan.order()]
+    # Seed by seed, from short to long, and who goes first rotates.
+    assert said == ["d2/0", "d4/0", "m4/0", "m8/0", "d8/0", "d2/1", "m4/1", "d4/1", "d8/1", "m8/1"]
+    assert plan.evaluations == 1
+    cell = plan.order()[0]
+    assert plan.folder(cell).name == "daae-2st-seed0"
+    words = plan.pretrain_words(cell)
+    assert words[words.index("--steps") + 1] == "2"
+    assert plan.wish("daae", 2).budget.steps == 2
+    assert plan.wish("daae").budget.steps == 8
+    assert cells(yaml.safe_load(yaml.safe_dump(plan.as_values(), sort_keys=False))) == plan.order()
+    assert [[cell.arm for cell in each] for each in compare.rounds(plan, set(plan.order()[:4]))] == [
+        ["daae"], ["daae"], ["mae", "daae"], ["daae", "mae"],
+    ]  # fmt: skip
+
+
+def test_also_wants_common_lengths(store_path, tmp_path):
+    arms = {"a": {"preset": "mae-tiny", "also": [2], "settings": {"budget.epochs": 4}}}
+    file = experiment(tmp_path / "e.yaml", arms=arms, data=str(store_path), steps=None)
+    with pytest.raises(UsageError, match="`also` adds to the common lengths"):
+        plan_of("--experiment", file, "--out", str(tmp_path / "out"))
+
+
+def test_records_of_one_length_and_of_several_do_not_mix(plan):
+    record = record_of(plan, "mae-tiny")
+    with pytest.raises(UsageError, match="holds runs of several lengths, and one is asked for"):
+        asked.check_records(plan, [{**record, "length": 200.0}])
 
 
 def test_unlabelled_images_are_not_scored(unlabelled_path, tmp_path):
@@ -161,10 +194,10 @@ def test_targets(wish, share):
 def record_of(plan: asked.Plan, arm: str, **changes: Any) -> dict:
     """What a finished run of the plan leaves, from a run folder in the program's format."""
     wish = asked.flat(asked.as_values(plan.wish(arm)))
-    folder = plan.folder(arm, 0)
+    folder = plan.folder(Cell(arm, 0))
     if not folder.exists():
         write_run(folder, preset=plan.arms[arm].preset)
-    record = compare.make_record(plan, arm, 0)
+    record = compare.make_record(plan, Cell(arm, 0))
     settled = {"device": "cpu", "precision": "fp32", "loader": "ffcv", "budget.steps": 4}
     record["settings"] = {**wish, **settled, **changes}
     record["env"]["cores"] = affinity()
@@ -309,20 +342,21 @@ def test_seconds_become_steps_once_and_together(store_path, tmp_path):
     plan = plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "4", "--settings", *TINY))
     plan.out.mkdir()
     with children.Stop() as stop:
-        steps = compare.planned_steps(plan, stop, quiet=True)
+        paces = compare.measured_paces(plan, stop, quiet=True)
         known = json.loads((plan.out / "pace.json").read_text())
-        assert steps == {arm: round(4 / known[arm]["seconds_per_step"]) for arm in plan.arms}
-        assert min(steps.values()) > 4
+        assert paces == {arm: known[arm]["seconds_per_step"] for arm in plan.arms}
+        assert max(paces.values()) < 1
         # What was measured once stays, and an arm that joins is placed by its ratio to one that was there.
         known["mae-tiny"]["seconds_per_step"] = 2000.0
         (plan.out / "pace.json").write_text(json.dumps({"mae-tiny": known["mae-tiny"]}))
-        assert compare.planned_steps(plan, stop, quiet=True) == {"mae-tiny": 1, "daae-tiny": 1}
+        assert min(compare.measured_paces(plan, stop, quiet=True).values()) > 500
         joined = json.loads((plan.out / "pace.json").read_text())
         assert joined["mae-tiny"]["seconds_per_step"] == 2000.0
         assert 500 < joined["daae-tiny"]["seconds_per_step"] < 20_000
         assert not (plan.out / ".pace.json").exists()
-    words = plan.pretrain_words("mae-tiny", 0, 7)
-    assert words[words.index("--seconds") :][:4] == ["--seconds", "4", "--steps", "7"]
+    for pace, steps in ((4 / 7.4, "7"), (100.0, "1")):
+        words = plan.pretrain_words(Cell("mae-tiny", 0), pace)
+        assert words[words.index("--seconds") :][:4] == ["--seconds", "4", "--steps", steps]
 
 
 @pytest.mark.slow
@@ -331,14 +365,14 @@ def test_other_settings_are_another_pace(store_path, tmp_path):
     plan.out.mkdir()
     slow = dict.fromkeys(plan.arms, 2000.0)
     with children.Stop() as stop:
-        compare.planned_steps(plan, stop, quiet=True)
+        compare.measured_paces(plan, stop, quiet=True)
         known = json.loads((plan.out / "pace.json").read_text())
         for arm, seconds in slow.items():
             known[arm]["seconds_per_step"] = seconds
         (plan.out / "pace.json").write_text(json.dumps(known))
-        assert set(compare.planned_steps(plan, stop, quiet=True).values()) == {1}
+        assert set(compare.measured_paces(plan, stop, quiet=True).values()) == {2000.0}
         other = plan_of(*words_for(store_path, plan.out, "--seconds", "4", "--settings", *TINY, "optim.batch=8"))
-        assert min(compare.planned_steps(other, stop, quiet=True).values()) > 4
+        assert max(compare.measured_paces(other, stop, quiet=True).values()) < 1
 
 
 # ------------------------------------------------------------------------------------------------- for real
@@ -353,7 +387,7 @@ def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, cap
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert first.stderr is not None
     line = first.stderr.readline()
-    assert line == "[1/2] mae-tiny, seed 0\n"
+    assert line == "[1/2] mae-tiny seed 0\n"
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=60)
     assert first.returncode == 75
@@ -364,7 +398,7 @@ def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, cap
     done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     turns = [line for line in done.stderr.splitlines() if line.startswith("[")]
-    assert turns == [f"[{n}/2] {arm}-tiny, seed 0" for n, arm in ((1, "mae"), (2, "daae"), (2, "daae"), (1, "mae"))]
+    assert turns == [f"[{n}/2] {arm}-tiny seed 0" for n, arm in ((1, "mae"), (2, "daae"), (2, "daae"), (1, "mae"))]
     result = json.loads(done.stdout)
     assert set(result["arms"]) == {"mae-tiny", "daae-tiny"}
     records = read_lines(out / "records.jsonl")

@@ -11,6 +11,7 @@ from pipeline.errors import DaaeError, UsageError
 from tests.images import make_folder
 from tools import demo
 from tools.children import Stop
+from tools.commands import Parts
 from train.command import parse
 
 
@@ -21,7 +22,7 @@ def tour(out: Path, *words: str) -> demo.Tour:
 def test_emoji_is_the_default_and_tests_on_two_styles_that_nothing_trains_on(tmp_path):
     name, source, parts = tour(tmp_path).source()
     assert (name, source) == ("emoji", None)
-    assert parts == demo.Parts("train", ("fluent", "emojione"), "subcategory")
+    assert parts == Parts("train", ("fluent", "emojione"), "subcategory")
 
 
 def test_a_wrong_name_is_one_sentence_with_the_nearest(tmp_path):
@@ -34,13 +35,13 @@ def test_a_folder_of_ones_own_becomes_one_store_and_a_store_stays_one(tmp_path, 
     one = tour(tmp_path / "out", "--data", str(tmp_path / "my images"))
     name, source, parts = one.source()
     assert source is not None
-    store, tests = one.convert(name, source, parts)
+    store, tests = one.stores(name, source, parts)
     assert (store, tests) == (tmp_path / "out" / "stores" / "my images", [])
     assert (store / "manifest.json").is_file()
     said = capfd.readouterr().out
     assert f"$ daae convert '{source}' '{store}'\n" in said
     assert said.index("$ daae convert") < said.index("Converted 12 images")
-    assert one.convert(store.name, store, demo.Parts("")) == (store, [])
+    assert one.stores(store.name, store, Parts("")) == (store, [])
     assert "$" not in capfd.readouterr().out
 
 

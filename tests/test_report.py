@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.errors import UsageError
 from tests.study_folders import write_run
 from tools import report
-from tools.records import read_study
+from tools.records import Cell, read_study
 from tools.verdict import Score, baseline_score, verdict
 
 MAE = ((50, 0.28), (100, 0.31), (200, 0.34))
@@ -334,3 +335,47 @@ def test_no_folder_at_all(capsys):
 def test_html_that_is_a_folder(pair, tmp_path):
     with pytest.raises(UsageError, match="is a folder"):
         report.main([str(pair[0]), "--html", str(tmp_path)])
+
+
+def test_runs_of_several_lengths_count_at_their_own_ends(tmp_path, capsys):
+    """MAE .28 in 50 s, .31 in 100 s, .34 in 200 s; DAAE is at .34 between its runs of 50 s and 100 s."""
+    lengths = {"mae": (0.28, 0.31, 0.34), "daae": (0.33, 0.35, 0.37)}
+    records = []
+    for arm, scores in lengths.items():
+        for seed in (0, 1):
+            for seconds, value in zip((50, 100, 200), scores, strict=True):
+                cell = Cell(arm, seed, float(seconds))
+                # A score in the middle of a run, which must not count: it is far too good.
+                curve = ((seconds / 2, 0.9), (seconds, value + 0.001 * seed))
+                write_run(
+                    tmp_path / "runs" / cell.folder, preset=f"{arm}-tiny", seed=seed, curve=curve, seconds=seconds,
+                    gallery=None,
+                )  # fmt: skip
+                records.append(cell)
+    arms = {"mae": "mae-tiny", "daae": "daae-tiny"}
+    values = {"arms": arms, "seconds": [50, 100, 200], "seeds": [0, 1], "target": "baseline"}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    study = read_study([tmp_path])
+    assert [group.arm for group in study.groups] == ["mae", "daae"]
+    assert [trial.seconds for trial in study.base.finished] == [200.0, 200.0]
+    assert study.missing == []
+    assert [curve.scores for curve in study.groups[1].curves()] == [(0.33, 0.35, 0.37), (0.331, 0.351, 0.371)]
+    contrast = study.contrasts()["daae"]
+    assert [pair.base.seconds.low for pair in contrast.pairs] == [200.0, 200.0]
+    # Half way between .33 at 50 s and .35 at 100 s, linear in log seconds: 50 sqrt(2).
+    assert [pair.arm.seconds.low for pair in contrast.pairs] == pytest.approx([50 * 2**0.5] * 2)
+    assert contrast.ratio is not None
+    assert contrast.ratio.mean == pytest.approx(4 / 2**0.5)
+    page, said, _ = page_of([tmp_path], capsys)
+    assert "daae reaches mae's final score of 34.1 % 2.83 times as fast" in said["verdict"]
+    assert "each point is a run of its own" in page.text
+    assert "daae, shorter" in page.text
+    assert "at the end of its own schedule, and a run of each length was trained" in page.text
+
+
+def test_a_missing_length_is_named(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "mae-50s-seed0", seconds=50.0, curve=((50, 0.3),), gallery=None)
+    values = {"arms": {"mae": "mae-tiny"}, "seconds": [50, 100], "seeds": [0]}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values))
+    _, said, _ = page_of([tmp_path], capsys)
+    assert any("mae 100s seed 0" in line for line in said["missing"])

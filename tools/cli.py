@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module, what it does), in the order in which they are u
     "evaluate": ("train.evaluate", "score a checkpoint: kNN, linear and ridge probes beside two baselines"),
     "compare": ("tools.compare", "run recipes side by side at equal wall time"),
     "report": ("tools.report", "turn runs into one self-contained HTML file"),
+    "reproduce": ("tools.reproduce", "is the 2x real here? The standard set, from nothing to a sentence"),
     "export": ("tools.export", "write a run's encoder as safetensors that timm loads"),
     "doctor": ("tools.doctor", "what this machine has and lacks"),
 }

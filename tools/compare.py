@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shlex
 import statistics
@@ -27,7 +28,9 @@ from tools.records import (
     EXPERIMENT,
     PACE,
     RECORDS,
+    Cell,
     Study,
+    cell_of,
     deciding,
     read_lines,
     read_object,
@@ -40,6 +43,7 @@ from tools.verdict import (
     baseline_score,
     leading_name,
     ratio_words,
+    score_of,
     seconds_words,
     target_words,
     verdict,
@@ -54,8 +58,8 @@ def main(argv: list[str]) -> int:
     flags = parse(Compare, argv, prog="daae compare")
     plan = make_plan(flags)
     if flags.dry_run:
-        for arm, seed in plan.order():
-            print(shlex.join(["daae", "pretrain", *plan.pretrain_words(arm, seed)]))
+        for cell in plan.order():
+            print(shlex.join(["daae", "pretrain", *plan.pretrain_words(cell)]))
         return 0
     with claimed(plan.out, "comparison", (EXPERIMENT, RECORDS), overwrite=flags.overwrite), Stop() as stop:
         records = read_lines(plan.out / RECORDS)
@@ -72,11 +76,13 @@ def main(argv: list[str]) -> int:
 
 
 def _prepare(plan: Plan) -> None:
-    """Write down what is wanted, with the arms and seeds that earlier calls wanted."""
+    """Write down what is wanted, with the arms, seeds and lengths that earlier calls wanted."""
     before = read_yaml(plan.out / EXPERIMENT) if (plan.out / EXPERIMENT).exists() else {}
     values = plan.as_values()
     values["arms"] = {**before.get("arms", {}), **values["arms"]}
     values["seeds"] = list(dict.fromkeys([*before.get("seeds", []), *values["seeds"]]))
+    if len(plan.lengths) > 1 and isinstance(before.get(plan.unit), list):
+        values[plan.unit] = sorted({*before[plan.unit], *plan.lengths})
     for arm in plan.arms:
         if plan.overrides(arm):
             plan.arm_file(arm).parent.mkdir(exist_ok=True)
@@ -86,29 +92,29 @@ def _prepare(plan: Plan) -> None:
 
 def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> None:
     """Every run that has no record yet; appends to `records` and to their file."""
-    finished = {(record["arm"], record["seed"]) for record in records}
+    finished = {cell_of(record) for record in records}
     if not plan.labelled and not flags.quiet:
         print(f"note: {plan.data} has no labels, so runs are trained and timed but not scored.", file=sys.stderr)
     if finished >= set(plan.order()):
         return
-    steps = planned_steps(plan, stop, quiet=flags.quiet)
-    for seed in plan.seeds:
-        for arm in take_turns(plan, seed, finished, steps, stop, quiet=flags.quiet):
-            record = make_record(plan, arm, seed)
+    paces = measured_paces(plan, stop, quiet=flags.quiet)
+    for waiting in rounds(plan, finished):
+        for cell in take_turns(plan, waiting, paces, stop, quiet=flags.quiet):
+            record = make_record(plan, cell)
             check_bench(record, records)
             records.append(record)
             write_whole(plan.out / RECORDS, "".join(json.dumps(each) + "\n" for each in records))
 
 
-def planned_steps(plan: Plan, stop: Stop, *, quiet: bool) -> dict[str, int]:
-    """arm -> the steps that its seconds come to, for every arm whose budget is seconds.
+def measured_paces(plan: Plan, stop: Stop, *, quiet: bool) -> dict[str, float]:
+    """arm -> seconds of a step, which its seconds are divided by, for every arm whose budget is seconds.
 
     All are measured in one go, in turns, so that the machine's mood cannot favour one. An arm that joins later is
     measured together with an earlier one, and gets that one's pace times the ratio of the two.
     """
     wishes = {arm: plan.wish(arm) for arm in plan.arms}
     wishes = {arm: wish for arm, wish in wishes.items() if wish.budget.seconds is not None}
-    keys = {arm: digest(deciding(flat(as_values(wish)))) for arm, wish in wishes.items()}
+    keys = {arm: digest(unhurried(flat(as_values(wish)))) for arm, wish in wishes.items()}
     known = read_object(plan.out / PACE)
     known = {arm: known[arm] for arm, key in keys.items() if known.get(arm, {}).get("digest") == key}
     if known.keys() < wishes.keys():
@@ -123,32 +129,39 @@ def planned_steps(plan: Plan, stop: Stop, *, quiet: bool) -> dict[str, int]:
         new = {arm: {"digest": keys[arm], "seconds_per_step": now[arm] * scale} for arm in wishes if arm not in known}
         known |= new
         write_whole(plan.out / PACE, json.dumps({**read_object(plan.out / PACE), **known}, indent=1))
-    return {
-        arm: max(1, round((wish.budget.seconds or 0.0) / known[arm]["seconds_per_step"]))
-        for arm, wish in wishes.items()
-    }
+    return {arm: known[arm]["seconds_per_step"] for arm in wishes}
 
 
-def take_turns(
-    plan: Plan, seed: int, finished: set[tuple[str, int]], steps: dict[str, int], stop: Stop, *, quiet: bool
-) -> Iterator[str]:
-    """Train the arms of a seed side by side, each to its next score and then the next arm. Yields who has finished.
+def unhurried(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the pace: not how long it is kept up."""
+    return {name: value for name, value in deciding(settings).items() if not name.startswith("budget.")}
+
+
+def rounds(plan: Plan, finished: set[Cell]) -> Iterator[list[Cell]]:
+    """What is still to be trained, by seed and length: runs that are held against one another."""
+    for _, round in itertools.groupby(plan.order(), key=lambda cell: (cell.seed, cell.length)):
+        waiting = [cell for cell in round if cell not in finished]
+        if waiting:
+            yield waiting
+
+
+def take_turns(plan: Plan, waiting: list[Cell], paces: dict[str, float], stop: Stop, *, quiet: bool) -> Iterator[Cell]:
+    """Train runs side by side, each to its next score and then the next one. Yields who has finished.
 
     A slow hour of the machine is then an hour of every arm.
     """
-    waiting = [arm for arm, each in plan.order() if each == seed and (arm, seed) not in finished]
-    places = {run: place for place, run in enumerate(plan.order(), 1)}
+    places = {cell: place for place, cell in enumerate(plan.order(), 1)}
     while waiting:
-        for arm in tuple(waiting):
+        for cell in tuple(waiting):
             # A finished run is not asked again: starting it would rewrite its env.json, which says where it was timed.
-            if not done(plan.folder(arm, seed)):
+            if not done(plan.folder(cell)):
                 stop.check(f"the comparison in {plan.out}")
                 if not quiet:
-                    print(f"[{places[arm, seed]}/{len(places)}] {arm}, seed {seed}", file=sys.stderr, flush=True)
-                go_on(plan, arm, seed, steps.get(arm), stop, quiet=quiet)
-            if done(plan.folder(arm, seed)):
-                waiting.remove(arm)
-                yield arm
+                    print(f"[{places[cell]}/{len(places)}] {cell.words}", file=sys.stderr, flush=True)
+                go_on(plan, cell, paces.get(cell.arm), stop, quiet=quiet)
+            if done(plan.folder(cell)):
+                waiting.remove(cell)
+                yield cell
         waiting = waiting[1:] + waiting[:1]
 
 
@@ -156,13 +169,13 @@ def done(folder: Path) -> bool:
     return read_object(folder / "status.json").get("state") == "done"
 
 
-def go_on(plan: Plan, arm: str, seed: int, steps: int | None, stop: Stop, *, quiet: bool) -> None:
+def go_on(plan: Plan, cell: Cell, pace: float | None, stop: Stop, *, quiet: bool) -> None:
     """Train one run as far as its next score. Raises what it failed with, or DaaeError if it stands still."""
-    folder, what = plan.folder(arm, seed), f"{arm} seed {seed}"
-    words = ["train.pretrain", *plan.pretrain_words(arm, seed, steps), "--until-score", *(["--quiet"] if quiet else [])]
-    for other in plan.arms:
-        if other != arm and (plan.folder(other, seed) / BASELINE_SCORES).exists():
-            words += ["--baselines", str(plan.folder(other, seed))]  # where seed and encoder are the same, so are they
+    folder, what = plan.folder(cell), cell.words
+    words = ["train.pretrain", *plan.pretrain_words(cell, pace), "--until-score", *(["--quiet"] if quiet else [])]
+    for other in plan.order():
+        if other != cell and other.seed == cell.seed and (plan.folder(other) / BASELINE_SCORES).exists():
+            words += ["--baselines", str(plan.folder(other))]  # where seed and encoder are the same, so are they
             break
     before = read_object(folder / "status.json").get("step", -1)
     call(words, what, folder, stop)
@@ -170,15 +183,15 @@ def go_on(plan: Plan, arm: str, seed: int, steps: int | None, stop: Stop, *, qui
         raise failure(6, f"{what} stands still at step {before:,}; see {folder / 'train.log'}.")
 
 
-def make_record(plan: Plan, arm: str, seed: int) -> dict:
+def make_record(plan: Plan, cell: Cell) -> dict:
     """All that a comparison needs to know of a finished run."""
-    trial = read_run(plan.folder(arm, seed), arm)
+    trial, arm = read_run(plan.folder(cell), cell), cell.arm
     decides = {**deciding(trial.settings), "data": plan.fingerprints["data"]}
     last = trial.metrics[-1]
     return {
-        "arm": arm, "seed": seed, "digest": digest(decides), "declared": sorted(plan.arms[arm].settings),
+        **dataclasses.asdict(cell), "digest": digest(decides), "declared": sorted(plan.arms[arm].settings),
         "differs": differs(plan, arm), "settings": trial.settings, "fingerprints": plan.fingerprints,
-        "env": {**trial.env, "command": shlex.join(["daae", "pretrain", *plan.pretrain_words(arm, seed)])},
+        "env": {**trial.env, "command": shlex.join(["daae", "pretrain", *plan.pretrain_words(cell)])},
         "steps": trial.step, "epochs": last["epoch"], "images": trial.images, "train_seconds": trial.seconds,
         "images_per_second": round(trial.rate or 0.0, 1), "data_wait": last["data_wait"],
         "seconds_per_epoch": round(trial.outcome.seconds_per_epoch or 0.0, 4), "evaluations": trial.evaluations,
@@ -209,6 +222,10 @@ def summary(study: Study) -> dict[str, dict]:
         baselines = {name: baseline_score(done, name) for name in BASELINES}
         rows[group.arm] = {
             "seeds": [trial.seed for trial in done],
+            "lengths": {
+                f"{length:g}": [trial.final["value"] for trial in group.of_length(length) if trial.final is not None]
+                for length in group.lengths
+            },
             "train_seconds": [trial.seconds for trial in done],
             "images_per_second": [trial.rate for trial in done],
             "leading": [None if trial.final is None else trial.final["value"] for trial in done],
@@ -245,6 +262,14 @@ def show(study: Study) -> None:
         done, score = group.finished, arm_score(group)
         if not done:
             continue
+        for length in group.lengths[:-1]:
+            shorter = group.of_length(length)
+            score_then = score_of(shorter)
+            if score_then is not None:
+                table.add_row(
+                    f"  {shorter[0].cell.long}", " ".join(str(trial.seed) for trial in shorter),
+                    seconds_words(_mean(t.seconds for t in shorter)), "", "", score_then.words(), "", "", style="dim",
+                )  # fmt: skip
         versus = contrasts.get(group.arm)
         speed = ratio_words(versus) if versus is not None and study.targeted else ""
         pace = _mean(trial.outcome.seconds_per_epoch or 0.0 for trial in done)

@@ -2,42 +2,22 @@
 
     doctor -> fetch -> convert -> profile -> compare -> report
 
-Nothing is decided here that the commands do not decide themselves: each of them sees what is done already, so the demo
-may be stopped anywhere and called again.
+It may be stopped anywhere and called again.
 """
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ResourceError, UsageError
-from pipeline.store import MANIFEST
-from tools.children import Stop, failure
+from tools.children import Stop
+from tools.commands import DATA_SETS, Commands, Parts
 from train.command import nearest, parse, run
 
 PATIENCE_SECONDS = 150.0  # after a signal; a comparison gives its own run 120
-
-
-@dataclass(frozen=True)
-class Parts:
-    """How a named data set lies in its folder: what is trained on, what is tested on."""
-
-    train: str  # folder below the fetched one; "" is the folder itself
-    tests: tuple[str, ...] = ()
-    label: str | None = None
-
-
-DATA_SETS = {
-    "emoji": Parts("train", ("fluent", "emojione"), "subcategory"),
-    "elpv": Parts(""),
-    "imagenette": Parts("train", ("val",)),
-    "synthetic": Parts("train", ("val",)),
-}
 
 
 @dataclass(frozen=True)
@@ -71,12 +51,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-@dataclass
-class Tour:
+class Tour(Commands):
     """The commands in their order."""
 
-    flags: Demo
-    stop: Stop
+    def __init__(self, flags: Demo, stop: Stop):
+        super().__init__(flags.out, stop, "the demo")
+        self.flags = flags
 
     def go(self) -> str:
         """Run them all. Returns the report's verdict. Raises what the first failing command failed with."""
@@ -86,7 +66,7 @@ class Tour:
         if source is None:
             source = flags.out / "images" / name
             self.call("fetch", name, str(source))
-        store, tests = self.convert(name, source, parts)
+        store, tests = self.stores(name, source, parts)
         try:  # of a store that is there already nothing has been written yet
             flags.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -115,37 +95,6 @@ class Tour:
                 f"--data {wish} is neither a folder nor one of {', '.join(DATA_SETS)}.{nearest(wish, DATA_SETS)}"
             )
         return folder.resolve().name, folder, Parts("")
-
-    def convert(self, name: str, source: Path, parts: Parts) -> tuple[Path, list[Path]]:
-        """The store to train on and those to test on."""
-        if (source / MANIFEST).is_file():  # a store already
-            return source, []
-        stores = []
-        for part in (parts.train, *parts.tests):
-            store = self.flags.out / "stores" / "-".join(filter(None, (name, part)))
-            self.call("convert", str(source / part), str(store))
-            stores.append(store)
-        return stores[0], stores[1:]
-
-    def call(self, *words: str, listen: bool = False) -> str:
-        """Print a command and run it; with `listen`, return what it printed, which is shown all the same."""
-        self.stop.check("the demo")
-        print(f"\n$ {shlex.join(['daae', *words])}", flush=True)
-        command = [sys.executable, "-m", "tools.cli", *words]
-        # A process group of its own: Ctrl-C reaches it once, through `stop`.
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if listen else None, text=True, process_group=0
-        )
-        code = self.stop.watch(child)  # before reading: two lines fit a pipe, and a signal must find its way
-        said = ""
-        if child.stdout is not None:
-            with child.stdout:
-                said = child.stdout.read()
-            print(said, end="", flush=True)
-        self.stop.check("the demo")
-        if code:
-            raise failure(code if code > 0 else 6, f"`daae {words[0]}` ended with exit code {code}; it says why above.")
-        return said
 
 
 if __name__ == "__main__":

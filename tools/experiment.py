@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.limits import affinity
-from tools.records import ARMS, RUNS, run_name, target_score
+from tools.records import ARMS, RUNS, UNITS, Cell, cells, target_score
 from train.command import coerce, nearest, plain, read_yaml
 from train.config import Budget, Run, as_values, flat, with_values
 from train.presets import PRESETS, open_preset
@@ -46,16 +46,16 @@ class Compare:
     """Stores to score on; without any, a fifth of the labelled training images is held out."""
     label: str | None = None
     """Label column to score; default: the leading one of the store."""
-    seconds: float | None = None
-    """Training seconds of each run."""
-    epochs: float | None = None
+    seconds: tuple[float, ...] = ()
+    """Training seconds of each run; several: a run of each length, scored at the end of its own schedule."""
+    epochs: tuple[float, ...] = ()
     """Instead of seconds: passes over the images."""
-    steps: int | None = None
+    steps: tuple[int, ...] = ()
     """Instead of seconds: optimizer steps."""
     seeds: tuple[int, ...] = ()
     """Each arm runs with each seed; three give an interval. Default: 0."""
     evaluations: int | None = None
-    """Scores taken during a run, evenly spread, the last at its end; 0: none. Default: 6."""
+    """Scores taken during a run, evenly spread, the last at its end; 0: none. Default: 6, or 1 with several lengths."""
     target: str | None = None
     """baseline (its final score, seed by seed), a score in percent, or none. Default: baseline."""
     settings: tuple[str, ...] = ()
@@ -78,9 +78,12 @@ class Arm:
 
     preset: str
     settings: dict[str, Any] = field(default_factory=dict)  # flat: {"method.temperature": 0.1}
+    also: tuple[float, ...] = ()  # lengths that this arm alone is trained for, beside the common ones
 
     def as_values(self) -> Any:
-        return {"preset": self.preset, "settings": self.settings} if self.settings else self.preset
+        more = {"settings": self.settings} if self.settings else {}
+        more |= {"also": list(self.also)} if self.also else {}
+        return {"preset": self.preset, **more} if more else self.preset
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Plan:
     data: Path
     tests: tuple[Path, ...]
     label: str | None
-    budget: Budget | None  # common to all arms; None where each arm has its own
+    unit: str  # of the lengths: seconds, epochs or steps
+    lengths: tuple[float, ...]  # common to all arms; empty where each arm has its own
     seeds: tuple[int, ...]
     evaluations: int
     target: str
@@ -100,16 +104,11 @@ class Plan:
     fingerprints: dict[str, str]  # store -> what it holds
     labelled: bool
 
-    def order(self) -> Iterator[tuple[str, int]]:
-        """Runs, seed by seed; who goes first rotates, so that no arm always has the warmer machine."""
-        names = list(self.arms)
-        for place, seed in enumerate(self.seeds):
-            turn = place % len(names)
-            for name in names[turn:] + names[:turn]:
-                yield name, seed
+    def order(self) -> list[Cell]:
+        return cells(self.as_values())
 
-    def folder(self, arm: str, seed: int) -> Path:
-        return self.out / RUNS / run_name(arm, seed)
+    def folder(self, cell: Cell) -> Path:
+        return self.out / RUNS / cell.folder
 
     def arm_file(self, arm: str) -> Path:
         return self.out / ARMS / f"{arm}.yaml"
@@ -117,40 +116,48 @@ class Plan:
     def overrides(self, arm: str) -> dict[str, Any]:
         return {**self.common, **self.arms[arm].settings}
 
-    def wish(self, arm: str) -> Run:
-        """The settings that `daae pretrain` is asked for, without a seed and a folder. Raises UsageError."""
+    def longest(self, arm: str) -> float | None:
+        return max((*self.lengths, *self.arms[arm].also), default=None)
+
+    def wish(self, arm: str, length: float | None = None) -> Run:
+        """The settings that `daae pretrain` is asked for, without a seed and a folder. Raises UsageError.
+
+        length: default: the arm's longest.
+        """
         start = open_preset(self.arms[arm].preset)
         start = dataclasses.replace(with_values(start, nested(self.overrides(arm)), f"arm {arm}"), preset=start.preset)
         watch = dataclasses.replace(start.watch, tests=self.tests, label=self.label, evaluations=self.evaluations)
-        return dataclasses.replace(start, data=self.data, watch=watch, budget=self.budget or start.budget)
+        length = self.longest(arm) if length is None else length
+        budget = start.budget if length is None else Budget(**{self.unit: coerce(length, KINDS[self.unit], self.unit)})
+        return dataclasses.replace(start, data=self.data, watch=watch, budget=budget)
 
-    def pretrain_words(self, arm: str, seed: int, steps: int | None = None) -> list[str]:
-        """The command of a run, without the program's name. steps: what its seconds come to, once that is known."""
+    def pretrain_words(self, cell: Cell, pace: float | None = None) -> list[str]:
+        """The command of a run, without the program's name. pace: seconds of a step, once they are known."""
+        arm = cell.arm
         words = ["--preset", self.arms[arm].preset]
         if self.overrides(arm):
             words += ["--config", str(self.arm_file(arm))]
-        words += ["--data", str(self.data), "--out", str(self.folder(arm, seed)), "--seed", str(seed)]
-        length = self.given()
-        if steps is not None:
-            length = {"seconds": self.wish(arm).budget.seconds, "steps": steps}
-        for name, value in length.items():
-            words += [f"--{name}", f"{value:.12g}"]
+        words += ["--data", str(self.data), "--out", str(self.folder(cell)), "--seed", str(cell.seed)]
+        budget = self.wish(arm, cell.length).budget
+        if self.longest(arm) is not None:
+            words += [f"--{self.unit}", f"{getattr(budget, self.unit):.12g}"]
+        if pace is not None and budget.seconds is not None:
+            if self.longest(arm) is None:
+                words += ["--seconds", f"{budget.seconds:.12g}"]
+            words += ["--steps", str(max(1, round(budget.seconds / pace)))]
         if self.tests:
             words += ["--tests", *map(str, self.tests)]
         if self.label is not None:
             words += ["--label", self.label]
         return [*words, "--evaluations", str(self.evaluations)]
 
-    def given(self) -> dict[str, float]:
-        """The common budget by its one name: {"seconds": 150.0}."""
-        wish = {} if self.budget is None else dataclasses.asdict(self.budget)
-        return {name: value for name, value in wish.items() if value is not None}
-
     def as_values(self) -> dict[str, Any]:
         """experiment.yaml: fit to be fed back with --experiment."""
         return plain({
             "arms": {name: arm.as_values() for name, arm in self.arms.items()},
-            "data": self.data, "tests": self.tests, "label": self.label, **self.given(), "seeds": self.seeds,
+            "data": self.data, "tests": self.tests, "label": self.label,
+            **({self.unit: self.lengths[0] if len(self.lengths) == 1 else self.lengths} if self.lengths else {}),
+            "seeds": self.seeds,
             "evaluations": self.evaluations, "target": self.target, "settings": self.common,
         })  # fmt: skip
 
@@ -169,7 +176,7 @@ def make_plan(flags: Compare) -> Plan:
     data = flags.data or Path(values["data"])
     tests = flags.tests or tuple(values["tests"])
     label = flags.label or values["label"]
-    budget = _budget(flags, values, arms)
+    unit, lengths = _lengths(flags, values, arms)
     seeds = tuple(dict.fromkeys(flags.seeds or values["seeds"] or (0,)))
     evaluations = flags.evaluations if flags.evaluations is not None else values["evaluations"]
     target = str(flags.target or values["target"] or "baseline")
@@ -185,24 +192,27 @@ def make_plan(flags: Compare) -> Plan:
     if not labelled:
         evaluations = 0
     fingerprints = {"data": store.fingerprint, **{path.name: each.fingerprint for path, each in stores.items()}}
+    if evaluations is None:
+        several = len({*lengths, *(each for arm in arms.values() for each in arm.also)}) > 1
+        evaluations = 1 if several else EVALUATIONS
     plan = Plan(
-        flags.out, arms, data, tests, label, budget, seeds, EVALUATIONS if evaluations is None else evaluations, target,
-        common, fingerprints, labelled,
-    )  # fmt: skip
+        flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled
+    )
     check_arms(plan)
     return plan
 
 
+KINDS: dict[str, type] = {"seconds": float, "epochs": float, "steps": int}
 FILE_KEYS: dict[str, Any] = {
-    "data": Path | None, "tests": tuple[Path, ...], "label": str | None, "seconds": float | None,
-    "epochs": float | None, "steps": int | None, "seeds": tuple[int, ...], "evaluations": int | None,
+    "data": Path | None, "tests": tuple[Path, ...], "label": str | None, "seconds": tuple[float, ...],
+    "epochs": tuple[float, ...], "steps": tuple[int, ...], "seeds": tuple[int, ...], "evaluations": int | None,
     "target": str | float | None, "settings": dict[str, Any],
 }  # fmt: skip
 
 
 def _file_values(flags: Compare) -> dict[str, Any]:
     """The experiment file with every key there, of its type; `arms` as written. Raises UsageError."""
-    empty: dict[str, Any] = {"arms": {}, "tests": (), "seeds": (), "settings": {}}
+    empty: dict[str, Any] = {"arms": {}, "tests": (), "seeds": (), "settings": {}, **dict.fromkeys(KINDS, ())}
     values = {**dict.fromkeys(FILE_KEYS), **empty}
     if flags.experiment is None:
         return values
@@ -212,6 +222,9 @@ def _file_values(flags: Compare) -> dict[str, Any]:
             values["arms"] = coerce(value, dict[str, Any], where)
         elif key not in FILE_KEYS:
             raise UsageError(f"{where} is unknown.{nearest(str(key), ['arms', *FILE_KEYS])}")
+        elif key in KINDS:
+            many = [] if value is None else value if isinstance(value, list) else [value]
+            values[key] = tuple(coerce(each, KINDS[key], where) for each in many)
         else:
             values[key] = coerce(value, FILE_KEYS[key], where)
     values["settings"] = flat(values["settings"])
@@ -244,20 +257,21 @@ def _arm(name: str, value: Any, source: Path | None) -> Arm:
         return Arm(value)
     if not isinstance(value, Mapping) or "preset" not in value:
         raise UsageError(f"{where} wants a preset's name, or a mapping with `preset` and `settings`.")
+    keys = ["preset", "settings", "also"]
     for key in value:
-        if key not in ("preset", "settings"):
-            raise UsageError(f"{where}: {key} is unknown.{nearest(str(key), ['preset', 'settings'])}")
+        if key not in keys:
+            raise UsageError(f"{where}: {key} is unknown.{nearest(str(key), keys)}")
     settings = flat(coerce(value.get("settings") or {}, dict[str, Any], f"{where}: settings"))
     for key in settings:
         if _under(key, BENCH):
             raise UsageError(f"{where}: {key} is one for all arms, or seconds would not compare. Set it beside `arms`.")
-    return Arm(str(value["preset"]), settings)
+    return Arm(str(value["preset"]), settings, coerce(value.get("also") or (), tuple[float, ...], f"{where}: also"))
 
 
-def _budget(flags: Compare, values: dict[str, Any], arms: dict[str, Arm]) -> Budget | None:
-    names = ("seconds", "epochs", "steps")
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    given = given or {name: values[name] for name in names if values[name] is not None}
+def _lengths(flags: Compare, values: dict[str, Any], arms: dict[str, Arm]) -> tuple[str, tuple[float, ...]]:
+    """The unit, and the lengths that all arms are trained for; none where each arm has its own. Raises UsageError."""
+    given = {name: getattr(flags, name) for name in UNITS if getattr(flags, name)}
+    given = given or {name: values[name] for name in UNITS if values[name]}
     own = [name for name, arm in arms.items() if any(_under(key, ("budget",)) for key in arm.settings)]
     if len(given) > 1:
         raise UsageError(f"how long? {' and '.join(given)} are given; one of seconds, epochs and steps decides.")
@@ -265,13 +279,16 @@ def _budget(flags: Compare, values: dict[str, Any], arms: dict[str, Arm]) -> Bud
         missing = next((name for name in arms if name not in own), None)
         if missing is not None:
             raise UsageError(f"how long? Give --seconds, --epochs or --steps, or a budget to arm {missing}.")
-        return None
-    name, value = next(iter(given.items()))
+        if any(arm.also for arm in arms.values()):
+            raise UsageError("`also` adds to the common lengths, and there are none: give seconds, epochs or steps.")
+        return "seconds", ()
+    name, lengths = next(iter(given.items()))
     if own:
         raise UsageError(f"{name} is given for all arms, and arm {own[0]} declares a budget of its own.")
-    if value <= 0:
-        raise UsageError(f"--{name} must be above 0, not {value:g}.")
-    return Budget(**given)
+    for value in (*lengths, *(each for arm in arms.values() for each in arm.also)):
+        if value <= 0:
+            raise UsageError(f"--{name} must be above 0, not {value:g}.")
+    return name, tuple(sorted(set(lengths)))
 
 
 def _pairs(words: tuple[str, ...]) -> dict[str, Any]:
@@ -363,8 +380,11 @@ def check_arms(plan: Plan) -> None:
 def check_records(plan: Plan, records: list[dict]) -> None:
     """The plan against what --out holds already. Raises UsageError naming what differs."""
     ask = "Choose another folder, or --overwrite."
-    wishes = {name: flat(as_values(plan.wish(name))) for name in plan.arms}
+    several = any(cell.length is not None for cell in plan.order())
     for record in records:
+        if several != (record.get("length") is not None):
+            one, other = ("one length", "several") if several else ("several lengths", "one")
+            raise UsageError(f"--out {plan.out} holds runs of {one}, and {other} is asked for. {ask}")
         before, now = record["fingerprints"], plan.fingerprints
         stores = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if stores:
@@ -374,7 +394,9 @@ def check_records(plan: Plan, records: list[dict]) -> None:
                 f"--out {plan.out} holds runs timed on {record['env']['cores']} cores; here are {affinity()}, "
                 f"and seconds would not compare. {ask}"
             )
-        for name, wish in wishes.items():
+        for name in plan.arms:
+            # A run of a length that is no longer asked for is another point of the same arm.
+            wish = flat(as_values(plan.wish(name, record.get("length"))))
             if name == record["arm"]:
                 different = changed(record["settings"], wish)
                 what = f"arm {name} with other settings"

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,37 @@ CONFIG, METRICS, BASELINE_SCORES = "config.yaml", "metrics.jsonl", "baselines.js
 PLACES = ("out", "data", "seed", "budget.steps", "preset")
 
 
+UNITS = {"seconds": "s", "epochs": "ep", "steps": "st"}
+
+
 @dataclass(frozen=True)
-class Trial:
-    """One run, finished or not, as an arm of a comparison with one seed."""
+class Cell:
+    """One run that a comparison wants."""
 
     arm: str
     seed: int
+    length: float | None = None  # where an arm is trained for several lengths: how long, in `unit`
+    unit: str = "seconds"
+
+    @property
+    def folder(self) -> str:
+        """mae-seed0, mae-120s-seed0."""
+        return "-".join(filter(None, (self.arm, self.long, f"seed{self.seed}")))
+
+    @property
+    def words(self) -> str:
+        return " ".join(filter(None, (self.arm, self.long, f"seed {self.seed}")))
+
+    @property
+    def long(self) -> str:
+        return "" if self.length is None else f"{self.length:g}{UNITS[self.unit]}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run, finished or not, of a comparison."""
+
+    cell: Cell
     folder: Path | None  # None where only its record is left
     settings: dict[str, Any]  # flat, as resolved
     env: dict[str, Any]
@@ -48,8 +73,16 @@ class Trial:
     gallery: Path | None
 
     @property
+    def arm(self) -> str:
+        return self.cell.arm
+
+    @property
+    def seed(self) -> int:
+        return self.cell.seed
+
+    @property
     def name(self) -> str:
-        return f"{self.arm} seed {self.seed}"
+        return self.cell.words
 
     @property
     def done(self) -> bool:
@@ -131,21 +164,54 @@ def _value(score: Any) -> float:
 
 @dataclass
 class Group:
-    """The seeds of one arm."""
+    """The runs of one arm: every seed, at one length or at several."""
 
     arm: str
     trials: list[Trial] = field(default_factory=list)
 
     @property
+    def lengths(self) -> list[float]:
+        """From short to long; empty where all runs are as long."""
+        return sorted({trial.cell.length for trial in self.trials if trial.cell.length is not None})
+
+    def of_length(self, length: float | None) -> list[Trial]:
+        return [trial for trial in self.trials if trial.done and trial.cell.length == length]
+
+    @property
     def finished(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.done]
+        """The longest runs that have finished: whose scores are the arm's."""
+        return self.of_length(self.lengths[-1] if self.lengths else None)
 
     @property
     def objective(self) -> str:
         return str(self.trials[0].settings.get("objective", ""))
 
     def outcomes(self) -> dict[int, Outcome]:
-        return {trial.seed: trial.outcome for trial in self.finished}
+        """By seed. Of several lengths each gives the point where its own schedule ended: a score in the middle of a
+        longer run was taken at a learning rate still high."""
+        if not self.lengths:
+            return {trial.seed: trial.outcome for trial in self.finished}
+        longest = {trial.seed: trial for trial in self.finished}
+        return {
+            seed: replace(trial.outcome, curve=ends(each for each in self.trials if each.seed == seed))
+            for seed, trial in longest.items()
+        }
+
+    def curves(self) -> list[Curve]:
+        """One for each seed, also of what is not finished."""
+        if not self.lengths:
+            return [trial.curve for trial in self.trials]
+        return [
+            ends(each for each in self.trials if each.seed == seed)
+            for seed in dict.fromkeys(trial.seed for trial in self.trials)
+        ]
+
+
+def ends(trials: Iterable[Trial]) -> Curve:
+    """The final scores of runs of several lengths, in order of their seconds."""
+    found = sorted((each.seconds, each.final["value"], each.images) for each in trials if each.final is not None)
+    seconds, scores, images = zip(*found, strict=True) if found else ((), (), ())
+    return Curve(seconds, scores, images)
 
 
 @dataclass
@@ -155,7 +221,7 @@ class Study:
     groups: list[Group]
     target: float | None  # None: the baseline's own final score
     targeted: bool  # whether a time to a target is wanted at all
-    planned: list[tuple[str, int]] = field(default_factory=list)  # runs that an experiment wants
+    planned: list[Cell] = field(default_factory=list)  # what experiments want
     experiments: list[dict] = field(default_factory=list)
 
     @property
@@ -176,9 +242,9 @@ class Study:
         return found
 
     @property
-    def missing(self) -> list[tuple[str, int]]:
-        there = {(trial.arm, trial.seed) for trial in self.trials}
-        return [run for run in self.planned if run not in there]
+    def missing(self) -> list[Cell]:
+        there = {trial.cell for trial in self.trials}
+        return [cell for cell in self.planned if cell not in there]
 
 
 def read_study(folders: list[Path]) -> Study:
@@ -206,8 +272,29 @@ def read_study(folders: list[Path]) -> Study:
     if not names:  # without a comparison that names it, MAE is what others are held against
         groups.sort(key=lambda group: group.objective != "mae")
     target, targeted = _target(experiments)
-    planned = [(arm, seed) for each in experiments for seed in each.get("seeds", []) for arm in each.get("arms", {})]
-    return Study(groups, target, targeted, planned, experiments)
+    return Study(groups, target, targeted, [cell for each in experiments for cell in cells(each)], experiments)
+
+
+def cells(experiment: Mapping[str, Any]) -> list[Cell]:
+    """The runs that an experiment wants, in their order: seed by seed, from short to long. Who goes first rotates, so
+    that no arm always has the warmer machine."""
+    unit = next((name for name in UNITS if experiment.get(name) is not None), "seconds")
+    common = experiment.get(unit)
+    common = list(common) if isinstance(common, (list, tuple)) else [] if common is None else [common]
+    arms = {
+        name: {*common, *(arm.get("also", ()) if isinstance(arm, Mapping) else ())}
+        for name, arm in experiment.get("arms", {}).items()
+    }
+    every = sorted(set().union(*arms.values()))
+    found, turn = [], 0
+    for seed in experiment.get("seeds", []):
+        for length in every or [None]:
+            names = list(arms)[turn % len(arms) :] + list(arms)[: turn % len(arms)]
+            turn += 1
+            for name in names:
+                if length is None or length in arms[name]:
+                    found.append(Cell(name, seed, length if len(every) > 1 else None, unit))
+    return found
 
 
 def _target(experiments: list[dict]) -> tuple[float | None, bool]:
@@ -235,13 +322,20 @@ def _grouped(trials: list[Trial], order: list[str]) -> list[Group]:
     groups: dict[str, Group] = {name: Group(name) for name in order}
     for trial in trials:
         group = groups.setdefault(trial.arm, Group(trial.arm))
-        twin = any(other.seed == trial.seed for other in group.trials)
-        if group.trials and (twin or deciding(group.trials[0].settings) != deciding(trial.settings)):
+        twin = any(other.cell == trial.cell for other in group.trials)
+        if group.trials and (twin or _recipe(group.trials[0]) != _recipe(trial)):
             name = _unused(str(trial.folder or trial.arm), groups)
-            trial = Trial(**{**vars(trial), "arm": name})
+            trial = replace(trial, cell=replace(trial.cell, arm=name))
             group = groups.setdefault(name, Group(name))
         group.trials.append(trial)
     return [group for group in groups.values() if group.trials]
+
+
+def _recipe(trial: Trial) -> dict[str, Any]:
+    """What has to be equal in the runs of one arm: all but the length, where it has several."""
+    found = deciding(trial.settings)
+    several = trial.cell.length is not None
+    return {name: value for name, value in found.items() if not (several and name.startswith("budget."))}
 
 
 def _unused(name: str, taken: Mapping) -> str:
@@ -263,24 +357,23 @@ def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
 def read_comparison(folder: Path) -> tuple[list[Trial], dict]:
     """Every run of a comparison, finished or not, and its experiment."""
     experiment = read_yaml(folder / EXPERIMENT) if (folder / EXPERIMENT).exists() else {}
-    records = {(record["arm"], record["seed"]): record for record in read_lines(folder / RECORDS)}
+    records = {cell_of(record): record for record in read_lines(folder / RECORDS)}
     trials = []
-    for (arm, seed), record in records.items():
-        where = folder / RUNS / run_name(arm, seed)
-        trials.append(read_run(where, arm, record) if (where / CONFIG).exists() else from_record(record))
-    for arm in experiment.get("arms", {}):
-        for seed in experiment.get("seeds", []):
-            where = folder / RUNS / run_name(arm, seed)
-            if (arm, seed) not in records and (where / CONFIG).exists():
-                trials.append(read_run(where, arm))
+    for cell, record in records.items():
+        where = folder / RUNS / cell.folder
+        trials.append(read_run(where, cell, record) if (where / CONFIG).exists() else from_record(record))
+    for cell in cells(experiment):
+        where = folder / RUNS / cell.folder
+        if cell not in records and (where / CONFIG).exists():
+            trials.append(read_run(where, cell))
     return trials, experiment
 
 
-def run_name(arm: str, seed: int) -> str:
-    return f"{arm}-seed{seed}"
+def cell_of(record: Mapping[str, Any]) -> Cell:
+    return Cell(record["arm"], record["seed"], record.get("length"), record.get("unit", "seconds"))
 
 
-def read_run(folder: Path, arm: str | None = None, record: dict | None = None) -> Trial:
+def read_run(folder: Path, cell: Cell | None = None, record: dict | None = None) -> Trial:
     """A run folder, in whatever state it is; what a comparison recorded of it goes before what it says itself."""
     settings, status = flat(read_yaml(folder / CONFIG)), read_object(folder / "status.json")
     gallery = folder / "media" / "gallery.png"
@@ -288,9 +381,9 @@ def read_run(folder: Path, arm: str | None = None, record: dict | None = None) -
     env = read_object(folder / "env.json")
     env["command"] = as_typed(env.get("command", ""))
     metrics = read_lines(folder / METRICS)
+    name = preset if preset != "custom" else str(settings.get("objective", "run"))
     return Trial(
-        arm=arm or (preset if preset != "custom" else str(settings.get("objective", "run"))),
-        seed=int(settings.get("seed") or 0),
+        cell=cell or Cell(name, int(settings.get("seed") or 0)),
         folder=folder,
         settings=settings,
         env={**env, **record["env"]} if record else env,
@@ -309,7 +402,7 @@ def from_record(record: dict) -> Trial:
     last = {name: record[name] for name in ("images", "train_seconds", "data_wait")}
     last |= {"step": record["steps"], "epoch": record["epochs"], "images_per_second": record["images_per_second"]}
     return Trial(
-        arm=record["arm"], seed=record["seed"], folder=None, settings=record["settings"], env=record["env"],
+        cell=cell_of(record), folder=None, settings=record["settings"], env=record["env"],
         state="done", reason="", step=record["steps"], metrics=[last], evaluations=record["evaluations"],
         evaluation=record["evaluation"], gallery=None,
     )  # fmt: skip

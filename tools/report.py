@@ -36,6 +36,7 @@ from tools.verdict import (
     percent,
     points,
     ratio_words,
+    score_of,
     seconds_words,
     target_name,
     target_words,
@@ -194,6 +195,16 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
         if score is None:
             continue
         above = margins(group)
+        for length in group.lengths[:-1]:
+            shorter = group.of_length(length)
+            then = score_of(shorter)
+            if then is not None:
+                seconds, images = (statistics.fmean(getattr(t, n) for t in shorter) for n in ("seconds", "images"))
+                beside = ["–" if each is None else percent(each) for each in (then.error, then.spread)]
+                rows.append([
+                    f"<small>{escape(group.arm)}, shorter</small>", str(len(shorter)), escape(seconds_words(seconds)),
+                    f"{images:,.0f}", percent(then.mean), *beside, "", "",
+                ])  # fmt: skip
         rows.append([
             _chip(group.arm, colours),
             str(len(done)),
@@ -277,12 +288,12 @@ def _time_axis(times: Iterable[float]) -> bool:
 
 
 def _curves(study: Study, colours: dict[str, str]) -> str:
-    drawn = [(group, trial, trial.curve) for group in study.groups for trial in group.trials if len(trial.curve)]
-    if not any(len(curve) > 1 for _, _, curve in drawn):
+    drawn = [(group, curve) for group in study.groups for curve in group.curves() if len(curve)]
+    if not any(len(curve) > 1 for _, curve in drawn):
         return ""
     lines = [
         Line(curve.seconds, [100 * score for score in curve.scores], colours[group.arm], marked=True)
-        for group, _, curve in drawn
+        for group, curve in drawn
     ]
     levels = []
     for name, words in BASELINES.items():
@@ -291,19 +302,23 @@ def _curves(study: Study, colours: dict[str, str]) -> str:
             levels.append(Level(100 * base.mean, words))
     svg = chart(
         "scores", lines, levels=levels, x_name="training seconds", y_name="score, %",
-        log_x=_time_axis(second for _, _, curve in drawn for second in curve.seconds),
-        description="leading score against training seconds, one line per run",
+        log_x=_time_axis(second for _, curve in drawn for second in curve.seconds),
+        description="leading score against training seconds, one line per seed",
     )  # fmt: skip
-    arms = dict.fromkeys(group.arm for group, _, _ in drawn)
+    arms = dict.fromkeys(group.arm for group, _ in drawn)
+    several = any(group.lengths for group in study.groups)
+    what = "each point is a run of its own, at the end of its own schedule" if several else "one line per run"
     return (
         "<section><h2>Score against training time</h2>"
-        f"<p>One line per run: every seed is drawn. Score: {escape(leading_name(study))}. Training seconds leave out "
+        f"<p>Every seed is drawn: {what}. Score: {escape(leading_name(study))}. Training seconds leave out "
         f'set-up, evaluation and checkpoints.</p>{_legend(arms, colours)}<figure class="chart">{svg}</figure></section>'
     )
 
 
 def _losses(study: Study, colours: dict[str, str]) -> str:
-    trials = [(group, trial) for group in study.groups for trial in group.trials if len(trial.metrics) > 1]
+    longest = [group.trials if not group.lengths else group.finished for group in study.groups]
+    drawn = zip(study.groups, longest, strict=True)
+    trials = [(group, trial) for group, runs in drawn for trial in runs if len(trial.metrics) > 1]
     if not trials:
         return ""
     terms = list(dict.fromkeys(name for _, trial in trials for name in trial.metrics[-1] if name not in NOT_TERMS))
@@ -374,9 +389,16 @@ def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, st
         + "Every factor is baseline over arm: above 1 the arm needs less. <em>Epochs</em> is what the method saves, "
         "<em>seconds per epoch</em> what a pass costs on the same loader, machine, precision and batch; their product "
         "is the ratio. Times lie between two scores, linear in the logarithm of the seconds. Brackets: 95 % interval "
-        "of the paired log ratios (Student's t). Scores before the end come from a learning rate still high: it "
-        "holds back whoever is ahead.</p>" + table(headings, rows) + _by_seed(contrasts)
+        f"of the paired log ratios (Student's t). {_how_scored(study)}</p>"
+        + table(headings, rows)
+        + _by_seed(contrasts)
     )
+
+
+def _how_scored(study: Study) -> str:
+    if any(group.lengths for group in study.groups):
+        return "Every score is that of a run at the end of its own schedule, and a run of each length was trained."
+    return "Scores before the end come from a learning rate still high: it holds back whoever is ahead."
 
 
 def _by_seed(contrasts: dict[str, Contrast]) -> str:
@@ -411,7 +433,7 @@ def _when(crossing: Any) -> str:
 def _pictures(study: Study) -> str:
     shown = []
     for group in study.groups:
-        trial = next((each for each in group.trials if each.gallery is not None), None)
+        trial = next((each for each in reversed(group.trials) if each.gallery is not None), None)
         if trial is not None:
             shown.append(trial)
     figures = []
@@ -457,8 +479,9 @@ def _method(study: Study) -> str:
         wait = last.get("data_wait")
         pace = trial.outcome.seconds_per_epoch
         rows.append([
-            escape(trial.arm), str(trial.seed), escape(trial.state), f"{trial.step:,}", f"{trial.images:,}",
-            escape(seconds_words(trial.seconds)), "–" if trial.rate is None else f"{trial.rate:,.0f}",
+            escape(f"{trial.arm} {trial.cell.long}"), str(trial.seed), escape(trial.state), f"{trial.step:,}",
+            f"{trial.images:,}", escape(seconds_words(trial.seconds)),
+            "–" if trial.rate is None else f"{trial.rate:,.0f}",
             "–" if pace is None else f"{pace:.3g}", "–" if wait is None else f"{wait:.1%}",
         ])  # fmt: skip
     headings = ["arm", "seed", "state", "steps", "images", "training", "images/s", "s/epoch", "waiting for data"]

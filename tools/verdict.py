@@ -40,8 +40,12 @@ def _score(leading: Sequence[dict | None]) -> Score | None:
     return Score(statistics.fmean(values), spread, statistics.fmean(errors) if errors else None, len(values))
 
 
+def score_of(trials: Sequence[Trial]) -> Score | None:
+    return _score([trial.final for trial in trials])
+
+
 def arm_score(group: Group) -> Score | None:
-    return _score([trial.final for trial in group.finished])
+    return score_of(group.finished)
 
 
 def baseline_score(trials: Sequence[Trial], name: str) -> Score | None:
@@ -334,7 +338,7 @@ def missing(study: Study) -> list[str]:
         elif trial.folder is None:
             found.append(f"{trial.name}: its run folder is gone, so there is no loss curve and no picture.")
     if study.missing:
-        names = listed([f"{arm} seed {seed}" for arm, seed in study.missing])
+        names = listed([cell.words for cell in study.missing])
         found.append(f"Not started yet: {names}. The same `daae compare` goes on.")
     finished = [trial for trial in study.trials if trial.done]
     if finished and all(trial.final is None for trial in finished):
@@ -342,6 +346,6 @@ def missing(study: Study) -> list[str]:
             "Scores: the images have no labels, or the runs were not evaluated. `daae evaluate RUN --data LABELLED` "
             "scores a run on labelled images."
         )
-    elif finished and all(len(trial.curve) < 2 for trial in finished):
+    elif finished and all(len(curve) < 2 for group in study.groups for curve in group.curves()):
         found.append("Scores during training: there are none. --evaluations 6 takes them, for the time to a target.")
     return found
