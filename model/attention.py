@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.ways import parse_ways
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value, all (B, heads, N, d) -> (B, heads, N, d)
+
 
 @dataclass(frozen=True, order=True)
 class Lengths:
@@ -53,7 +55,24 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return weights @ value
 
 
-def _by(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def attend_top(query: Tensor, key: Tensor, value: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query to its k keys of the largest product alone; the first query, the class token's,
+    attends to all. Returns (B, heads, N, d), and which keys were attended to, (B, heads, N, N) bool.
+
+    Source: MixedAE (Chen et al. 2023, arXiv 2303.17152), homologous attention.
+    """
+    # In bfloat16 products tie, and which of them are the largest would be chance.
+    with torch.autocast(query.device.type, enabled=False):
+        exact = torch.promote_types(query.dtype, torch.float32)
+        logits = query.to(exact) @ key.to(exact).transpose(-2, -1) * query.shape[-1] ** -0.5
+        top = logits.detach().topk(k, dim=-1, sorted=False).indices
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, top, True)
+        kept[:, :, 0] = True
+        weights = torch.softmax(logits.masked_fill(~kept, float("-inf")), dim=-1)
+    return weights.to(value.dtype) @ value, kept
+
+
+def _by(backend: SDPBackend) -> Attend:
     def attend_by_backend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(query, key, value)
@@ -61,7 +80,7 @@ def _by(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return attend_by_backend
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+WAYS: dict[str, Attend] = {
     "any": F.scaled_dot_product_attention,  # torch chooses
     "products": attend_by_products,
     "flash": _by(SDPBackend.FLASH_ATTENTION),

@@ -29,6 +29,15 @@ def total(values: Tensor) -> Tensor:
     return values if place()[1] == 1 else _Total.apply(values)  # pyright: ignore[reportReturnType]
 
 
+def largest(values: Tensor) -> Tensor:
+    """The largest over the processes, the same on every one; a constant, no gradient flows."""
+    values = values.detach()
+    if place()[1] > 1:
+        values = values.clone()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.gather import gather, place
+from model.gather import gather, largest, place, total
 
 
 def info_nce(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
@@ -34,8 +34,133 @@ def symmetric_info_nce(one: Tensor, other: Tensor, *, temperature: float) -> Ten
     return (there + back) / 2
 
 
+def nt_xent(one: Tensor, other: Tensor, *, temperature: float) -> Tensor:
+    """How hard it is to pick each row's partner out of both views of the batch, over all processes, itself left out.
+
+    one, other: (B, D), any scale; row i of both comes from image i.
+    Returns a scalar in nats: log(2 R B - 1) for a collapsed encoder with R processes.
+    Source: Chen et al. 2020 (SimCLR), eq. 1 and algorithm 1.
+    """
+    with torch.autocast(one.device.type, enabled=False):
+        mine = _unit(torch.stack([one, other]))  # (2, B, D)
+        logits = _against_all(mine) / temperature  # (2 B, 2 R B)
+    itself = _own_columns(mine)
+    return F.cross_entropy(logits.scatter(1, itself[:, None], -torch.inf), itself.roll(len(one)))
+
+
+def sup_con(features: Tensor, label: Tensor, *, temperature: float) -> Tensor:
+    """How hard it is to pick the rows of the same class out of all views of the batch, over all processes.
+
+    features: (V, B, D), any scale: V views (or exits) of B images. label: (B,) int64; -1 is a class like another.
+    An anchor averages over its positives outside the logarithm; one without any is left out, and with no anchor left
+    the loss is 0. Returns a scalar in nats: log(V R B - 1) for a collapsed encoder with R processes; with V = 2 and no
+    label twice it is nt_xent.
+    Source: Khosla et al. 2020 (SupCon), eq. 2, at tau / tau_base = 1.
+    """
+    views = len(features)
+    with torch.autocast(features.device.type, enabled=False):
+        mine = _unit(features)
+        logits = _against_all(mine) / temperature  # (V B, V R B)
+    itself = _own_columns(mine)[:, None]
+    positive = label.repeat(views)[:, None] == gather(label).repeat(views)[None, :]
+    positive.scatter_(1, itself, False)
+    count = positive.sum(dim=1)
+    chance = logits.scatter(1, itself, -torch.inf).log_softmax(dim=1)
+    each = -chance.masked_fill(~positive, 0).sum(dim=1) / count.clamp(min=1)
+    # The mean over the anchors of all processes, as the mean over processes of what each has.
+    anchors = total((count > 0).sum()).clamp(min=1)
+    return each.sum() * place()[1] / anchors
+
+
+def queue_info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
+    """How hard it is to pick each query's own key beside a queue of other images' keys.
+
+    query, key: (B, D), any scale; row i of both comes from image i. queue: (K, D), unit rows, the same everywhere.
+    No gradient flows to keys. Returns a scalar in nats: log(K + 1) for a collapsed encoder.
+    Source: He et al. 2020 (MoCo), eq. 1 and algorithm 1.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = _unit(query), _unit(key.detach())
+        own = (query * key).sum(dim=1, keepdim=True)
+        logits = torch.cat([own, query @ queue.to(query.dtype).T], dim=1) / temperature  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
+
+
+def regression(predicted: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of unit vectors, 2 - 2 cos: 0 where they are parallel, 4 where they are opposite.
+
+    predicted, target: (B, D), any scale. No gradient flows to the target.
+    Source: Grill et al. 2020 (BYOL), eq. 2; one direction of two.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        return (2 - 2 * (_unit(predicted) * _unit(target.detach())).sum(dim=1)).mean()
+
+
+def _against_all(mine: Tensor) -> Tensor:
+    """(V, B, D) unit rows -> (V B, V R B): each row by the rows of all processes, both a view after another."""
+    everyone = gather(mine.transpose(0, 1)).transpose(0, 1)  # (V, R B, D)
+    return mine.flatten(0, 1) @ everyone.flatten(0, 1).T
+
+
+def _own_columns(mine: Tensor) -> Tensor:
+    """(V B,): the column of _against_all that each row is itself."""
+    views, count, _ = mine.shape
+    rank, ranks = place()
+    row = torch.arange(count, device=mine.device) + rank * count
+    return (row + ranks * count * torch.arange(views, device=mine.device)[:, None]).flatten()
+
+
 def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+
+
+def homologous_contrast(tokens: Tensor, source: Tensor, *, temperature: float) -> Tensor:
+    """How hard it is to tell, in a mixed picture, which other patches come from the same source as each patch does.
+
+    tokens: (B, N, D), any scale; source: (N,) int64, the picture that each place of the sequence comes from, of each at
+    least two. Returns a scalar in nats: log(N - 1) for equal tokens. Mixed pictures are not compared with one another.
+    Source: MixedAE (Chen et al. 2023, arXiv 2303.17152), with the positives of SupCon's "out" form.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = _unit(tokens)
+        logits = unit @ unit.transpose(1, 2) / temperature  # (B, N, N)
+    oneself = torch.eye(len(source), dtype=torch.bool, device=source.device)
+    positive = (source[:, None] == source[None, :]) & ~oneself
+    likelihood = logits.masked_fill(oneself, float("-inf")).log_softmax(dim=-1)
+    return -(likelihood.masked_fill(~positive, 0.0).sum(dim=-1) / positive.sum(dim=-1)).mean()
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, *, epsilon: float, rounds: int) -> Tensor:
+    """Share the batch out among the prototypes: equally much to each, as near to the scores as that allows.
+
+    scores: (B, K) similarities, this process' rows; sums run over the rows of all. Returns (B, K) codes that sum to 1
+    in each row and, the more rounds the nearer, to B / K in each column.
+    Source: SwAV (Caron et al. 2020, arXiv 2006.09882), section 3.1 and its code.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+        codes = (scores - largest(scores.max())).exp()  # at epsilon 0.05 exp(1 / epsilon) alone is 5e8
+        least = torch.finfo(codes.dtype).tiny  # what underflows as a whole is left out: 0, not 0 / 0
+        for _ in range(rounds):
+            codes = codes / total(codes.sum(dim=0)).clamp_min(least)
+            codes = codes / codes.sum(dim=1, keepdim=True).clamp_min(least)
+    return codes
+
+
+def swapped_prediction(scores: list[Tensor], codes: list[Tensor], *, temperature: float) -> Tensor:
+    """How badly each view predicts the codes of the other views.
+
+    scores: (B, K) of every view, those that have codes first; codes: (B, K) of these, taken as constant. Returns the
+    mean cross-entropy over all pairs of a coded view and another one, in nats: log(K) where nothing is predicted.
+    Source: SwAV (Caron et al. 2020, arXiv 2006.09882), eq. 2 and section 3.2 (multi-crop).
+    """
+    sums = []
+    for view, score in enumerate(scores):
+        targets = torch.stack([code.detach() for other, code in enumerate(codes) if other != view]).sum(dim=0)
+        likelihood = F.log_softmax(score.to(torch.promote_types(score.dtype, torch.float32)) / temperature, dim=-1)
+        sums.append(-(targets * likelihood).sum(dim=-1).mean())
+    return torch.stack(sums).sum() / (len(codes) * (len(scores) - 1))
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

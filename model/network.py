@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from model.memory import MomentumCopy
 from model.objectives.base import Objective, Outcome
 from model.shape import Shape
-from model.vit import Encoder
+from model.vit import build_encoder
 from pipeline.views import Patches
 
 
@@ -21,37 +22,18 @@ class Network(nn.Module):
         shape.check()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = Encoder(
-                side=shape.side, patch=shape.patch, width=shape.width, depth=shape.depth, heads=shape.heads
-            )
+            self.encoder = build_encoder(shape)
             self.parts = nn.ModuleDict(objective.parts(shape))
         self.objective = objective
-        self.momentum_copies = {name: part for name, part in self.parts.items() if isinstance(part, MomentumCopy)}
-        for name, copy in self.momentum_copies.items():
-            copy.follow(self.part_or_encoder(name.removeprefix("momentum_")), 0.0)
+        self.follow(0.0)
+        objective.prepare(self)
 
-    def part_or_encoder(self, name: str) -> nn.Module:
-        return self.encoder if name == "encoder" else self.parts[name]
+    def follow(self, momentum: float) -> None:
+        """Every part that is a momentum copy, named momentum_X, moves towards X; with momentum 0 it becomes X."""
+        for name, part in self.parts.items():
+            if isinstance(part, MomentumCopy):
+                source = name.removeprefix("momentum_")
+                part.follow(self.encoder if source == "encoder" else self.parts[source], momentum)
 
     def forward(self, views: dict[str, Patches], label: Tensor) -> Outcome:
         return self.objective.loss(self, views, label)
-
-
-class MomentumCopy(nn.Module):
-    """A copy of a module that follows it slowly and is never trained (He et al. 2020, MoCo)."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module.requires_grad_(False)
-
-    @torch.no_grad()
-    def follow(self, source: nn.Module, momentum: float) -> None:
-        """weights <- momentum * weights + (1 - momentum) * source's; buffers are copied."""
-        for mine, theirs in zip(self.module.parameters(), source.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - momentum)
-        for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
-            mine.copy_(theirs)
-
-    @torch.no_grad()
-    def forward(self, *inputs):
-        return self.module(*inputs)

@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from model.attention import attend
+from model.attention import Attend, attend
+from model.shape import Shape
 from pipeline.views import Patches
 
 
@@ -51,12 +52,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, attend_by: Attend | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         batch, count, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attend(query, key, value).transpose(1, 2).reshape(batch, count, width))
+        seen = (attend_by or attend)(query, key, value)
+        return self.proj(seen.transpose(1, 2).reshape(batch, count, width))
 
 
 class MLP(nn.Module):
@@ -78,9 +80,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, attend_by: Attend | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        tokens = tokens + self.attn(self.norm1(tokens))
+        tokens = tokens + self.attn(self.norm1(tokens), attend_by)
         return tokens + self.mlp(self.norm2(tokens))
 
 
@@ -122,21 +124,32 @@ class Encoder(nn.Module):
         tokens = self.patch_embed(view.visible())
         return tokens + (positions if view.keep is None else positions[view.keep])
 
-    def forward(self, *views: Patches) -> list[Tensor]:
+    def forward(self, *views: Patches, marks: Tensor | None = None, attend_by: Attend | None = None) -> list[Tensor]:
         """(B, 1 + K, D) for each view: class token first, after the final norm.
 
-        Views with equally many tokens go through the blocks as one batch: half the calls, larger products.
+        Views with equally many tokens go through the blocks as one batch: fewer calls, larger products.
+        marks: (K, D), added to the patch tokens. attend_by: how the blocks attend, where not by softmax over all.
         """
         tokens = [self.embed(view) for view in views]
-        if len(tokens) > 1 and len({one.shape[1] for one in tokens}) == 1:
-            return list(self.encode(torch.cat(tokens)).split([len(one) for one in tokens]))
-        return [self.encode(one) for one in tokens]
+        if marks is not None:
+            tokens = [one + marks for one in tokens]
+        codes: dict[int, Tensor] = {}
+        for count in dict.fromkeys(one.shape[1] for one in tokens):
+            places = [place for place, one in enumerate(tokens) if one.shape[1] == count]
+            alike = [tokens[place] for place in places]
+            made = self.encode(torch.cat(alike) if len(alike) > 1 else alike[0], attend_by)
+            codes.update(zip(places, made.split([len(one) for one in alike]), strict=True))
+        return [codes[place] for place in range(len(tokens))]
 
-    def encode(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, attend_by: Attend | None = None) -> Tensor:
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, attend_by)
         return self.norm(tokens)
+
+
+def build_encoder(shape: Shape) -> Encoder:
+    return Encoder(side=shape.side, patch=shape.patch, width=shape.width, depth=shape.depth, heads=shape.heads)
 
 
 def init_weights(module: nn.Module) -> None:

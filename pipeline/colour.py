@@ -4,6 +4,8 @@ Brightness, contrast and saturation as torchvision defines them are affine in th
 drawn in any order they compose to one 3 x 3 matrix and one offset. The whole jitter of an image, grayscale included,
 therefore costs one pass over its pixels whatever is drawn. Two differences from torchvision follow: values are clamped
 once at the end instead of after each change, and hue turns in YIQ at constant luma instead of in HSV.
+
+Blur and solarisation are no such maps. They come after, and cost the images that are drawn for them alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampling import Colours
@@ -83,8 +86,46 @@ def _send(numbers: np.ndarray, device: torch.device) -> Tensor:
 
 
 def recolour(pixels: Tensor, drawn: Colours) -> Tensor:
-    """(B, S, S, 3) float in [0, 1] -> the same shape, recoloured and clamped to [0, 1]."""
+    """(B, S, S, 3) float in [0, 1] -> the same shape, recoloured and clamped to [0, 1], blurred and solarised."""
     batch, high, wide, _ = pixels.shape
     flat = pixels.view(batch, high * wide, 3)
     matrix, offset = colour_maps(flat.mean(dim=1), drawn)
-    return torch.baddbmm(offset[:, None, :], flat, matrix.transpose(1, 2)).clamp_(0, 1).view_as(pixels)
+    made = torch.baddbmm(offset[:, None, :], flat, matrix.transpose(1, 2)).clamp_(0, 1).view_as(pixels)
+    if drawn.blur is not None and len(rows := np.flatnonzero(drawn.blur)):
+        at = _send(rows, made.device)
+        made[at] = blur(made[at], drawn.blur[rows])
+    if drawn.solarise is not None and len(rows := np.flatnonzero(drawn.solarise)):
+        at = _send(rows, made.device)
+        made[at] = solarise(made[at])
+    return made
+
+
+def blur(pixels: Tensor, sigma: np.ndarray) -> Tensor:
+    """(B, S, S, 3), each image under a Gaussian of its own sigma in pixels. (B,) sigma, above 0.
+
+    The kernel reaches a twentieth of the side to either side, as SimCLR's (Chen et al. 2020, appendix A), and the
+    picture goes on mirrored beyond its edge, as in torchvision. A picture is multiplied from either side with the
+    S x S matrix of its kernel: more products than a convolution has, and twice as fast.
+    """
+    count, side = pixels.shape[:2]
+    reach = max(1, round(side / 20))
+    width = _send(sigma.astype(np.float32), pixels.device)[:, None]
+    places = _reached(side, reach, pixels.device)
+    taps = torch.softmax(-((torch.arange(-reach, reach + 1, device=pixels.device) / width) ** 2) / 2, dim=1)
+    kernel = (taps @ places.flatten(1)).view(count, side, side)
+    for _ in range(2):  # down, then across
+        pixels = (kernel @ pixels.reshape(count, side, side * 3)).view(count, side, side, 3).transpose(1, 2)
+    return pixels
+
+
+@functools.cache
+def _reached(side: int, reach: int, device: torch.device) -> Tensor:
+    """(T, S, S): whether tap t of the kernel at pixel i lies on pixel j, mirrored at the edges."""
+    place = (torch.arange(side)[:, None] + torch.arange(-reach, reach + 1)).abs()
+    place = torch.minimum(place, 2 * (side - 1) - place)
+    return F.one_hot(place, side).transpose(0, 1).float().to(device)
+
+
+def solarise(pixels: Tensor) -> Tensor:
+    """Values of a half and above are inverted, as Pillow's ImageOps.solarize inverts grey levels from 128 on."""
+    return torch.where(pixels < 0.5, pixels, 1 - pixels)

@@ -21,7 +21,8 @@ class FFCVSource(JpegSource):
     """The pictures of a .beton, which the converter has filled with the JPEGs of the shards, byte for byte."""
 
     def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int):
-        assert store.beton is not None
-        offsets = picture_offsets(store.beton, store.count)
-        jpegs = StoredJpegs(store, [store.beton], np.zeros(store.count, np.uint8), offsets)
+        files = [(part.beton, part.count) for part in store.parts if part.beton is not None]
+        offsets = np.concatenate([picture_offsets(path, count) for path, count in files])
+        which = np.repeat(np.arange(len(files)), [count for _, count in files])
+        jpegs = StoredJpegs(store, [path for path, _ in files], which, offsets)
         super().__init__(jpegs, views, device=device, workers=workers)

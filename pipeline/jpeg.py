@@ -59,10 +59,10 @@ class StoredJpegs:
 
     def sentence(self, sample: int, status: int) -> str:
         """What a decoder's status says of a sample, where that lies and what to do."""
-        path = self.paths[int(self._file[sample])]
+        path, (store, number) = self.paths[int(self._file[sample])], self.store.owner(sample)
         return (
-            f"sample {sample:,} of {self.store.root} cannot be used: {FAILURES[status]} ({path.name} at byte "
-            f"{int(self._offset[sample]):,}; source {self.store.name(sample)}). Convert the images again."
+            f"sample {number:,} of {store.root} cannot be used: {FAILURES[status]} ({path.name} at byte "
+            f"{int(self._offset[sample]):,}; source {store.name(number)}). Convert the images again."
         )
 
     def forget(self, ids: np.ndarray) -> None:

@@ -86,16 +86,13 @@ class Loader:
         self.rank, self.ranks, self.ahead = rank, ranks, ahead
         # Training drops the last partial batch; evaluation must see every image and takes it.
         self.ordered = np.arange(store.count) if only is None else np.asarray(only, np.int64)
-        self.batches = store.count // batch if shuffle else -(-len(self.ordered) // batch)
+        self.batches = store.per_epoch // batch if shuffle else -(-len(self.ordered) // batch)
         self.sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
         self.labels = store.label(label)[0].astype(np.int64) if label else np.full(store.count, -1, np.int64)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch]:
         """Batches `start` to the end of an epoch. Starting anywhere costs nothing: no sample is read to be skipped."""
-        if self.shuffle:
-            order = sampling.epoch_order(self.seed, epoch, self.store.count)
-        else:
-            order = self.ordered
+        order = self.store.order(self.seed, epoch) if self.shuffle else self.ordered
         plan = [
             sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
         ]
@@ -203,10 +200,12 @@ def decoding_threads(wish: int, device: torch.device, ranks: int = 1) -> int:
 
 def check_batch(store: Store, batch: int) -> None:
     """Raises DataError: no epoch holds a whole batch."""
-    if store.count < batch:
+    count = store.per_epoch
+    if count < batch:
+        epoch = "" if count == store.count else " an epoch, with generated ones"
         raise DataError(
-            f"{store.root} has {store.count:,} images, fewer than one batch of {batch:,}. "
-            f"Use --batch {max(1, store.count // 2)} or fewer, or more images."
+            f"{store.root} has {count:,} images{epoch}, fewer than one batch of {batch:,}. "
+            f"Use --batch {max(1, count // 2)} or fewer, or more images."
         )
 
 

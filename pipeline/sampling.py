@@ -15,6 +15,7 @@ import numpy as np
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: 2^64 / golden ratio, odd
 TRIES = 10  # of a crop that has to fit
+BLUR_SIGMA = (0.1 / 224, 2.0 / 224)  # of a blur, as a share of the side: SimCLR's 0.1 to 2 pixels of 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,21 @@ class View:
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
     gray: float = 0.0  # probability
+    blur: float = 0.0  # probability of a Gaussian blur, after jitter and gray
+    solarise: float = 0.0  # probability that bright pixels are inverted, last of all
     mask_ratio: float = 0.0  # share of the patches hidden from the encoder
+    group: int = 1  # > 1: so many consecutive samples share the patches out among them; mask_ratio is 1 - 1 / group
     same_crop_as: str | None = None  # crop and flip of that other view; area, aspect and flip here mean nothing then
     centre: float | None = None  # for evaluation: the central square of this share of the shorter side, no chance
 
     @property
     def coloured(self) -> bool:
-        return any(self.jitter) or self.gray > 0
+        return any(self.jitter) or self.gray > 0 or self.filtered
+
+    @property
+    def filtered(self) -> bool:
+        """What happens to its colours is more than one affine map per image."""
+        return self.blur > 0 or self.solarise > 0
 
 
 def mix(words: np.ndarray) -> np.ndarray:
@@ -67,15 +76,36 @@ def uniform(seed: int, epoch: int, purpose: str, ids: np.ndarray, count: int, fi
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, count: int, purpose: str = "order") -> np.ndarray:
     """A permutation of range(count), int64: the order of samples in this epoch.
 
     Sorting hashed ids instead of numpy's shuffle keeps the order equal across numpy versions.
     """
     with np.errstate(over="ignore"):
         ids = np.arange(count, dtype=np.uint64)
-        keys = mix(np.uint64(key(seed, epoch, "order")) + ids * np.uint64(GOLDEN))
+        keys = mix(np.uint64(key(seed, epoch, purpose)) + ids * np.uint64(GOLDEN))
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def mixture_order(seed: int, epoch: int, real: int, generated: int, real_repeat: int) -> np.ndarray:
+    """Sample ids of an epoch of `real` images and, with ids that follow theirs, `generated` ones.
+
+    A real image comes `real_repeat` times as often as a generated one: an epoch is one pass over the real images, mixed
+    with the next 1/real_repeat of the generated ones in an order of their own. On average the share of real images in a
+    batch is real_repeat real / (real_repeat real + generated), as where the real ones are written down real_repeat
+    times (AdaInf, Wang et al. 2024). Unlike there no image comes twice in a batch, where it would be its own negative,
+    nor twice in an epoch, where it would be cut the same way again. Without generated images this is epoch_order.
+    """
+    turn, part = divmod(epoch, real_repeat)
+    start, stop = (place * generated // real_repeat for place in (part, part + 1))
+    drawn = epoch_order(seed, turn, generated, "generated")[start:stop]
+    ids = np.concatenate([np.arange(real), real + drawn])
+    return ids[epoch_order(seed, epoch, len(ids))]
+
+
+def mixture_length(real: int, generated: int, real_repeat: int) -> int:
+    """Images of an epoch of mixture_order; every real_repeat-th of the generated ones is rounded up in some epochs."""
+    return real + generated // real_repeat
 
 
 def batch_ids(order: np.ndarray, step: int, batch: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
@@ -159,16 +189,22 @@ class Colours:
     hue: np.ndarray  # (B,) float64, in turns of the colour circle
     order: np.ndarray  # (B, 4) int64: the four changes in the order in which they apply
     gray: np.ndarray  # (B,) bool
+    blur: np.ndarray | None = None  # (B,) float64: sigma in pixels, 0 where not blurred; None: the view never is
+    solarise: np.ndarray | None = None  # (B,) bool
 
 
 def colours(view: View, name: str, seed: int, epoch: int, ids: np.ndarray) -> Colours:
     """Jitter strengths as torchvision's ColorJitter: factors in [1 - s, 1 + s], hue in [-h, h], any order."""
-    draw = uniform(seed, epoch, f"colour {name}", ids, 10)
+    draw = uniform(seed, epoch, f"colour {name}", ids, 13 if view.filtered else 10)
     jittered = (draw[:, 0] < view.jitter_p)[:, None]
     strength = np.asarray(view.jitter[:3])
     factors = np.where(jittered, _between(draw[:, 1:4], np.maximum(0, 1 - strength), 1 + strength), 1.0)
     hue = np.where(jittered[:, 0], _between(draw[:, 4], -view.jitter[3], view.jitter[3]), 0.0)
-    return Colours(factors, hue, np.argsort(draw[:, 5:9], axis=1), draw[:, 9] < view.gray)
+    changes = (factors, hue, np.argsort(draw[:, 5:9], axis=1), draw[:, 9] < view.gray)
+    if not view.filtered:
+        return Colours(*changes)
+    sigma = view.side * _between(draw[:, 11], *BLUR_SIGMA)
+    return Colours(*changes, blur=np.where(draw[:, 10] < view.blur, sigma, 0.0), solarise=draw[:, 12] < view.solarise)
 
 
 def mask_key(name: str, seed: int, epoch: int) -> int:

@@ -6,6 +6,7 @@ row, column) order, the order of a convolution's weight, so that timm's patch em
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,15 +87,22 @@ def kept_count(patches: int, mask_ratio: float) -> int:
     return int(patches * (1 - mask_ratio))
 
 
-def draw_mask(ids: Tensor, patches: int, keep: int, stream: int) -> tuple[Tensor, Tensor]:
+def draw_mask(ids: Tensor, patches: int, keep: int, stream: int, group: int = 1) -> tuple[Tensor, Tensor]:
     """Which patches of each sample stay, and which are hidden: uniform without replacement, exactly `keep` each.
 
     ids: (B,) int64. Returns (B, keep) and (B, patches - keep) int64. Row i depends on (stream, ids[i]) alone and is
     equal on every device: integer hashing and a sort, no generator state. MAE, section "Masking", argsort of noise.
+
+    group: so many consecutive samples share one order of the patches, a function of the stream and of all their ids;
+    the s-th of them keeps its s-th part, so that with group * keep = patches each patch is kept by exactly one.
     """
     place = torch.arange(1, patches + 1, device=ids.device, dtype=torch.int64)
-    rows = _mix(_signed(stream) + ids * _signed(GOLDEN))
+    rows = torch.full_like(ids[::group], _signed(stream))
+    for member in ids.view(-1, group).unbind(1):
+        rows = _mix(rows + member * _signed(GOLDEN))
     order = torch.argsort(_mix(rows[:, None] + place[None, :] * _signed(GOLDEN)), dim=1, stable=True)
+    # Turned round by its parts: the first are a sample's own, and the others are still in random order.
+    order = torch.stack([order.roll(-member * keep, dims=1) for member in range(group)], dim=1).flatten(0, 1)
     return order[:, :keep], order[:, keep:]
 
 
@@ -116,14 +124,17 @@ def make_views(
 ) -> dict[str, Patches]:
     """Colour, normalise, cut into patches and mask every view of a batch.
 
-    dtype: on a GPU, of the patches of views that nothing is hidden of: bfloat16 halves their bytes and moves a pixel by
-    less than half a grey level. Hidden patches are what a decoder is to predict, and stay float32.
+    dtype: on a GPU, of what the fused kernel makes of views that nothing is hidden of: bfloat16 halves their bytes and
+    moves a pixel by less than half a grey level. Hidden patches are what a decoder is to predict, and stay float32.
+
+    Raises UsageError where a batch cannot be cut into the groups that a view wants.
     """
     made = {}
     for name, view in views.items():
         images = batch.images[name]
         drawn = colours(view, name, seed, batch.epoch, batch.id.numpy()) if view.coloured else None
-        if kernels.usable(images.device):
+        # The fused kernel maps one pixel at a time: a view that is blurred or solarised takes the plain path.
+        if kernels.usable(images.device) and not view.filtered:
             maps = None if drawn is None else colour_maps(mean_colour(images), drawn)
             patches = kernels.to_patches(images, patch, maps, MEAN, STD, torch.float32 if view.mask_ratio else dtype)
         else:
@@ -131,13 +142,20 @@ def make_views(
             patches = patchify(normalise(pixels if drawn is None else recolour(pixels, drawn)), patch)
         grid = view.side // patch
         if view.mask_ratio > 0:
-            count = kept_count(grid * grid, view.mask_ratio)
+            if len(batch.id) % view.group:
+                raise UsageError(f"view {name}: {len(batch.id)} images cannot be cut into groups of {view.group}.")
+            count = kept_count(grid * grid, view.mask_ratio) if view.group == 1 else grid * grid // view.group
             ids = batch.id.to(patches.device, non_blocking=True)
-            keep, hidden = draw_mask(ids, grid * grid, count, mask_key(name, seed, batch.epoch))
+            keep, hidden = draw_mask(ids, grid * grid, count, mask_key(name, seed, batch.epoch), view.group)
             made[name] = Patches(patches, grid, keep, hidden)
         else:
             made[name] = Patches(patches, grid)
     return made
+
+
+def group_size(views: dict[str, View]) -> int:
+    """A batch, and any part of it, has to hold a multiple of so many samples."""
+    return math.lcm(*(view.group for view in views.values()))
 
 
 def check_views(views: dict[str, View], patch: int) -> None:
@@ -145,10 +163,10 @@ def check_views(views: dict[str, View], patch: int) -> None:
     for name, view in views.items():
         if view.side % patch:
             raise UsageError(f"view {name}: its side {view.side} is not a multiple of the patch side {patch}.")
-        if (
-            view.mask_ratio
-            and not 0 < kept_count((view.side // patch) ** 2, view.mask_ratio) < (view.side // patch) ** 2
-        ):
+        patches = (view.side // patch) ** 2
+        if patches % view.group:
+            raise UsageError(f"view {name}: {patches} patches cannot be shared out evenly in a group of {view.group}.")
+        if view.mask_ratio and not 0 < kept_count(patches, view.mask_ratio) < patches:
             raise UsageError(f"view {name}: a mask ratio of {view.mask_ratio} leaves no patch to see or none to hide.")
         if view.same_crop_as is not None and view.same_crop_as not in views:
             raise UsageError(f"view {name}: there is no view {view.same_crop_as} to share a crop with.")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.network import Network
+from model.objectives import OBJECTIVES
 from pipeline import kernels
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.geometry import _batched, _one_by_one
@@ -72,7 +73,7 @@ def test_pixels_on_the_gpu_are_pillows(store: Store, backend, least: float, medi
     loader.close()
 
 
-@pytest.mark.parametrize("preset", ["mae-tiny", "daae-tiny"])
+@pytest.mark.parametrize("preset", [f"{name}-tiny" for name in OBJECTIVES])
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(preset: str):
     """Loss within 1e-4 and every gradient within 1e-3 of its norm, fp32 without TF32: masks and colours are equal."""
     run = replace(open_preset(preset), model=SMALL, precision="fp32")
@@ -85,7 +86,8 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(preset: str):
     losses, gradients = [], []
     for device in (torch.device("cpu"), GPU):
         network = Network(run.method, run.model, 0).to(device)
-        batch = Batch({name: each.to(device) for name, each in images.items()}, torch.zeros(16), torch.arange(16), 0)
+        images_there = {name: each.to(device) for name, each in images.items()}
+        batch = Batch(images_there, (torch.arange(16) % 5).to(device), torch.arange(16), 0)
         made = make_views(batch, views, patch=run.model.patch, seed=0)
         outcome = network(made, batch.label)
         loss = torch.stack(list(outcome.terms.values())).sum()
@@ -97,15 +99,16 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(preset: str):
         assert (gradients[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
 
 
-def test_nothing_in_a_step_waits_for_the_gpu():
-    run = replace(open_preset("daae-tiny"), model=SMALL, precision="bf16")
+@pytest.mark.parametrize("preset", [f"{name}-tiny" for name in OBJECTIVES])
+def test_nothing_in_a_step_waits_for_the_gpu(preset: str):
+    run = replace(open_preset(preset), model=SMALL, precision="bf16")
     stepper = Stepper(run, GPU)
     stepper.prepare()
     images = {
         name: torch.randint(256, (16, view.side, view.side, 3), dtype=torch.uint8, device=GPU)
         for name, view in run.method.views(run.model).items()
     }
-    batch = Batch(images, torch.zeros(16, device=GPU), torch.arange(16), 0)
+    batch = Batch(images, torch.arange(16, device=GPU) % 5, torch.arange(16), 0)
     stepper(batch, lr=1e-3)  # allocates and compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -269,6 +269,7 @@ def train(loader):
 """
 
 
+@pytest.mark.slow
 @needs_ffcv
 def test_without_ffcv_and_dali_the_rest_trains(store_path: Path, tmp_path: Path):
     """FFCV is needed to write a .beton, not to read one; DALI where it is asked for."""

@@ -109,6 +109,7 @@ def test_the_beton_holds_the_bytes_of_the_shards(store, shards):
     other.close()
 
 
+@pytest.mark.slow
 @needs_ffcv
 def test_ffcv_itself_finds_the_same_pictures_in_the_beton(store, tmp_path):
     assert store.beton is not None

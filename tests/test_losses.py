@@ -7,8 +7,17 @@ import math
 import pytest
 import torch
 
-from model.heads import Projector, feature_spread
-from model.losses import info_nce, masked_mse, normalise_patches, symmetric_info_nce
+from model.heads import Predictor, Projector, feature_spread, pair_health
+from model.losses import (
+    info_nce,
+    masked_mse,
+    normalise_patches,
+    nt_xent,
+    queue_info_nce,
+    regression,
+    sup_con,
+    symmetric_info_nce,
+)
 from tests import textbook
 
 
@@ -35,6 +44,127 @@ def test_a_collapsed_encoder_scores_log_batch():  # L1
 def test_a_perfect_encoder_scores_what_orthogonal_pairs_score():
     eye = torch.eye(16)
     assert info_nce(eye, eye, temperature=0.1).item() == pytest.approx(math.log(1 + 15 * math.exp(-10)), rel=1e-3)
+
+
+LABEL = torch.tensor([0, 1, 0, 2, 1, 0])
+QUEUE = torch.nn.functional.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(3)).double(), dim=1)
+# Two views in, a scalar out: ours and the printed one.
+PAIR_LOSSES = {
+    "nt_xent": (nt_xent, textbook.nt_xent, {"temperature": 0.2}),
+    "sup_con": (
+        lambda one, other, **more: sup_con(torch.stack([one, other]), LABEL, **more),
+        lambda one, other, **more: textbook.sup_con(torch.stack([one, other]), LABEL, **more),
+        {"temperature": 0.1},
+    ),
+    "queue_info_nce": (
+        lambda one, other, **more: queue_info_nce(one, other, QUEUE, **more),
+        lambda one, other, **more: textbook.queue_info_nce(one, other, QUEUE, **more),
+        {"temperature": 0.2},
+    ),
+    "regression": (regression, textbook.regression, {}),
+}
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_losses_of_two_views_match_their_printed_formulas(name):
+    mine, printed, options = PAIR_LOSSES[name]
+    one, other = pair()
+    assert mine(one * 3, other * 0.1, **options).item() == pytest.approx(printed(one, other, **options), abs=1e-5)
+    exact = mine(one.double(), other.double(), **options)
+    assert exact.dtype == torch.float64
+    assert exact.item() == pytest.approx(printed(one, other, **options), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "queue_info_nce", "regression"])
+def test_losses_of_two_views_ignore_the_order_of_the_batch(name):  # L12; sup_con, with its labels, below
+    mine, _, options = PAIR_LOSSES[name]
+    one, other = pair()
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    assert mine(one[order], other[order], **options).item() == pytest.approx(mine(one, other, **options).item())
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_losses_of_two_views_are_computed_in_float32_under_autocast(name):
+    mine, _, options = PAIR_LOSSES[name]
+    one, other = pair()
+    exact = mine(one, other, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mine(one, other, **options), exact)
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(16, 0.00136107), (256, 0.0228900)])
+def test_nt_xent_at_its_extremes(batch, expected):  # L2, L3
+    same = torch.ones(batch, 8)
+    assert nt_xent(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * batch - 1), abs=1e-5)
+    eye = torch.eye(batch, dtype=torch.float64)
+    assert nt_xent(eye, eye, temperature=0.1).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_collapsed_encoder_beside_a_queue_scores_log_of_all_keys():  # L4
+    same = torch.ones(4, 8)
+    queue = torch.nn.functional.normalize(torch.ones(64, 8), dim=1)
+    assert queue_info_nce(same, same, queue, temperature=0.2).item() == pytest.approx(math.log(65), abs=1e-5)
+
+
+def test_sup_con_with_a_class_for_each_image_is_nt_xent():  # L5
+    one, other = (each.double() for each in pair())
+    features = torch.stack([one, other])
+    assert sup_con(features, torch.arange(6), temperature=0.2).item() == pytest.approx(
+        nt_xent(one, other, temperature=0.2).item(), abs=1e-14
+    )
+
+
+def test_sup_con_of_one_class_that_collapsed_scores_log_of_all_others():  # L6
+    value = sup_con(torch.ones(3, 8, 4), torch.zeros(8, dtype=torch.int64), temperature=0.1)
+    assert value.item() == pytest.approx(math.log(23), abs=1e-5)
+
+
+def test_sup_con_knows_classes_only_by_who_shares_them():  # L12, T-E4
+    features = torch.stack(pair())
+    loss = sup_con(features, LABEL, temperature=0.1).item()
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    assert sup_con(features[:, order], LABEL[order], temperature=0.1).item() == pytest.approx(loss)
+    assert sup_con(features, torch.tensor([7, 3, 5])[LABEL], temperature=0.1).item() == loss
+
+
+def test_sup_con_leaves_out_anchors_without_a_positive():
+    one, _ = pair()
+    alone = torch.tensor([0, 1, 0, 2, 3, 0])
+    features = one[None].requires_grad_()
+    loss = sup_con(features, alone, temperature=0.1)
+    assert loss.item() == pytest.approx(textbook.sup_con(features.detach(), alone, temperature=0.1), abs=1e-5)
+    nobody = sup_con(features, torch.arange(6), temperature=0.1)
+    assert nobody.item() == 0
+    (gradient,) = torch.autograd.grad(loss + nobody, features)
+    assert torch.isfinite(gradient).all()
+
+
+def test_regression_is_between_0_and_4_and_pulls_the_prediction_alone():  # L8
+    one, other = pair()
+    assert regression(one, one * 5).item() == pytest.approx(0, abs=1e-6)
+    assert regression(one, -one).item() == pytest.approx(4, abs=1e-6)
+    one.requires_grad_()
+    other.requires_grad_()
+    (regression(one, other) + queue_info_nce(one, other, QUEUE, temperature=0.2)).backward()
+    assert one.grad is not None
+    assert other.grad is None
+
+
+def test_losses_equal_those_of_lightly():
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    one, other = pair(16, 32)
+    theirs = lightly.NTXentLoss(temperature=0.2)(one, other).item()
+    assert nt_xent(one, other, temperature=0.2).item() == pytest.approx(theirs, abs=1e-5)
+    theirs = lightly.NegativeCosineSimilarity()(one, other).item()
+    assert regression(one, other).item() == pytest.approx(2 + 2 * theirs, abs=1e-5)
+
+
+def test_sup_con_equals_that_of_pytorch_metric_learning():
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+    features = torch.stack(pair(16, 32))
+    label = torch.arange(16) % 5
+    theirs = losses.SupConLoss(temperature=0.1)(features.flatten(0, 1), label.repeat(2)).item()
+    assert sup_con(features, label, temperature=0.1).item() == pytest.approx(theirs, abs=1e-5)
 
 
 def test_info_nce_ignores_scale_and_the_order_of_the_batch():  # L12
@@ -94,6 +224,37 @@ def test_projector_norms_each_call_by_itself_and_ends_without_scale():
     ]  # fmt: skip
     layer = Projector(8, 16, 4, norm="layer")(torch.randn(3, 8))
     assert layer.mean(dim=1).abs().max() < 1e-5
+
+
+def test_a_head_has_a_bias_where_no_norm_takes_it_away():
+    def shapes(head: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name.removeprefix("layers."): tuple(each.shape) for name, each in head.named_parameters()}
+
+    deep = shapes(Projector(8, 16, 4, depth=3))  # MoCo v3
+    assert [name for name in deep if name.endswith("weight") and len(deep[name]) == 2] == [
+        "0.weight", "3.weight", "6.weight"
+    ]  # fmt: skip
+    assert deep["3.weight"] == (16, 16)
+    assert not {"0.bias", "3.bias", "6.bias"} & deep.keys()
+    bare = shapes(Projector(8, 16, 4, "none"))  # MoCo v2
+    assert bare == {"0.weight": (16, 8), "0.bias": (16,), "3.weight": (4, 16), "3.bias": (4,)}
+    byol = shapes(Projector(8, 16, 4, last_norm=False))
+    assert "0.bias" not in byol
+    assert byol["3.bias"] == (4,)
+    assert shapes(Predictor(4, 16))["3.weight"] == (4, 16)
+
+
+def test_pair_health_tells_a_perfect_a_random_and_a_collapsed_encoder_apart():
+    eye = torch.eye(16)
+    perfect = pair_health(eye, eye * 3)
+    assert [perfect[name].item() for name in ("pair_accuracy", "pair_cosine", "other_cosine")] == [1, 1, 0]
+    collapsed = pair_health(torch.ones(16, 8), torch.ones(16, 8))
+    assert collapsed["pair_accuracy"].item() == pytest.approx(1 / 16)
+    assert collapsed["spread"].item() == pytest.approx(0, abs=1e-6)
+    label = torch.arange(16) // 4
+    shared = pair_health(eye, eye.roll(1, 0), label)
+    assert shared["pair_accuracy"].item() == 12 / 16  # each finds its neighbour, and every fourth has a stranger there
+    assert pair_health(eye, eye, torch.zeros(16))["other_cosine"] == 0
 
 
 def test_spread_is_one_for_noise_and_zero_for_a_collapse():

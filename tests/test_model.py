@@ -10,7 +10,8 @@ import torch
 
 from model.attention import attend_by_products
 from model.decoder import Decoder
-from model.network import MomentumCopy, Network
+from model.memory import MomentumCopy
+from model.network import Network
 from model.objectives import OBJECTIVES
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
@@ -139,6 +140,9 @@ def test_momentum_copy_follows_and_is_never_trained():  # T-B1, T-B5
         copy.follow(source, 0.9)
     closed_form = start + (1 - 0.9**5)
     assert torch.allclose(copy.module.weight, closed_form, atol=1e-6)  # pyright: ignore[reportArgumentType]
+    before = copy.module.weight.clone()  # pyright: ignore[reportCallIssue]
+    copy.follow(source, 1.0)
+    assert torch.equal(copy.module.weight, before)  # pyright: ignore[reportArgumentType]
     assert not any(p.requires_grad for p in copy.parameters())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +53,8 @@ def test_the_hash_is_splitmix64():
 def test_known_values_stay_what_they_are():
     """A changed hash would silently change every run that was ever reported."""
     assert sampling.epoch_order(0, 0, 8).tolist() == [5, 1, 7, 4, 6, 0, 3, 2]
+    mixed = [sampling.mixture_order(0, epoch, 4, 6, 2).tolist() for epoch in range(2)]
+    assert mixed == [[7, 1, 6, 5, 0, 3, 2], [1, 2, 9, 0, 3, 8, 4]]
     draw = sampling.uniform(1, 2, "crop", np.array([5]), 2)[0]
     assert draw.tolist() == pytest.approx([0.9323233838531452, 0.7314397211179702], abs=1e-15)
 
@@ -70,6 +74,50 @@ def test_ranks_share_a_global_batch_without_overlap_whatever_their_number(ranks,
     order = sampling.epoch_order(9, 0, 400)
     parts = [sampling.batch_ids(order, step, 64, rank, ranks) for rank in range(ranks)]
     assert np.array_equal(np.concatenate(parts), sampling.batch_ids(order, step, 64))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    real=st.integers(1, 200), generated=st.integers(0, 2000), repeat=st.integers(1, 12), seed=st.integers(0, 2**63),
+    turn=st.integers(0, 50),
+)  # fmt: skip
+def test_a_mixture_shows_each_real_image_once_an_epoch_and_each_generated_one_once_a_turn(
+    real, generated, repeat, seed, turn
+):
+    epochs = [
+        sampling.mixture_order(seed, turn * repeat + part, real, generated, repeat).tolist() for part in range(repeat)
+    ]
+    for order in epochs:
+        assert len(set(order)) == len(order)  # so that no batch holds an image twice
+        assert sorted(order)[:real] == list(range(real))
+        assert 0 <= len(order) - sampling.mixture_length(real, generated, repeat) <= 1
+    drawn = sorted(sample for order in epochs for sample in order if sample >= real)
+    assert drawn == list(range(real, real + generated))
+
+
+def test_the_share_of_real_images_in_a_batch_is_that_of_real_ones_written_down_so_often():
+    """T-I1: a third for ten times 50,000 real ones beside a million generated ones; a thousandth of that here."""
+    real, generated, repeat, batch, epochs = 50, 1000, 10, 25, 300
+    found = np.array([
+        (sampling.batch_ids(order, step, batch) < real).sum()
+        for order in (sampling.mixture_order(7, epoch, real, generated, repeat) for epoch in range(epochs))
+        for step in range(sampling.mixture_length(real, generated, repeat) // batch)
+    ])  # fmt: skip
+    assert len(found) == epochs * 6
+    # Epochs are whole here, so their mean is exact; a single batch varies as a draw without replacement does.
+    assert found.mean() / batch == pytest.approx(1 / 3, abs=1e-12)
+    assert found.var() == pytest.approx(batch * (1 / 3) * (2 / 3) * (150 - batch) / 149, rel=0.1)
+    first = found[::6]
+    assert first.mean() / batch == pytest.approx(1 / 3, abs=4 * (2 / 9 / (batch * epochs)) ** 0.5)
+
+
+@pytest.mark.parametrize("repeat", [1, 10])
+def test_without_generated_images_a_mixture_is_the_epoch_as_it_was(repeat):
+    """T-I2."""
+    for epoch in range(12):
+        order = sampling.mixture_order(3, epoch, 77, 0, repeat)
+        assert np.array_equal(order, sampling.epoch_order(3, epoch, 77))
+    assert sampling.mixture_length(77, 0, repeat) == 77
 
 
 @settings(deadline=None, max_examples=60)
@@ -125,3 +173,27 @@ def test_colour_strengths_stay_in_their_ranges_and_rows_left_alone_are_neutral()
     assert neutral.mean() == pytest.approx(0.2, abs=0.01)
     assert drawn.gray.mean() == pytest.approx(0.2, abs=0.01)
     assert (np.sort(drawn.order, axis=1) == np.arange(4)).all()
+
+
+def test_blur_and_solarise_are_drawn_last_so_that_the_other_colours_stay_what_they_were(monkeypatch):
+    ids, counts, uniform = np.arange(20_000), [], sampling.uniform
+    monkeypatch.setattr(sampling, "uniform", lambda *a, **k: counts.append(a[4]) or uniform(*a, **k))
+    plain = View(side=112, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2)
+    whole = dataclasses.replace(plain, blur=0.5, solarise=0.2)
+    one, other = (sampling.colours(view, "v", 3, 7, ids) for view in (plain, whole))
+    assert counts == [10, 13]
+    for name in ("factors", "hue", "order", "gray"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    assert one.blur is None
+    assert one.solarise is None
+    assert other.blur is not None
+    assert other.solarise is not None
+    sigma = other.blur[other.blur > 0]
+    assert len(sigma) / len(ids) == pytest.approx(0.5, abs=0.02)
+    assert 0.05 <= sigma.min() < 0.06  # half of SimCLR's 0.1 to 2 pixels at 224
+    assert 0.99 < sigma.max() <= 1.0
+    assert sigma.mean() == pytest.approx(0.525, abs=0.01)
+    assert other.solarise.mean() == pytest.approx(0.2, abs=0.01)
+    alone = sampling.colours(whole, "v", 3, 7, np.array([77]))
+    assert alone.blur is not None
+    assert alone.blur[0] == other.blur[77]

@@ -178,6 +178,7 @@ def test_a_picture_with_the_right_sum_must_also_decode_to_its_size(tmp_path, cap
     assert pixels(jpegs(fixed)[0]).shape == (30, 40, 3)
 
 
+@pytest.mark.slow
 @needs_ffcv
 def test_a_store_of_ffcvs_kind_alone_is_fixed_too(tmp_path, capsys):
     make_folder(tmp_path / "in", 8, 40, classes=2)

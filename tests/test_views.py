@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import sampling
-from pipeline.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, colour_maps, recolour
+from pipeline.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, blur, colour_maps, recolour, solarise
 from pipeline.errors import UsageError
 from pipeline.geometry import _batched, _one_by_one, crop_resize
 from pipeline.sampling import Colours, Geometry, View
@@ -85,6 +86,50 @@ def test_each_image_has_its_own_map():
     assert matrix[1].diagonal().tolist() == pytest.approx([0.8] * 3)
     assert offset.abs().max() == 0
     assert HUE == 3
+
+
+def dense_blur(pixels: np.ndarray, sigma: float, reach: int) -> np.ndarray:
+    """(S, S, 3) in float64: each pixel the mean of its neighbours by exp(-(dx^2 + dy^2) / 2 sigma^2), mirrored edge."""
+    side = len(pixels)
+    offset = np.arange(-reach, reach + 1)
+    kernel = np.exp(-(offset[:, None] ** 2 + offset[None, :] ** 2) / (2 * sigma**2))
+    padded = np.pad(pixels.astype(np.float64), ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    made = np.zeros_like(pixels, np.float64)
+    for down in range(2 * reach + 1):
+        for across in range(2 * reach + 1):
+            made += kernel[down, across] * padded[down : down + side, across : across + side]
+    return made / kernel.sum()
+
+
+@pytest.mark.parametrize(("side", "reach"), [(8, 1), (32, 2), (96, 5)])
+def test_each_image_is_blurred_by_a_gaussian_of_its_own(side, reach):
+    pixels = torch.rand(3, side, side, 3, generator=torch.Generator().manual_seed(2))
+    sigma = np.array([0.02, 0.5, 2.0])
+    made = blur(pixels, sigma)
+    for row in range(3):
+        assert np.abs(made[row].numpy() - dense_blur(pixels[row].numpy(), sigma[row], reach)).max() < 1e-6
+    theirs = TF.gaussian_blur(pixels[2:].permute(0, 3, 1, 2), [2 * reach + 1] * 2, [2.0, 2.0]).permute(0, 2, 3, 1)
+    assert torch.allclose(made[2:], theirs, atol=1e-6)
+    assert torch.allclose(made[0], pixels[0], atol=1e-6)  # a sigma of a fiftieth of a pixel changes nothing
+
+
+def test_solarise_equals_pillow():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    theirs = np.asarray(ImageOps.solarize(Image.fromarray(levels[0].numpy()), threshold=128))
+    assert np.array_equal((solarise(levels / 255)[0] * 255).round().numpy().astype(np.uint8), theirs)
+
+
+def test_blur_and_solarise_come_after_the_colours_and_touch_what_is_drawn_alone():
+    pixels, still = midtones(4, 32), np.zeros(4, bool)
+    jitter = (np.full((4, 3), 1.2), np.full(4, 0.05), np.tile(np.arange(4), (4, 1)), np.array([True, False] * 2))
+    plain = recolour(pixels, Colours(*jitter))
+    sigma, inverted = np.array([0.0, 1.5, 0.0, 1.5]), np.array([False, False, True, True])
+    made = recolour(pixels, Colours(*jitter, blur=sigma, solarise=inverted))
+    assert torch.equal(made[0], plain[0])
+    assert torch.equal(made[1:2], blur(plain[1:2], sigma[1:2]))
+    assert torch.equal(made[2], solarise(plain[2]))
+    assert torch.equal(made[3:], solarise(blur(plain[3:], sigma[3:])))
+    assert torch.equal(recolour(pixels, Colours(*jitter, blur=np.zeros(4), solarise=still)), plain)
 
 
 @pytest.mark.parametrize("resize", [_one_by_one, _batched])
@@ -171,6 +216,16 @@ def test_make_views_masks_one_view_and_colours_the_other():
     assert not torch.equal(other["small"].pixels, made["small"].pixels)
 
 
+def test_make_views_blurs_and_solarises_the_share_that_a_view_asks_for():
+    ids = torch.arange(40)
+    images = {"v": (midtones(40, 112) * 255).to(torch.uint8)}
+    plain, found = View(side=112, jitter=(0.4, 0.4, 0.4, 0.1)), []
+    for view in (plain, replace(plain, blur=0.3), replace(plain, solarise=0.3), replace(plain, blur=1.0, solarise=1.0)):
+        found.append(make_views(Batch(images, ids, ids, epoch=0), {"v": view}, patch=16, seed=0)["v"].pixels)
+    shares = [(made != found[0]).any(dim=(1, 2)).float().mean().item() for made in found]
+    assert shares == pytest.approx([0, 0.3, 0.3, 1], abs=0.15)
+
+
 @pytest.mark.parametrize(
     ("view", "words"),
     [(View(side=30), "not a multiple"), (View(side=16, mask_ratio=0.99), "mask ratio"),
@@ -218,6 +273,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_the_gpus_kernels_equal_plain_torch():
     """Run by Triton's interpreter, which needs no GPU. On a GPU tests/test_cuda.py runs them compiled."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")

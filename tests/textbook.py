@@ -83,6 +83,52 @@ def info_nce(query: Tensor, key: Tensor, *, temperature: float) -> float:
     return total / len(query)
 
 
+def nt_xent(one: Tensor, other: Tensor, *, temperature: float) -> float:
+    """Chen et al. 2020, algorithm 1: z_(2k-1), z_2k are the views of image k; l(i, j) = -log( exp(s_ij) / sum over all
+    m but i of exp(s_im) ), averaged over both orders of every pair."""
+    z = [row for pair in zip(one, other, strict=True) for row in pair]
+    total = 0.0
+    for i in range(len(z)):
+        j = i + 1 if i % 2 == 0 else i - 1
+        among = sum(math.exp(cosine(z[i], z[m]) / temperature) for m in range(len(z)) if m != i)
+        total -= math.log(math.exp(cosine(z[i], z[j]) / temperature) / among)
+    return total / len(z)
+
+
+def sup_con(features: Tensor, label: Tensor, *, temperature: float) -> float:
+    """Khosla et al. 2020, eq. 2: -1/|P(i)| sum_{p in P(i)} log( exp(s_ip) / sum_{a != i} exp(s_ia) ), averaged over i.
+
+    features: (V, B, D). Anchors i without a positive are left out.
+    """
+    z = [(row, int(label[b])) for view in features for b, row in enumerate(view)]
+    losses = []
+    for i, (anchor, mine) in enumerate(z):
+        among = sum(math.exp(cosine(anchor, row) / temperature) for a, (row, _) in enumerate(z) if a != i)
+        positives = [row for p, (row, theirs) in enumerate(z) if p != i and theirs == mine]
+        if positives:
+            terms = [math.log(math.exp(cosine(anchor, row) / temperature) / among) for row in positives]
+            losses.append(-sum(terms) / len(positives))
+    return sum(losses) / len(losses)
+
+
+def queue_info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> float:
+    """He et al. 2020, eq. 1: -mean_i log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) ), k_j: k_i and the queue."""
+    total = 0.0
+    for q, k in zip(query, key, strict=True):
+        own = math.exp(cosine(q, k) / temperature)
+        total -= math.log(own / (own + sum(math.exp(cosine(q, row) / temperature) for row in queue)))
+    return total / len(query)
+
+
+def regression(predicted: Tensor, target: Tensor) -> float:
+    """Grill et al. 2020, eq. 2: mean_i || p_i / |p_i| - z_i / |z_i| ||^2."""
+    total = 0.0
+    for p, z in zip(predicted.double(), target.double(), strict=True):
+        p, z = p / math.sqrt(float(p @ p)), z / math.sqrt(float(z @ z))
+        total += float((p - z) @ (p - z))
+    return total / len(predicted)
+
+
 def masked_mse(predicted: Tensor, target: Tensor, hidden: Tensor, *, norm_pix: bool) -> float:
     """He et al. 2021: squared error of each hidden patch, averaged over its values, then over all hidden patches.
 
@@ -100,3 +146,43 @@ def masked_mse(predicted: Tensor, target: Tensor, hidden: Tensor, *, norm_pix: b
                 total += float(((y - t) ** 2).sum()) / len(t)
                 count += 1
     return total / count
+
+
+def homologous_contrast(tokens: Tensor, source: list[int], *, temperature: float) -> float:
+    """Chen et al. 2023 (MixedAE), over the tokens of one mixed picture: for each token i the mean over all others j of
+    the same source of -log( exp(s_ij) / sum_{a != i} exp(s_ia) ), s cosine over temperature; then the mean over i.
+    """
+    total, count = 0.0, len(tokens)
+    for i in range(count):
+        scores = [cosine(tokens[i], tokens[j]) / temperature for j in range(count)]
+        others = math.log(sum(math.exp(scores[a]) for a in range(count) if a != i))
+        same = [j for j in range(count) if j != i and source[j] == source[i]]
+        total += sum(others - scores[j] for j in same) / len(same)
+    return total / count
+
+
+def sinkhorn(scores: Tensor, *, epsilon: float, rounds: int) -> Tensor:
+    """Caron et al. 2020 (SwAV), listing in appendix A. scores: (B, K). Returns (B, K) float64."""
+    q = torch.exp(scores.double() / epsilon).T
+    q = q / q.sum()
+    count, batch = q.shape
+    for _ in range(rounds):
+        for k in range(count):
+            q[k] = q[k] / q[k].sum() / count
+        for b in range(batch):
+            q[:, b] = q[:, b] / q[:, b].sum() / batch
+    return (q * batch).T
+
+
+def swapped_prediction(scores: list[Tensor], codes: list[Tensor], *, temperature: float) -> float:
+    """Caron et al. 2020 (SwAV), eq. 2 with multi-crop: view v's code q_v predicted from every other view u, as the mean
+    over v and u != v of -sum_k q_vk log( exp(s_uk / T) / sum_l exp(s_ul / T) ), and over images."""
+    total, terms = 0.0, 0
+    for v, code in enumerate(codes):
+        for u, score in enumerate(scores):
+            if u != v:
+                for q, s in zip(code.double(), score.double() / temperature, strict=True):
+                    partition = math.log(sum(math.exp(float(each)) for each in s))
+                    total += sum(float(q[k]) * (partition - float(s[k])) for k in range(len(s)))
+                    terms += 1
+    return total / terms

@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.store import MANIFEST
 from tools.children import Stop, failure
+
+PATIENCE_SECONDS = 150.0  # after a signal; a comparison gives its own run 120
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Commands:
 
     def stores(self, name: str, source: Path, parts: Parts) -> tuple[Path, list[Path]]:
         """The store to train on and those to test on."""
+        from pipeline.store import MANIFEST  # and numpy, which no --help waits for
+
         if (source / MANIFEST).is_file():  # a store already
             return source, []
         stores = []

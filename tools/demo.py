@@ -14,10 +14,8 @@ from pathlib import Path
 
 from pipeline.errors import ResourceError, UsageError
 from tools.children import Stop
-from tools.commands import DATA_SETS, Commands, Parts
+from tools.commands import DATA_SETS, PATIENCE_SECONDS, Commands, Parts
 from train.command import nearest, parse, run
-
-PATIENCE_SECONDS = 150.0  # after a signal; a comparison gives its own run 120
 
 
 @dataclass(frozen=True)

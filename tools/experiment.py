@@ -167,6 +167,7 @@ class Plan:
 
 def make_plan(flags: Compare) -> Plan:
     """Flags over the experiment file, checked before anything starts. Raises UsageError, DataError."""
+    from pipeline.inflated import Inflated
     from pipeline.store import Store
 
     values = _file_values(flags)
@@ -188,6 +189,8 @@ def make_plan(flags: Compare) -> Plan:
     for each in [store, *stores.values()]:
         if label is not None:
             each.label(label)
+    for each in stores.values():
+        each.check_real("evaluation")
     labelled = bool(store.columns)
     if not labelled:
         evaluations = 0
@@ -199,6 +202,9 @@ def make_plan(flags: Compare) -> Plan:
         flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled
     )
     check_arms(plan)
+    for inflate in (plan.wish(name).inflate for name in arms):
+        if inflate.data is not None:
+            Inflated.join(store, inflate.data, inflate.real_repeat)
     return plan
 
 
@@ -337,7 +343,8 @@ def undeclared(one: Mapping[str, Any], other: Mapping[str, Any], declared: set[s
         if one.get(name) != other.get(name)
         and not _under(name, (*RECIPE, *free))
         and not (name in SETTLED and (_open(name, one.get(name)) or _open(name, other.get(name))))
-        and not (_under(name, ("speed",)) and not (name in one and name in other))  # a record from before there was it
+        # a record from before there was it
+        and not (_under(name, ("speed", "inflate.real_repeat")) and not (name in one and name in other))
     ]
 
 

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tools.children import Stop
-from tools.commands import DATA_SETS, Commands
+from tools.commands import DATA_SETS, PATIENCE_SECONDS, Commands
 from tools.compare import summary
-from tools.demo import PATIENCE_SECONDS
 from tools.records import read_study
 from tools.verdict import verdict
 from train.command import parse, run

@@ -245,7 +245,8 @@ def fix(flags: Verify, store: Store, samples: list[dict]) -> int:
         files = whole.files | write_file(folder, BAD_FILES, bad_lines(listed))
         if (store.root / STATS).is_file():
             shutil.copyfile(store.root / STATS, folder / STATS)
-        kept = {name: manifest[name] for name in ("columns", "encode", "source", "skipped")}
+        facts = ("columns", "encode", "source", "skipped", "generated")
+        kept = {name: manifest[name] for name in facts if name in manifest}
         write_manifest(
             folder, files=files, index=whole.index, shards=whole.shards, bad=manifest["bad"] + len(rejected), **kept
         )

@@ -10,12 +10,13 @@ from dataclasses import replace
 import torch
 
 from model.attention import choose, fastest, listening
+from pipeline.views import group_size
 from train.ceiling import DTYPES
 from train.device import autocast
 from train.stages import parts_of
 from train.step import Stepper, noise, views_of
 
-LOOKED_AT = 2  # images, to learn which lengths there are
+LOOKED_AT = 2  # images or more, to learn which lengths there are
 MOST_ROWS = 1024  # that are timed: more take no other way, and may not fit beside the rest
 
 
@@ -31,12 +32,13 @@ def settle_attention(stepper: Stepper) -> str:
     elif wish == "auto":
         network, share = stepper.network.eval(), run.optim.batch // run.optim.accumulate // stepper.ranks.count
         choose("")
+        looked_at = max(LOOKED_AT, group_size(run.method.views(run.model)))
         with listening() as seen, torch.no_grad(), autocast(device, run.precision):
             for _, part in parts_of(run):
-                batch = noise(part, LOOKED_AT, device)
+                batch = noise(part, looked_at, device)
                 network(views_of(part, batch), batch.label)
         network.train()
-        most = {str(one): replace(one, rows=min(MOST_ROWS, one.rows * share // LOOKED_AT)) for one in sorted(seen)}
+        most = {str(one): replace(one, rows=min(MOST_ROWS, one.rows * share // looked_at)) for one in sorted(seen)}
         ways = {name: fastest(one, device, DTYPES[run.precision]) for name, one in most.items()}
         wish = stepper.ranks.share(" ".join(f"{name}={way}" for name, way in ways.items()))
     choose(wish)

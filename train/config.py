@@ -36,6 +36,8 @@ class Optim:
     """Linear warm-up, in epochs, but never more than warmup-share of the run."""
     warmup_share: float = 0.05
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    """What weight-decay becomes by the end, along half a cosine; constant by default."""
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float | None = None
     """Largest gradient norm; none by default, as MAE."""
@@ -73,6 +75,16 @@ class Budget:
     steps: int | None = None
     seconds: float | None = None
     """Training seconds, without set-up, evaluation and checkpoints. Calibrated once and frozen as steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inflation:
+    """Generated images beside the real ones (AdaInf, Wang et al. 2024). They are trained on and never evaluated on."""
+
+    data: Path | None = None
+    """Store that `daae inflate` made from --data; without one, real images alone."""
+    real_repeat: int = 10
+    """How many times as often as a generated image a real one is drawn. An epoch is one pass over the real ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +141,7 @@ class Run:
     model: Shape = field(default_factory=Shape)
     optim: Optim = field(default_factory=Optim)
     budget: Budget = field(default_factory=Budget)
+    inflate: Inflation = field(default_factory=Inflation)
     watch: Watch = field(default_factory=Watch)
     speed: Speed = field(default_factory=Speed)
     seed: int = 0
@@ -145,6 +158,7 @@ class Run:
         least = {
             "speed.workers": 0, "speed.ahead": 1, "watch.log_every": 1, "watch.evaluations": 0,
             "watch.keep_checkpoints": 1, "watch.checkpoint_minutes": 0, "speed.hw_decoder_load": 0,
+            "inflate.real_repeat": 1,
         }  # fmt: skip
         values = flat(as_values(self))
         for name, lowest in least.items():
@@ -153,6 +167,7 @@ class Run:
         for _, part in parts_of(self):
             part.model.check()
             part.optim.check()
+            self.method.check(part.optim.batch)
         if self.speed.attention != "auto":
             parse_ways(self.speed.attention)
         if self.speed.hw_decoder_load > 1 or self.speed.stall_seconds <= 0:
@@ -162,7 +177,8 @@ class Run:
 # Flags of MAE's own script, and short forms of the settings that people change most.
 ALIASES = {
     "--batch": "--optim.batch", "--lr": "--optim.lr", "--blr": "--optim.base-lr", "--min-lr": "--optim.min-lr",
-    "--weight-decay": "--optim.weight-decay", "--clip-grad": "--optim.clip-grad",
+    "--weight-decay": "--optim.weight-decay", "--weight-decay-end": "--optim.weight-decay-end",
+    "--clip-grad": "--optim.clip-grad",
     "--warmup-epochs": "--optim.warmup-epochs", "--accum-iter": "--optim.accumulate",
     "--epochs": "--budget.epochs", "--steps": "--budget.steps", "--seconds": "--budget.seconds",
     "--mask-ratio": "--method.mask-ratio", "--norm-pix-loss": "--method.norm-pix", "--input-size": "--model.side",
@@ -172,7 +188,7 @@ ALIASES = {
 }  # fmt: skip
 
 # What may differ between a run folder's configuration and the command that resumes it.
-MAY_CHANGE = ("out", "speed", "watch", "preset", "data")
+MAY_CHANGE = ("out", "speed", "watch", "preset", "data", "inflate.data")
 
 
 @functools.cache
@@ -230,7 +246,7 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     before, now = flat(saved), flat(asked)
     found = []
     for name in sorted(before.keys() | now.keys()):
-        if name.split(".")[0] in MAY_CHANGE or now.get(name) in (None, "auto"):
+        if {name, name.split(".")[0]} & {*MAY_CHANGE} or now.get(name) in (None, "auto"):
             continue
         if name == "device" and str(before[name]).partition(":")[0] == str(now[name]).partition(":")[0]:
             continue  # another GPU of the same kind of machine

@@ -150,20 +150,22 @@ class Exam:
 
     @classmethod
     def prepare(cls, data: Path, tests: tuple[Path, ...], label: str | None) -> Exam:
-        """Raises DataError: no labels, fewer than two classes; UsageError: a test store that is the bank itself."""
+        """Raises DataError: no labels, fewer than two classes; UsageError: a test store that is the bank itself, or
+        generated images."""
         import torch
 
         from pipeline.sampling import uniform
         from pipeline.store import Store
 
-        bank = Store.open(data)
+        bank, stores = Store.open(data), {path.name: Store.open(path) for path in tests}
+        for store in (bank, *stores.values()):
+            store.check_real("evaluation")
         if not bank.columns:
             raise DataError(f"{data} has no labels, so nothing can be scored. Pass --tests and --data with labels.")
         leading = label or next(iter(bank.columns))
         known = bank.label(leading)[0]
         if len(set(known[known >= 0].tolist())) < 2:
             raise DataError(f"{data} has fewer than two classes in column {leading!r}: there is nothing to tell apart.")
-        stores = {path.name: Store.open(path) for path in tests}
         for path, store in zip(tests, stores.values(), strict=True):
             store.label(leading)
             if store.fingerprint == bank.fingerprint:

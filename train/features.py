@@ -50,8 +50,10 @@ def encode(
     under `seed`, the only augmentation of MAE's linear probe. precision_context: such as train.device.autocast gives.
     Row i is sample i, or sample only[i]. Memory is bounded by the result, 8 N D bytes, and one batch.
 
-    Raises UsageError (side is no multiple of the patch) and whatever open_loader and the loader raise.
+    Raises UsageError (generated images, side is no multiple of the patch) and whatever open_loader and the loader
+    raise.
     """
+    store.check_real("evaluation")
     view = View(side=side, centre=centre) if crop_epoch is None else View(side=side, area=(0.08, 1.0))
     views = {VIEW: view}
     check_views(views, encoder.patch)
@@ -106,6 +108,7 @@ def pixels(
 
     The baseline of every evaluation: what can be told from the pictures without having learned anything.
     """
+    store.check_real("evaluation")
     count = store.count if only is None else len(only)
     result, done = torch.empty(count, 3 * side * side), 0
     if count == 0:

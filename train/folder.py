@@ -12,7 +12,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.staging import write_whole
 from train.checkpoint import Checkpoint, list_steps, newest, verify
 from train.command import read_yaml
-from train.config import Run, as_values, differences
+from train.config import Run, as_values, differences, with_values
 
 CONFIG = "config.yaml"
 
@@ -35,7 +35,9 @@ def check_same_run(out: Path, asked: Run, allow_resume: bool) -> None:
         raise UsageError(
             f"--out {out} holds a run already. Choose another folder, leave out --no-resume, or --overwrite."
         )
-    different = differences(saved, as_values(asked))
+    # A folder from before there was a setting has the setting's default.
+    before = with_values(Run(), saved, str(out / CONFIG))
+    different = differences(as_values(before), as_values(asked))
     if different:
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
         raise UsageError(

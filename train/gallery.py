@@ -12,7 +12,7 @@ from torch import Tensor
 from model.network import Network
 from pipeline.loader import open_loader
 from pipeline.store import Store
-from pipeline.views import Patches, denormalise, make_views, take, unpatchify
+from pipeline.views import Patches, denormalise, group_size, make_views, take, unpatchify
 from train.config import Run
 
 SHOWN = 8
@@ -22,9 +22,9 @@ GAP, HIDDEN_GRAY = 4, 0.5
 def draw_gallery(out: Path, network: Network, run: Run, store: Store, device: torch.device) -> Path:
     """Write media/gallery.png: a column per image, a row per view, and the repainted view where there is a decoder."""
     views = run.method.views(run.model)
-    loader = open_loader(
-        store, views, batch=min(SHOWN, store.count), seed=run.seed, backend=run.loader, device=device, shuffle=False
-    )
+    group = group_size(views)
+    shown = max(group, min(SHOWN, store.count) // group * group)
+    loader = open_loader(store, views, batch=shown, seed=run.seed, backend=run.loader, device=device, shuffle=False)
     try:
         batch = next(iter(loader.epoch(0)))
     finally:
@@ -62,7 +62,7 @@ def repainted(network: Network, view: Patches, run: Run) -> Tensor:
     assert view.keep is not None
     assert view.hidden is not None
     network.eval()
-    (code,) = network.encoder(view)
+    code = run.method.code(network, view)
     predicted = network.parts["decoder"](code, view, view.hidden)[0].float()
     if getattr(run.method, "norm_pix", False):
         truth = take(view.pixels, view.hidden)

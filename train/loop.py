@@ -22,6 +22,7 @@ from torch import Tensor
 from model.objectives import Outcome
 from pipeline import native
 from pipeline.errors import DataError, NumericsError, Preempted, UsageError
+from pipeline.inflated import Inflated
 from pipeline.limits import usable_cores
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
@@ -30,8 +31,8 @@ from train.attention import settle_attention
 from train.ceiling import gemm_flops
 from train.clock import Clock
 from train.command import exit_code
-from train.config import Budget, Run, as_values
-from train.data import check_data, open_data
+from train.config import Budget, Run, as_values, flat
+from train.data import check_data, open_data, open_store
 from train.device import device_name, memory_gb, resolve
 from train.journal import Journal, code_revision, duration, environment, read_rows
 from train.ledger import PARTS, TRAINING, Ledger
@@ -48,13 +49,15 @@ if TYPE_CHECKING:
 
 def pretrain(wish: Run, controls: Controls) -> dict:
     """Run, or go on with, what `wish` describes. Returns the result for stdout; every rank the same."""
-    assert wish.data is not None
     assert wish.out is not None
-    store = Store.open(wish.data)
+    store = open_store(wish)
     run = resolve(wish, store)
-    check_data(run, store, wanted().count)  # before the folder is made: what cannot run leaves nothing behind
+    # Before the folder is made: what cannot run leaves nothing behind.
+    check_data(run, store, wanted().count)
+    run.method.check(run.optim.batch, store.count)
     with together(torch.device(run.device), run.speed.stall_seconds) as ranks, Stop(quiet=not ranks.first) as stop:
-        settings = {name: value for name, value in as_values(run).items() if name not in ("out", "data", "device")}
+        places = ("out", "data", "inflate.data", "device")
+        settings = {name: value for name, value in flat(as_values(run)).items() if name not in places}
         ranks.agree({
             "settings": digest(settings), "data": store.fingerprint, "code": code_revision(),
             "torch": torch.__version__, "--limit-steps": controls.limit_steps, "--until-score": controls.until_score,
@@ -121,15 +124,21 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
             folder.write_settings(
                 out, dataclasses.replace(run, speed=dataclasses.replace(run.speed, attention=attention))
             )
-            facts = {**environment(name), "data": store.fingerprint, "images": store.count, "ranks": ranks.count}
+            real = store.parts[0]
+            facts = {**environment(name), "data": real.fingerprint, "images": real.count, "ranks": ranks.count}
+            if isinstance(store, Inflated):
+                facts["inflated"] = {**store.artificial.manifest["generated"], "images": store.artificial.count}
             write_whole(out / "env.json", json.dumps(facts, indent=1))
+        for words in run.method.warnings(run.optim.batch // run.optim.accumulate):
+            journal.say(words)
         if point is not None:
             trainer.load(point)
             journal.say(f"resumed {out} at step {point.step:,} of {trainer.steps:,}.")
         else:
             where = name if ranks.count == 1 else f"{ranks.count} x {name}"
+            share = f", {store.real_share:.0%} of them real" if isinstance(store, Inflated) else ""
             journal.say(
-                f"{run.preset}: {trainer.steps:,} steps of {run.optim.batch} images from {run.data} on {where}."
+                f"{run.preset}: {trainer.steps:,} steps of {run.optim.batch} images from {run.data}{share}, on {where}."
             )
         journal.rewind(trainer.step)
         trainer.stepper.prepare()
@@ -141,7 +150,7 @@ def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks) -> Bud
     """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step."""
     wish = run.budget
     if wish.epochs is not None and wish.seconds is None:
-        return dataclasses.replace(wish, steps=steps_of(run, wish.epochs, store.count))
+        return dataclasses.replace(wish, steps=steps_of(run, wish.epochs, store.per_epoch))
     if wish.seconds is None:
         raise UsageError("how long? Give one of --epochs, --steps and --seconds.")
     (pace,) = seconds_per_step([(run, store)], wish.seconds, ranks)
@@ -172,13 +181,13 @@ class Trainer:
         assert run.budget.steps is not None
         self.run, self.store, self.device = run, store, device
         self.journal, self.stop, self.ranks, self.steps = journal, stop, ranks, run.budget.steps
-        self.stages = lay_out(run, self.steps, store.count)
+        self.stages = lay_out(run, self.steps, store.per_epoch)
         self.stage, self.loader = self.stages[0], open_data(self.stages[0].run, store, ranks)
         self.ledger = Ledger(device)
         self.stepper = Stepper(run, device, ranks=ranks, ledger=self.ledger)
         self.network, self.optimizer = self.stepper.network, self.stepper.optimizer
         self.first = ranks.first
-        self.warmup = warmup_steps(run.optim, self.steps, store.count // run.optim.batch)
+        self.warmup = warmup_steps(run.optim, self.steps, store.per_epoch // run.optim.batch)
         self.clock, self.step = Clock(), 0
         self.sums: dict[str, Tensor] = {}
         self.refused = 0  # steps, up to the last row
@@ -232,8 +241,9 @@ class Trainer:
                     if batch is None:
                         break
                     lr = learning_rate(stage.run.optim, self.step, self.steps, self.warmup)
+                    done = (self.step / self.steps, (self.step + 1) / self.steps)
                     with ranks.waiting("a step"):
-                        self.add(self.stepper(batch, lr))
+                        self.add(self.stepper(batch, lr, done))
                     self.step += 1
                     clock.images += stage.run.optim.batch
                     evaluate, stopped = self.step in evaluate_at, ranks.any(self.stop.asked)

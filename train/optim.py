@@ -11,8 +11,8 @@ from torch import nn
 from train.config import Optim
 from train.muon import Muon
 
-# Besides everything one-dimensional: learned tokens are no matrices of a linear map.
-NO_DECAY = ("cls_token", "mask_token", "pos_embed")
+# Besides everything one-dimensional: learned tokens are no matrices of a linear map, and prototypes are unit vectors.
+NO_DECAY = ("cls_token", "mask_token", "segment_token", "pos_embed", "prototypes")
 ENCODER_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 HIDDEN_MATRIX = re.compile(r"(^|\.)blocks\.\d+\..*\.weight$")  # of encoder and decoder; what Muon is for
 
@@ -37,7 +37,8 @@ def layer_of(name: str, depth: int) -> int:
 def parameter_groups(module: nn.Module, optim: Optim) -> tuple[list[dict], list[dict]]:
     """Groups for AdamW, and groups of matrices for Muon where it is asked for: every trained parameter once.
 
-    A group holds what is decayed alike and learns alike; `lr_scale` is the layer's share of the learning rate.
+    A group holds what is decayed alike and learns alike; `lr_scale` is the layer's share of the learning rate, and
+    `decayed` says whether the schedule of the decay is for it.
     """
     named = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
     depth = 1 + max((int(found.group(1)) for name, _ in named if (found := ENCODER_BLOCK.match(name))), default=-1)
@@ -48,11 +49,11 @@ def parameter_groups(module: nn.Module, optim: Optim) -> tuple[list[dict], list[
         pieces = 0
         if optim.optimizer == "muon" and HIDDEN_MATRIX.search(name) and parameter.ndim == 2:
             pieces = 3 if name.endswith("qkv.weight") else 1
-        decay = 0.0 if free else optim.weight_decay
-        groups[pieces, decay, scales[layer_of(name, depth)]].append(parameter)
+        groups[pieces, free, scales[layer_of(name, depth)]].append(parameter)
     plain, matrices = [], []
-    for (pieces, decay, scale), parameters in groups.items():
-        group = {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+    for (pieces, free, scale), parameters in groups.items():
+        decay = 0.0 if free else optim.weight_decay
+        group = {"params": parameters, "weight_decay": decay, "decayed": not free, "lr_scale": scale}
         if pieces:
             matrices.append({**group, "pieces": pieces})
         else:

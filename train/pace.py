@@ -98,8 +98,8 @@ def steps_for(wish: Budget, pace: float) -> Budget:
 
 def main(argv: list[str]) -> int:
     """Measure what a file asks for, {"settings": {name: settings of a run}}, and write "seconds_per_step" into it."""
-    from pipeline.store import Store
     from train.config import Run, with_values
+    from train.data import open_store
     from train.device import resolve
 
     path = Path(argv[0])
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
         wish = with_values(Run(), values, f"{path}: {name}")
         if wish.data is None or wish.budget.seconds is None:
             raise DataError(f"{path}: {name} names no data or no seconds.")
-        store, wanted = Store.open(wish.data), max(wanted, wish.budget.seconds)
+        store, wanted = open_store(wish), max(wanted, wish.budget.seconds)
         recipes.append((resolve(wish, store), store))
     paces = seconds_per_step(recipes, wanted)
     answer = {**question, "seconds_per_step": dict(zip(question["settings"], paces, strict=True))}

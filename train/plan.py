@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
-from pipeline.store import Store
 from train.config import Run
 from train.journal import duration
 from train.schedule import learning_rate, warmup_steps
@@ -20,15 +19,14 @@ def parameter_counts(run: Run) -> tuple[int, int]:
     """Trained parameters of the encoder and of everything beside it."""
     import torch
 
-    from model.vit import Encoder
+    from model.network import Network
 
-    shape = run.model
     with torch.device("meta"):
-        sizes = {"side": shape.side, "patch": shape.patch, "width": shape.width, "depth": shape.depth}
-        encoder = Encoder(**sizes, heads=shape.heads)
-        parts = run.method.parts(shape).values()
-    count = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in (encoder, *parts)]
-    return count[0], sum(count[1:])
+        network = Network(run.method, run.model, run.seed)
+    encoder, parts = (
+        sum(p.numel() for p in module.parameters() if p.requires_grad) for module in (network.encoder, network.parts)
+    )
+    return encoder, parts
 
 
 def make_plan(run: Run, images: int, images_per_second: float | None) -> dict:
@@ -64,11 +62,11 @@ def make_plan(run: Run, images: int, images_per_second: float | None) -> dict:
 
 def measured_rate(run: Run) -> float:
     """Images/s of loader and step on this machine, on one device. Raises what `daae pretrain` would."""
+    from train.data import open_store
     from train.device import resolve
     from train.rehearsal import predict
 
-    assert run.data is not None
-    store = Store.open(run.data)
+    store = open_store(run)
     images = seconds = 0.0
     for share, part in parts_of(run):
         sample = predict(resolve(part, store), store)
@@ -83,7 +81,9 @@ KNOWN_IMAGES = {"in1k": 1_281_167, "mini": 34_745}  # ImageNet-1K; ImageNet-mini
 def print_plan(run: Run, controls: Controls) -> int:
     images = controls.images
     if run.data is not None:
-        images = Store.open(run.data).count
+        from train.data import open_store
+
+        images = open_store(run).per_epoch
     if images is None:
         images = next((count for name, count in KNOWN_IMAGES.items() if f"-{name}-" in run.preset), None)
     if images is None:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from model.objectives.byol import BYOL
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
+from model.objectives.mixedae import MixedAE
+from model.objectives.mocov2 import MoCoV2
+from model.objectives.mocov3 import MoCoV3
+from model.objectives.simclr import SimCLR
+from model.objectives.supcon import SupCon
+from model.objectives.swav import SwAV
+from model.objectives.two_views import TwoViews
 from model.shape import Shape
 from pipeline.errors import UsageError
 from train.command import nearest
@@ -24,9 +32,16 @@ VIT_S_128 = Shape(side=128, patch=8, width=384, depth=12, heads=6, decoder_width
 
 # MAE's ImageNet recipe (He et al. 2021, released code): AdamW (0.9, 0.95), decay 0.05, base rate 1.5e-4 at batch 4096.
 PUBLISHED = Optim(batch=4096, base_lr=1.5e-4, warmup_epochs=40, warmup_share=0.2)
+# SwAV's on a ViT, as DINO (Caron et al. 2021, arXiv 2104.14294) trains one.
+PUBLISHED_SWAV = Optim(
+    batch=4096, base_lr=5e-4, warmup_epochs=10, warmup_share=0.2, weight_decay=0.04, weight_decay_end=0.4,
+    betas=(0.9, 0.999), clip_grad=3.0,
+)  # fmt: skip
 # For small sets and short runs: a fixed peak rate, warm-up of a twentieth of the run.
 SMALL_DATA = Optim(batch=512, lr=1e-3, warmup_epochs=40, warmup_share=0.05)
 TINY_OPTIM = Optim(batch=128, lr=1e-3, warmup_epochs=40, warmup_share=0.05)
+# MoCo v3's for contrastive ViTs (Chen et al. 2021, section 5): MAE's rate, slower second moments, more decay.
+PUBLISHED_PAIRS = replace(PUBLISHED, betas=(0.9, 0.999), weight_decay=0.1)
 
 Recipe = Callable[[], Run]
 PRESETS: dict[str, Recipe] = {}
@@ -48,6 +63,20 @@ def daae(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
     return Run(objective="daae", method=DAAE(**options), model=shape, optim=optim, budget=Budget(epochs=epochs))
 
 
+def mixedae(shape: Shape, optim: Optim, epochs: float) -> Run:
+    return Run(objective="mixedae", method=MixedAE(), model=shape, optim=optim, budget=Budget(epochs=epochs))
+
+
+def swav(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
+    return Run(objective="swav", method=SwAV(**options), model=shape, optim=optim, budget=Budget(epochs=epochs))
+
+
+def swav_small(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
+    """For small sets: a rate of 5e-4 at most, four crops of half the side."""
+    optim = replace(optim, lr=5e-4, weight_decay=0.04, betas=(0.9, 0.999), clip_grad=3.0)
+    return swav(shape, optim, epochs, local_views=4, local_side=0.5, **options)
+
+
 @preset("mae-tiny")
 def mae_tiny() -> Run:
     """64 px, encoder 192 x 6: minutes on a CPU. `make demo` runs it."""
@@ -64,6 +93,22 @@ def daae_tiny() -> Run:
 def contrast_tiny() -> Run:
     """DAAE's two views without the decoder: what the contrastive term does alone."""
     return daae(TINY, TINY_OPTIM, 40, reconstruct_weight=0.0, contrast_weight=1.0)
+
+
+@preset("mixedae-tiny")
+def mixedae_tiny() -> Run:
+    """64 px, four pictures mixed into one, encoder 192 x 6: minutes on a CPU."""
+    return mixedae(TINY, TINY_OPTIM, 40)
+
+
+@preset("swav-tiny")
+def swav_tiny() -> Run:
+    """2 x 64 and 4 x 32 px, encoder 192 x 6: minutes on a CPU. Larger crops than SwAV's, and no blur: in small pictures
+    these leave too little to see."""
+    return swav_small(
+        TINY, TINY_OPTIM, 20, area=(0.2, 1.0), local_area=(0.08, 0.2), blur=0.0, prototypes=300, queue=1920,
+        freeze_steps=30, head_hidden=512,
+    )  # fmt: skip
 
 
 # The slides' augmentation table: what happens to the small view.
@@ -102,6 +147,18 @@ def _sizes(name: str, shape: Shape) -> None:
     both.__doc__ = f"{name} at {shape.side} px, for own images: 300 epochs, about the time of 400 of MAE."
 
 
+@preset("mixedae-vits16")
+def mixedae_vits16() -> Run:
+    """vits16 at 224 px, for own images: 400 epochs, about the time of 400 of MAE."""
+    return mixedae(VIT_S, SMALL_DATA, 400)
+
+
+@preset("swav-vits16")
+def swav_vits16() -> Run:
+    """vits16 at 2 x 224 and 4 x 112 px, 500 prototypes, for own images: 400 epochs."""
+    return swav_small(VIT_S, SMALL_DATA, 400, prototypes=500, queue=3840, freeze_steps=100)
+
+
 for _name, _shape in {
     "vitti16": VIT_TI, "vits16": VIT_S, "vitb16": VIT_B, "vitl16": VIT_L,
     "vitti8-96": VIT_TI_96, "vits8-128": VIT_S_128,
@@ -123,6 +180,19 @@ def daae_vitb16_in1k() -> Run:
     return daae(VIT_B, PUBLISHED, 600)
 
 
+@preset("mixedae-vitb16-in1k-1600")
+def mixedae_vitb16_in1k() -> Run:
+    """MixedAE's own: ImageNet-1K, 1600 epochs of MAE's recipe, 0.3% above MAE after fine-tuning in its paper."""
+    return mixedae(VIT_B, PUBLISHED, 1600)
+
+
+@preset("swav-vits16-in1k-300")
+def swav_vits16_in1k() -> Run:
+    """SwAV on ImageNet-1K, 2 x 224 and 6 x 96 px, 300 epochs by DINO's recipe for a ViT, but for its drop-path of 0.1,
+    which this encoder does not have."""
+    return swav(VIT_S, PUBLISHED_SWAV, 300)
+
+
 @preset("mae-vitb16-mini-800")
 def mae_vitb16_mini() -> Run:
     """The slides' ImageNet-mini baseline: 800 epochs, 42.5%, 1.08 times the time of DAAE's 550."""
@@ -139,6 +209,40 @@ def daae_vitb16_mini_550() -> Run:
 def daae_vitb16_mini_800() -> Run:
     """The slides on ImageNet-mini: 800 epochs, 44.8%, 1.45 times the time of 550."""
     return daae(VIT_B, PUBLISHED, 800)
+
+
+def _pairs(name: str, published: TwoViews, small: TwoViews, *, decay: float = 0.1, **tiny) -> None:
+    """A method that compares two views, at three sizes. small: as it is for own images; tiny: what differs at 64 px."""
+    gentle = {"lr": 5e-4, "weight_decay": decay}
+    # Below 100 px a crop of 8 % leaves nothing to recognise.
+    at_64 = replace(small, area=(0.2, 1.0), **tiny)
+
+    def keep(size: str, method: TwoViews, shape: Shape, optim: Optim, epochs: int, about: str) -> None:
+        def recipe() -> Run:
+            return Run(objective=name, method=method, model=shape, optim=optim, budget=Budget(epochs=epochs))
+
+        recipe.__doc__ = about
+        preset(f"{name}-{size}")(recipe)
+
+    keep("tiny", at_64, TINY, replace(TINY_OPTIM, **gentle), 40, f"64 px, encoder 192 x 6: {small.idea}.")
+    keep("vits16", small, VIT_S, replace(SMALL_DATA, **gentle), 400, "vits16 at 224 px, for own images: 400 epochs.")
+    about = f"ImageNet-1K, 300 epochs: {published.paper}, trained as MoCo v3 trains ViTs."
+    keep("vitb16-in1k-300", published, VIT_B, PUBLISHED_PAIRS, 300, about)
+
+
+SMALL_SIMCLR = SimCLR(temperature=0.2, head_hidden=512)
+_pairs("simclr", SimCLR(head_out=256), SMALL_SIMCLR)
+_pairs("supcon", SupCon(), SupCon(head_hidden=512), decay=0.05)
+_pairs("mocov2", MoCoV2(), MoCoV2(queue=4096, momentum=0.99, momentum_rises=True, head_hidden=1024), queue=1024)
+_pairs("mocov3", MoCoV3(feature="cls"), MoCoV3(head_hidden=1024, head_out=128))
+_pairs("byol", BYOL(momentum=0.99), BYOL(momentum=0.99, head_hidden=1024, head_out=128))
+
+
+@preset("simclr-tiny-weak")
+def simclr_tiny_weak() -> Run:
+    """AdaInf's weaker augmentation, for generated images beside real ones: half the colour changes, half as often."""
+    gentle = replace(SMALL_SIMCLR, area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.4)
+    return replace(PRESETS["simclr-tiny"](), method=gentle)
 
 
 def open_preset(name: str) -> Run:

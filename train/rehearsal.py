@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ResourceError
-from pipeline.views import Batch
+from pipeline.views import Batch, group_size
 from train.attention import settle_attention
 from train.data import open_data
 from train.step import Stepper, noise, views_of
@@ -75,8 +75,9 @@ def fit_batch(machine: Machine, limit: float) -> int:
 
     Nobody waits for a step of 4,096 images of a ViT-B on a CPU to learn that it is slow.
     """
-    most = machine.run.optim.batch
-    size = first = min(most, 16 * machine.run.optim.accumulate)
+    run = machine.run
+    most, unit = run.optim.batch, run.optim.accumulate * group_size(run.method.views(run.model))
+    size = first = min(most, max(unit, 16 * run.optim.accumulate // unit * unit))
     crowded = False
     while True:
         pictures = machine.random_batch(size)
@@ -86,10 +87,10 @@ def fit_batch(machine: Machine, limit: float) -> int:
         except ResourceError:
             if size == first:
                 raise
-            size, crowded = max(first, size // 2), True
+            size, crowded = max(first, size // 2 // unit * unit), True
             continue
         if took > limit:
-            return max(first, size // 2)
+            return max(first, size // 2 // unit * unit)
         if size == most or crowded or 2 * took > limit:
             return size
         size = min(most, size * 2 ** int(math.log2(limit / took)))

@@ -1,4 +1,4 @@
-"""Learning rate as a plain function of the step, so that a resumed run needs no state for it."""
+"""Learning rate and weight decay as plain functions of the step, so that a resumed run needs no state for them."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def learning_rate(optim: Optim, step: int, steps: int, warmup: float) -> float:
         return peak * step / warmup
     done = (step - warmup) / max(1e-9, steps - warmup)
     return optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def weight_decay(optim: Optim, done: float) -> float:
+    """Decay after a share `done` of the run's steps: constant, or half a cosine from weight_decay to weight_decay_end.
+
+    Source: DINO (Caron et al. 2021, arXiv 2104.14294), which has no warm-up of it.
+    """
+    if optim.weight_decay_end is None:
+        return optim.weight_decay
+    end = optim.weight_decay_end
+    return end + (optim.weight_decay - end) * 0.5 * (1 + math.cos(math.pi * done))

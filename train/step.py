@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.network import MomentumCopy, Network
+from model.memory import MomentumCopy
+from model.network import Network
 from model.objectives import Outcome
 from model.vit import Block, Encoder
 from pipeline.errors import ResourceError
-from pipeline.views import Batch, Patches, make_views
+from pipeline.views import Batch, Patches, group_size, make_views
 from train.config import Run
 from train.device import autocast, memory_gb
 from train.ledger import Ledger
 from train.optim import make_optimizer
 from train.ranks import Ranks
+from train.schedule import weight_decay
 
 
 class Stepper:
@@ -77,24 +79,31 @@ class Stepper:
 
                 self.wrapped.register_comm_hook(None, bf16_compress_hook)
 
-    def __call__(self, batch: Batch, lr: float) -> list[Outcome]:
+    def __call__(self, batch: Batch, lr: float, done: tuple[float, float] = (0.0, 0.0)) -> list[Outcome]:
         """Take the step; `batch` is this rank's share. What a step does not bear is refused: weights stay as they are
         where a gradient is not finite, on every rank alike, since gradients are averaged before they are looked at.
 
+        done: share of the run's steps that are taken before this one, and after it; 0 where steps are only timed.
         Raises ResourceError where the batch does not fit the memory, with how many images would.
         """
+        with self.ledger("optimizer"):
+            self.run.method.before_step(self.network, done[0])
+            for group in self.optimizer.param_groups:
+                if group["decayed"]:
+                    group["weight_decay"] = weight_decay(self.run.optim, done[0])
         try:
             outcomes = self._step(batch, lr, self.run.optim.accumulate)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise self._too_large(len(batch.id)) from None
-        self.run.method.after_step(self.network)
-        self.taken += 1
-        if self.average is not None:
-            # Over few steps a slow average would still be mostly the untrained weights.
-            slow = min(self.run.optim.ema, (1 + self.taken) / (10 + self.taken))
-            self.average.follow(self.network.encoder, slow)
+        with self.ledger("optimizer"):
+            self.run.method.after_step(self.network, done[1])
+            self.taken += 1
+            if self.average is not None:
+                # Over few steps a slow average would still be mostly the untrained weights.
+                slow = min(self.run.optim.ema, (1 + self.taken) / (10 + self.taken))
+                self.average.follow(self.network.encoder, slow)
         return outcomes
 
     def _step(self, batch: Batch, lr: float, parts: int) -> list[Outcome]:
@@ -122,14 +131,16 @@ class Stepper:
         peak, whole = memory_gb(self.device)
         said = f"a step of {size // parts:,} images does not fit {self.device} ({peak:.1f} of {whole:.1f} GB in use)."
         most = self._most(size // parts) if ranks == 1 else 0  # other ranks could not follow the trials
-        fewer = next((n for n in range(parts + 1, size + 1) if size % n == 0 and size // n <= most), None)
+        group = group_size(self.run.method.views(self.run.model))
+        fewer = next((n for n in range(parts + 1, size + 1) if size % (n * group) == 0 and size // n <= most), None)
         if fewer is None:
             return ResourceError(f"{said} Use --accum-iter {2 * parts}, or --batch {size * ranks // 2} or less.")
         return ResourceError(f"{said} {most:,} do: use --accum-iter {fewer}, or --batch {most * parts}.")
 
     def _most(self, size: int) -> int:
         """The most images below `size` that a step bears, to an eighth; 0 if none. The optimizer is of no use after."""
-        works, fails = 0, size
+        group = group_size(self.run.method.views(self.run.model))
+        works, fails = 0, size // group
         while fails - works > max(1, works // 8):
             count = (works + fails) // 2 if works else fails // 2
             if count == 0:
@@ -138,13 +149,13 @@ class Stepper:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self._step(noise(self.now, count, self.device), 0.0, 1)
+                self._step(noise(self.now, count * group, self.device), 0.0, 1)
                 works = count
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 fails = count
-        return works
+        return works * group
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)

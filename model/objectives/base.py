@@ -36,6 +36,12 @@ class Objective(ABC):
     paper: ClassVar[str]
     supervised: ClassVar[bool] = False
 
+    def check(self, batch: int, images: int | None = None) -> None:  # noqa: B027 (most have nothing to say)
+        """Whether the options fit one another, the batch of all processes, and the number of images once it is known.
+
+        Raises UsageError.
+        """
+
     @abstractmethod
     def views(self, shape: Shape) -> dict[str, View]:
         """The views of an image that the loss wants, by name."""
@@ -48,8 +54,23 @@ class Objective(ABC):
     def loss(self, net: Network, views: dict[str, Patches], label: Tensor) -> Outcome:
         """label: (B,) int64, -1 where unknown."""
 
-    def after_step(self, net: Network) -> None:  # noqa: B027 (most methods have nothing to do here)
-        """Once after every optimizer step: momentum updates, queues, renormalised prototypes."""
+    def prepare(self, net: Network) -> None:  # noqa: B027
+        """Once, when the network has been drawn: what is not to be trained is frozen here."""
+
+    def code(self, net: Network, view: Patches) -> Tensor:
+        """(B, 1 + K, D): what a decoder is given of a masked view."""
+        (code,) = net.encoder(view)
+        return code
+
+    def before_step(self, net: Network, done: float) -> None:  # noqa: B027
+        """Before every optimizer step. done: share of the run's steps taken so far, 0 before the first."""
+
+    def after_step(self, net: Network, done: float) -> None:  # noqa: B027
+        """After every optimizer step: momentum updates, queues, counters. done: 1 after the last."""
+
+    def warnings(self, batch: int) -> list[str]:
+        """What to say of options that will not learn well where a loss sees `batch` images at once."""
+        return []
 
     @abstractmethod
     def macs(self, shape: Shape) -> int:

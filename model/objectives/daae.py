@@ -79,8 +79,8 @@ class DAAE(Objective):
 
     def parts(self, shape: Shape) -> dict:
         from model.heads import Predictor, Projector
-        from model.network import MomentumCopy
-        from model.vit import Encoder
+        from model.memory import MomentumCopy
+        from model.vit import build_encoder
 
         def projector(width: int) -> Projector:
             return Projector(width, self.head_hidden, self.head_out, self.head_norm)
@@ -96,9 +96,7 @@ class DAAE(Objective):
         if self.feature == "asym_pred":
             parts["predictor"] = Predictor(self.head_out, norm=self.head_norm)
         if self.target == "ema":
-            parts["momentum_encoder"] = MomentumCopy(
-                Encoder(side=shape.side, patch=shape.patch, width=shape.width, depth=shape.depth, heads=shape.heads)
-            )
+            parts["momentum_encoder"] = MomentumCopy(build_encoder(shape))
             parts["momentum_projector"] = MomentumCopy(projector(shape.width))
         return parts
 
@@ -142,9 +140,8 @@ class DAAE(Objective):
         code, seen = net.encoder(holed, small)
         return code, net.parts["projector"](patch_mean(seen))
 
-    def after_step(self, net: Network) -> None:
-        for name, copy in net.momentum_copies.items():
-            copy.follow(net.part_or_encoder(name.removeprefix("momentum_")), self.momentum)
+    def after_step(self, net: Network, done: float) -> None:
+        net.follow(self.momentum)
 
     def macs(self, shape: Shape) -> int:
         kept, decoded = decoded_count(shape, self.mask_ratio, self.decoded_share)

@@ -1,0 +1,54 @@
+"""SupCon: all views of all images of a class find one another. Khosla et al. 2020, arXiv 2004.11362.
+
+Labels are used: a score of this method stands beside supervised ones, never among those without labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from model.objectives.base import Outcome
+from model.objectives.two_views import TwoViews
+from model.shape import Shape, encoder_macs, head_macs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.network import Network
+    from pipeline.views import Patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupCon(TwoViews):
+    """Pick the views of the same class out of both views of the whole batch."""
+
+    idea: ClassVar[str] = "views of a class find one another among those of the batch"
+    paper: ClassVar[str] = "Khosla et al. 2020, arXiv 2004.11362"
+    supervised: ClassVar[bool] = True
+
+    label: str | None = None
+    """Label column to learn from; default: the leading one of the store."""
+    temperature: float = 0.1
+    """Of the contrastive softmax."""
+    head_hidden: int = 2048
+    head_out: int = 128
+    head_norm: Literal["batch", "batch_apart", "layer", "none"] = "none"
+
+    def parts(self, shape: Shape) -> dict:
+        from model.heads import Projector
+
+        return {"projector": Projector(shape.width, self.head_hidden, self.head_out, self.head_norm)}
+
+    def loss(self, net: Network, views: dict[str, Patches], label: Tensor) -> Outcome:
+        import torch
+
+        from model.heads import pair_health
+        from model.losses import sup_con
+
+        one, other = (net.parts["projector"](each) for each in self.pooled(net.encoder(views["one"], views["other"])))
+        contrast = sup_con(torch.stack([one, other]), label, temperature=self.temperature)
+        return Outcome({"contrast": contrast}, pair_health(one, other, label))
+
+    def macs(self, shape: Shape) -> int:
+        return 2 * (encoder_macs(shape, shape.patches) + head_macs(shape.width, self.head_hidden, self.head_out))

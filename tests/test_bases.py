@@ -1,0 +1,312 @@
+"""SimCLR, MoCo v2 and v3, BYOL and SupCon: views, heads, queue and momentum as published, and that each learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.memory import Queue, rising_momentum
+from model.network import Network
+from model.objectives import OBJECTIVES, Objective
+from model.objectives.byol import BYOL
+from model.objectives.mocov2 import MoCoV2
+from model.objectives.mocov3 import MoCoV3
+from model.objectives.simclr import SimCLR
+from model.objectives.supcon import SupCon
+from model.objectives.two_views import TwoViews
+from model.shape import Shape
+from pipeline.errors import DataError, UsageError
+from pipeline.sampling import View
+from pipeline.store import Store
+from pipeline.views import Patches
+from tests.conftest import SMALL
+from tests.rank_process import BASES
+from tests.test_objectives import views_of
+from tests.test_pretrain import flags
+from train.config import Optim
+from train.data import open_data
+from train.journal import read_rows
+from train.optim import make_optimizer, parameter_groups
+from train.presets import PRESETS, open_preset
+from train.pretrain import main
+
+PAIRS = torch.arange(16) // 2  # eight classes of two images
+WITH_COPIES = ("mocov2", "mocov3", "byol")
+
+
+def loss_of(network: Network, views: dict[str, Patches]) -> torch.Tensor:
+    return torch.stack(list(network(views, PAIRS).terms.values())).sum()
+
+
+# --- as published -----------------------------------------------------------------------------------------------------
+
+SIMCLR = View(side=224, area=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), gray=0.2, blur=0.5)
+MOCO_V2 = View(side=224, area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5)
+BYOL_A = View(side=224, area=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), gray=0.2, blur=1.0)
+BYOL_B = replace(BYOL_A, blur=0.1, solarise=0.2)
+
+
+@pytest.mark.parametrize(("method", "one", "other"), [
+    (SimCLR(), SIMCLR, SIMCLR), (SupCon(), SIMCLR, SIMCLR), (MoCoV2(), MOCO_V2, MOCO_V2),
+    (MoCoV3(), BYOL_A, BYOL_B), (BYOL(), BYOL_A, BYOL_B),
+])  # fmt: skip
+def test_views_are_the_papers(method, one, other):
+    assert method.views(Shape()) == {"one": one, "other": other}
+
+
+@pytest.mark.parametrize(("name", "gmac"), [
+    ("simclr", 35.13), ("supcon", 35.13), ("mocov2", 23.42), ("mocov3", 46.83), ("byol", 46.83),
+])  # fmt: skip
+def test_work_is_that_of_the_encoders_and_little_more(name, gmac):
+    """In forward passes of a ViT-B, 17.563 GMAC each: two trained, or one and a third, or two and two thirds."""
+    assert OBJECTIVES[name]().macs(Shape()) / 1e9 == pytest.approx(gmac, rel=0.01)
+
+
+def test_heads_have_the_published_sizes():
+    def widths(method: Objective) -> dict[str, list[int]]:
+        found = {}
+        for part, head in method.parts(replace(SMALL, width=64)).items():
+            linear = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
+            found[part] = [each.in_features for each in linear[:1]] + [each.out_features for each in linear]
+        return {part: found[part] for part in ("projector", "predictor") if part in found}
+
+    assert widths(SimCLR()) == widths(SupCon()) == {"projector": [64, 2048, 128]}
+    assert widths(MoCoV2(queue=8)) == {"projector": [64, 64, 128]}
+    assert widths(MoCoV3()) == {"projector": [64, 4096, 4096, 256], "predictor": [256, 4096, 256]}
+    assert widths(BYOL()) == {"projector": [64, 4096, 256], "predictor": [256, 4096, 256]}
+
+
+def test_presets_train_as_moco_v3_trains_vits_and_smaller_on_small_data():
+    for name in BASES:
+        published, small, tiny = (open_preset(f"{name}-{size}") for size in ("vitb16-in1k-300", "vits16", "tiny"))
+        assert published.optim.peak_lr() == pytest.approx(2.4e-3)
+        assert (published.optim.betas, published.optim.weight_decay) == ((0.9, 0.999), 0.1)
+        assert small.optim.lr == tiny.optim.lr == 5e-4
+        assert tiny.method.views(tiny.model)["one"].area[0] == 0.2
+        for run in (published, small, tiny):
+            run.check()
+    assert {name for name in PRESETS if name.startswith("supcon")} == {
+        "supcon-tiny", "supcon-vits16", "supcon-vitb16-in1k-300"
+    }  # fmt: skip
+
+
+# --- what is trained and what is not ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_what_is_frozen_or_follows_gets_no_gradient_and_is_not_optimized(name):  # T-B5, T-B6
+    network = Network(BASES[name], SMALL, 0)
+    views = views_of(BASES[name])
+    views["one"].pixels.requires_grad_()
+    views["other"].pixels.requires_grad_()
+    loss_of(network, views).backward()
+    trained = {id(p) for group in parameter_groups(network, Optim())[0] for p in group["params"]}
+    for each, parameter in network.named_parameters():
+        still = "momentum_" in each or "patch_embed" in each
+        assert (parameter.grad is None) == still, each
+        assert (id(parameter) in trained) == (not still), each
+    one, other = (views[each].pixels.grad for each in ("one", "other"))
+    assert one is not None
+    assert (other is None) == (name == "mocov2")  # the others compare both ways
+    copies = [part for part in network.parts if part.startswith("momentum_")]
+    assert copies == (["momentum_encoder", "momentum_projector"] if name in WITH_COPIES else [])
+
+
+def test_the_patch_projection_is_trained_where_asked():
+    network = Network(replace(SimCLR(head_hidden=32), freeze_patches=False), SMALL, 0)
+    loss_of(network, views_of(SimCLR())).backward()
+    gradient = network.encoder.patch_embed.proj.weight.grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [
+    ("mocov2", 0.001, 0.0), ("mocov3", 0.005, 0.0), ("byol", 0.0, 0.002)
+])  # fmt: skip
+def test_momentum_copies_move_at_their_moment_at_the_rate_of_the_step(name, before, after):  # T-B1, T-B4
+    """Shares of the way to the encoder, halfway through a run: 1 - m for MoCo v2, (1 - m) / 2 for the others."""
+    network = Network(BASES[name], SMALL, 0)
+    copy = dict(network.parts["momentum_encoder"].named_parameters())["module.cls_token"]
+    start = copy.clone()
+    with torch.no_grad():
+        network.encoder.cls_token.add_(1.0)
+    BASES[name].before_step(network, 0.5)
+    assert torch.allclose(copy - start, torch.full_like(copy, before), atol=1e-6)
+    loss_of(network, views_of(BASES[name]))
+    BASES[name].after_step(network, 0.5)
+    assert torch.allclose(copy - start, torch.full_like(copy, before + after), atol=1e-6)
+
+
+def test_momentum_rises_to_one_along_half_a_cosine():  # T-B4
+    assert rising_momentum(0.99, 0.0) == pytest.approx(0.99)
+    assert rising_momentum(0.99, 0.25) == pytest.approx(1 - 0.01 * (1 + math.sqrt(0.5)) / 2)
+    assert rising_momentum(0.99, 0.5) == pytest.approx(0.995)
+    assert rising_momentum(0.99, 1.0) == 1
+    network = Network(replace(MoCoV2(queue=32), momentum_rises=True), SMALL, 0)
+    copy = dict(network.parts["momentum_encoder"].named_parameters())["module.cls_token"]
+    start = copy.clone()
+    with torch.no_grad():
+        network.encoder.cls_token.add_(1.0)
+    network.objective.before_step(network, 1.0)
+    assert torch.equal(copy, start)
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def test_the_queue_is_first_in_first_out_of_unit_rows_and_constant_length():
+    queue = Queue(6, 3).train()
+    assert torch.allclose(queue.rows.norm(dim=1), torch.ones(6))
+    keys = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)) * 7
+    unit = torch.nn.functional.normalize(keys, dim=1)
+    for first in (0, 2, 4, 6, 8):
+        before = queue.rows.clone()
+        queue.offer(keys[first : first + 1])
+        queue.offer(keys[first + 1 : first + 2])
+        assert torch.equal(queue.rows, before)  # offered, not in yet
+        queue.push()
+    assert torch.equal(queue.rows, unit[[6, 7, 8, 9, 4, 5]])
+    assert queue.oldest == 4
+    assert queue.state_dict().keys() == {"rows", "oldest"}
+
+
+def test_the_queue_takes_in_nothing_that_is_not_finite_and_nothing_that_is_only_looked_at():
+    queue = Queue(4, 3)
+    before = queue.rows.clone()
+    queue.eval().offer(torch.ones(2, 3))
+    queue.train().offer(torch.tensor([[float("nan"), 1, 1], [0, 2, 0], [float("inf"), 0, 0], [3, 0, 0]]))
+    queue.push()
+    expected = torch.stack([before[0], torch.tensor([0.0, 1, 0]), before[2], torch.tensor([1.0, 0, 0])])
+    assert torch.equal(queue.rows, expected)
+    assert queue.oldest == 0
+
+
+def test_moco_v2_remembers_the_keys_of_the_step_as_the_loss_saw_them():
+    network = Network(MoCoV2(head_out=16, queue=32), SMALL, 0)
+    views, queue = views_of(MoCoV2()), network.parts["queue"]
+    assert isinstance(queue, Queue)
+    old = queue.rows.clone()
+    with torch.no_grad():
+        (code,) = network.encoder(views["other"])  # the copy begins as the encoder
+        key = network.parts["projector"](code[:, 1:].mean(dim=1))
+    loss_of(network, views).backward()
+    assert torch.equal(queue.rows, old)
+    network.objective.after_step(network, 0.1)
+    assert torch.allclose(queue.rows[:16], torch.nn.functional.normalize(key, dim=1), atol=1e-6)
+    assert torch.equal(queue.rows[16:], old[16:])
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["simclr", "supcon", "mocov3", "byol"])
+def test_swapping_the_views_changes_nothing(name):  # T-B3
+    network, views = Network(BASES[name], SMALL, 0), views_of(BASES[name])
+    swapped = {"one": views["other"], "other": views["one"]}
+    assert loss_of(network, swapped).item() == pytest.approx(loss_of(network, views).item(), rel=1e-6)
+
+
+def test_moco_v3_of_a_collapsed_encoder_is_four_temperatures_of_log_batch():  # T-B2, L7
+    method = MoCoV3(head_hidden=32, head_out=16, head_norm="none")
+    network, views = Network(method, SMALL, 0), views_of(method)
+    last = [head[-2] for name, head in network.named_modules() if name.endswith("layers")]
+    with torch.no_grad():  # whatever goes in, the bias comes out
+        for linear in last:
+            linear.weight.zero_()
+    assert loss_of(network, views).item() == pytest.approx(4 * 0.2 * math.log(16), abs=1e-5)
+
+
+def test_labels_decide_what_supcon_pulls_together():
+    network, views = Network(BASES["supcon"], SMALL, 0), views_of(BASES["supcon"])
+    own, shared, other = (
+        network(views, label).terms["contrast"].item()
+        for label in (torch.arange(16), PAIRS, torch.arange(16) % 8)
+    )  # fmt: skip
+    assert len({own, shared, other}) == 3
+    simclr = Network(replace(SimCLR(head_hidden=32, head_out=16), head_norm="none"), SMALL, 0)
+    assert own == pytest.approx(loss_of(simclr, views).item(), rel=1e-6)
+
+
+UNIFORM = {
+    "simclr": math.log(31), "supcon": math.log(31), "mocov2": math.log(33), "mocov3": 0.8 * math.log(16), "byol": 4.0
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_thirty_steps_on_one_batch_halve_the_loss_of_an_encoder_that_knows_nothing(name):
+    # With its own head, keys of an encoder that knows nothing are too alike to be told apart in 30 steps.
+    method = replace(BASES[name], head_norm="batch") if name == "mocov2" else BASES[name]
+    network = Network(method, SMALL, 0).train()
+    optimizer = make_optimizer(network, Optim(), torch.device("cpu"))
+    for group in optimizer.param_groups:
+        group["lr"] = 5e-3
+    views, loss = views_of(method), torch.zeros(())
+    for step in range(30):
+        method.before_step(network, step / 30)
+        loss = loss_of(network, views)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(network, (step + 1) / 30)
+    assert loss.item() < UNIFORM[name] / 2
+
+
+# --- wrong input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "more", "words"), [
+    ("mocov2-tiny", ["--method.queue", "40"], r"--method\.queue 40 is no multiple of --batch 16: .* Use 32\."),
+    ("mocov2-tiny", ["--method.queue", "0"], r"--method\.queue 0 is no multiple of --batch 16: .* Use 16\."),
+    ("mocov2-tiny", ["--method.queue", "160"], r"more keys than there are images \(96\).*--method\.queue 16\."),
+    ("byol-tiny", ["--method.momentun", "0.9"], r"--method\.momentun is unknown\. Did you mean --method\.momentum\?"),
+])  # fmt: skip
+def test_options_that_do_not_fit_are_refused_before_anything_is_made(store_path, tmp_path, preset, more, words):
+    with pytest.raises(UsageError, match=words):
+        main([*flags(preset, store_path, tmp_path / "run", "--steps", "2"), *more])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_supervised_method_needs_a_label_of_every_image(store_path, unlabelled_path, tmp_path, monkeypatch):
+    command = flags("supcon-tiny", unlabelled_path, tmp_path / "run", "--steps", "2")
+    with pytest.raises(UsageError, match=r"--objective supcon learns from labels, and .* has none"):
+        main(command)
+    command = flags("supcon-tiny", store_path, tmp_path / "run", "--steps", "2")
+    with pytest.raises(DataError, match="no label column 'kind'"):
+        main([*command, "--method.label", "kind"])
+    label = Store.label
+
+    def partly(self: Store, column: str):
+        known, names = label(self, column)
+        known = known.copy()
+        known[:5] = -1
+        return known, names
+
+    monkeypatch.setattr(Store, "label", partly)
+    with pytest.raises(
+        UsageError, match=r"5 of 96 in .* have none in column class\. Choose another with --method\.label"
+    ):
+        main(command)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_reach_a_supervised_method_and_no_other(store_path):
+    store = Store.open(store_path)
+    for name, supervised in (("supcon", True), ("simclr", False)):
+        run = replace(open_preset(f"{name}-tiny"), device="cpu", loader="shards", model=SMALL, optim=Optim(batch=16))
+        assert isinstance(run.method, TwoViews)
+        loader = open_data(run, store)
+        batch = next(iter(loader.epoch(0)))
+        loader.close()
+        expected = torch.from_numpy(store.label("class")[0][batch.id.numpy()]).long()
+        assert torch.equal(batch.label, expected if supervised else torch.full((16,), -1))
+
+
+def test_whole_runs_with_labels_and_without(store_path, unlabelled_path, tmp_path):
+    for preset, data in (("supcon-tiny", store_path), ("simclr-tiny", unlabelled_path)):
+        assert main(flags(preset, data, tmp_path / preset, "--steps", "2")) == 0
+        (row,) = read_rows(tmp_path / preset / "metrics.jsonl")
+        assert {"contrast", "pair_accuracy", "pair_cosine", "other_cosine", "spread"} <= row.keys()
+        assert row["loss"] == pytest.approx(row["contrast"])

@@ -1,0 +1,76 @@
+"""`daae methods`: what each method is, what it looks at and what that costs beside MAE, from its own description."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from train.command import parse, run
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Name the pre-training methods: idea, views, tokens, FLOPs beside MAE's, whether they need labels, paper."""
+
+    json: bool = False
+    """Print one JSON object instead of the table."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at its defaults, with a ViT-B of patches of 16 at 224 px."""
+
+    name: str
+    idea: str
+    views: str  # such as "2 x 224, 6 x 96"; a share that is hidden stands behind its view
+    tokens: int  # patches that the encoder sees of an image, in all views
+    cost: float  # FLOPs of a training step an image, MAE being 1
+    supervised: bool
+    paper: str
+
+
+def rows() -> list[Row]:
+    from model.objectives import OBJECTIVES
+    from model.objectives.mae import MAE
+    from pipeline.views import kept_count
+    from train.presets import VIT_B
+
+    found = []
+    for name, objective in OBJECTIVES.items():
+        method = objective()
+        views = method.views(VIT_B).values()
+        sides = Counter(
+            f"{view.side}" + (f" ({view.mask_ratio:.0%} hidden)" if view.mask_ratio else "") for view in views
+        )
+        tokens = sum(kept_count((view.side // VIT_B.patch) ** 2, view.mask_ratio) for view in views)
+        found.append(Row(
+            name, method.idea, ", ".join(f"{count} x {side}" if count > 1 else side for side, count in sides.items()),
+            tokens, round(method.macs(VIT_B) / MAE().macs(VIT_B), 2), method.supervised, method.paper,
+        ))  # fmt: skip
+    return found
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Methods, argv, prog="daae methods")
+    found = rows()
+    if flags.json:
+        print(json.dumps({row.name: asdict(row) for row in found}, indent=1))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("", "idea", "views, px", "tokens", "FLOPs", "labels", "paper"):
+        table.add_column(heading, justify="right" if heading in ("tokens", "FLOPs") else "left")
+    for row in found:
+        cost = f"{row.cost:.2f}"
+        table.add_row(row.name, row.idea, row.views, f"{row.tokens}", cost, "yes" if row.supervised else "", row.paper)
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(table)
+    print("At each method's defaults with a ViT-B/16 at 224 px: patches that the encoder sees, FLOPs beside MAE's.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
