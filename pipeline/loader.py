@@ -85,14 +85,21 @@ class Loader:
         self.device, self.shuffle, self.stall_seconds = device, shuffle, stall_seconds
         self.rank, self.ranks, self.ahead = rank, ranks, ahead
         # Training drops the last partial batch; evaluation must see every image and takes it.
-        self.ordered = np.arange(store.count) if only is None else np.asarray(only, np.int64)
-        self.batches = store.per_epoch // batch if shuffle else -(-len(self.ordered) // batch)
+        self.chosen = None if only is None else np.asarray(only, np.int64)
+        self.ordered = np.arange(store.count) if self.chosen is None else self.chosen
+        count = store.per_epoch if self.chosen is None else len(self.chosen)
+        self.batches = count // batch if shuffle else -(-len(self.ordered) // batch)
         self.sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
         self.labels = store.label(label)[0].astype(np.int64) if label else np.full(store.count, -1, np.int64)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch]:
         """Batches `start` to the end of an epoch. Starting anywhere costs nothing: no sample is read to be skipped."""
-        order = self.store.order(self.seed, epoch) if self.shuffle else self.ordered
+        if not self.shuffle:
+            order = self.ordered
+        elif self.chosen is None:
+            order = self.store.order(self.seed, epoch)
+        else:
+            order = self.chosen[sampling.epoch_order(self.seed, epoch, len(self.chosen))]
         plan = [
             sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
         ]
@@ -198,13 +205,14 @@ def decoding_threads(wish: int, device: torch.device, ranks: int = 1) -> int:
     return wish or (1 if device.type == "cpu" else max(1, int(usable_cores()) // ranks))
 
 
-def check_batch(store: Store, batch: int) -> None:
-    """Raises DataError: no epoch holds a whole batch."""
-    count = store.per_epoch
+def check_batch(store: Store, batch: int, only: np.ndarray | None = None) -> None:
+    """Raises DataError: no epoch, of these samples or of all, holds a whole batch."""
+    count = store.per_epoch if only is None else len(only)
     if count < batch:
-        epoch = "" if count == store.count else " an epoch, with generated ones"
+        of_them = "" if count == store.count else " an epoch, with generated ones"
+        of_them = of_them if only is None else " to train on"
         raise DataError(
-            f"{store.root} has {count:,} images{epoch}, fewer than one batch of {batch:,}. "
+            f"{store.root} has {count:,} images{of_them}, fewer than one batch of {batch:,}. "
             f"Use --batch {max(1, count // 2)} or fewer, or more images."
         )
 
@@ -232,11 +240,11 @@ def open_loader(
 
     batch: images over all ranks. workers: decoding threads, 0 chooses. backend: see choose_backend for "auto". ahead:
     batches that are made and wait. hw_decoder_load: share of the JPEGs that DALI sends to a GPU's hardware decoder.
-    ranks_here: processes that share this machine's cores. only: sample ids that an ordered pass is cut down to.
+    ranks_here: processes that share this machine's cores. only: sample ids that an epoch is cut down to.
     Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
     """
     if shuffle:
-        check_batch(store, batch)
+        check_batch(store, batch, only)
     if batch % ranks:
         raise UsageError(f"a batch of {batch} cannot be divided evenly among {ranks} processes.")
     device = torch.device(device)

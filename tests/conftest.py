@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model.shape import Shape
 from pipeline import native
@@ -46,6 +48,15 @@ def unlabelled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_folder(root / "images", 24, 48)
     assert convert.main([str(root / "images"), str(root / "store"), "--backends", "dali", "--quiet"]) == 0
     return root / "store"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tables this small gain nothing from threads, which wait for each other where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 needs_ffcv = pytest.mark.skipif(ffcv_missing() is not None, reason="FFCV is not installed; `make setup` installs it")

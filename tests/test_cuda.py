@@ -14,6 +14,7 @@ import torch
 from model.network import Network
 from model.objectives import OBJECTIVES
 from pipeline import kernels
+from pipeline.augment import erase, rand_augment
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.geometry import _batched, _one_by_one
 from pipeline.loader import open_loader
@@ -22,6 +23,7 @@ from pipeline.store import Store
 from pipeline.views import MEAN, STD, Batch, make_views, normalise, patchify
 from tests.conftest import PYTHON, SMALL, psnr
 from tests.test_loader import BATCH, VIEWS, reference
+from train.exam import ask
 from train.presets import open_preset
 from train.step import Stepper
 
@@ -125,3 +127,51 @@ def test_a_run_on_the_gpu_resumes(store_path: Path, tmp_path: Path):
         assert done.returncode == 0, done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("done", 6)
+
+
+def test_augmentation_on_the_gpu_is_that_of_the_cpu():
+    images, ids = (
+        torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 48, 48, 3), dtype=np.uint8)),
+        np.arange(64),
+    )
+    here, there = (rand_augment(each, 0, 0, ids) for each in (images, images.to(GPU)))
+    apart = (here.int() - there.cpu().int()).abs().flatten(1).max(dim=1).values
+    # The pixel at which a turned picture ends, and a level that lies between two whole numbers, may go either way.
+    assert (apart <= 1).float().mean() > 0.8
+    pixels = torch.full((64, 48, 48, 3), 9.0)
+    erased = [
+        erase(pixels.to(device), 0.5, 0, 0, ids, torch.Generator(device).manual_seed(0)).cpu() != 9.0
+        for device in ("cpu", GPU)
+    ]
+    assert torch.equal(*erased)
+
+
+def test_probes_work_where_the_features_are():
+    draw = torch.Generator().manual_seed(0)
+    label = torch.arange(400) % 5
+    bank = torch.randn(5, 24, generator=draw)[label] + torch.randn(400, 24, generator=draw)
+    query = bank[:100] + 0.1 * torch.randn(100, 24, generator=draw)
+    wanted = {
+        "protocols": ("knn", "ridge", "logistic", "linear"),
+        "classes": 5,
+        "groups": torch.arange(400) // 2,
+        "neighbours": (1, 20),
+    }
+    here, there = (ask(bank.half().to(each), label, query.half().to(each), **wanted) for each in ("cpu", GPU))
+    assert here.keys() == there.keys() == {"knn1", "knn20", "ridge", "logistic", "linear"}
+    for probe, predicted in here.items():
+        assert (there[probe] == predicted).float().mean() >= 0.98, probe
+
+
+def test_a_fine_tuning_on_the_gpu_resumes(store_path: Path, tmp_path: Path):
+    words = ["--preset", "mae-tiny", "--data", str(store_path), "--out", str(tmp_path / "run"), "--batch", "16"]
+    tune = [str(tmp_path / "run"), "--out", str(tmp_path / "tuned"), "--batch", "16", "--epochs", "2"]
+    for module, more in (
+        ("train.pretrain", [*words, "--steps", "2"]), ("train.finetune", [*tune, "--limit-steps", "3"]),
+        ("train.finetune", tune),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [PYTHON, "-m", module, *more, "--device", "cuda"], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "tuned" / "finetune.json").read_text())["state"] == "done"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.store import Store
 from tests.images import make_folder
 from tests.test_pretrain import flags
 from tools import convert
-from train import evaluate, probes
-from train.evaluate import Exam, mean_score
+from train import cache, evaluate, exam, features, folder, probes
+from train.exam import Exam, mean_score
 from train.pretrain import main as pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +42,21 @@ def run_path(store_path: Path, test_path: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-def test_scores_stand_beside_both_baselines_and_are_written(run_path, capsys):
-    assert evaluate.main([str(run_path), "--protocols", "ridge", "knn", "linear", "--json"]) == 0
+def test_scores_stand_beside_both_baselines_and_are_written(run_path, capsys, monkeypatch):
+    monkeypatch.setattr(exam, "linear_epochs", lambda _: 5)
+    assert evaluate.main([str(run_path), "--protocols", "ridge", "knn", "linear", "logistic", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert json.loads((run_path / "evaluation.json").read_text()) == result
     assert result["step"] == 4
     assert result["leading_name"] == "ridge on class, mean of unseen"
     for each in (result, *result["baselines"].values()):
-        probes = each["scores"]["unseen"]["class"]
-        assert set(probes) == {"ridge", "knn1", "knn20", "linear"}
-        for score in probes.values():
+        found = each["scores"]["unseen"]["class"]
+        assert set(found) == {"ridge", "knn1", "knn20", "linear", "logistic"}
+        for score in found.values():
             assert score["count"] == 30  # the class that the bank does not know is not asked
             p = score["value"]
             assert score["standard_error"] == pytest.approx((p * (1 - p) / 30) ** 0.5)
-        assert each["leading"] == probes["ridge"]
+        assert each["leading"] == found["ridge"]
     assert set(result["baselines"]) == {"pixels", "untrained"}
     assert result["baselines"]["untrained"]["scores"] != result["baselines"]["pixels"]["scores"]
     assert "pixels" in result["sentence"]
@@ -63,20 +69,139 @@ def test_the_table_is_printed_for_a_person(run_path, capsys):
     assert shown.strip().splitlines()[-1].startswith("knn20 on class")
 
 
+def test_features_are_encoded_once_for_a_checkpoint(run_path, capsys, monkeypatch):
+    words = [str(run_path), "--protocols", "knn", "--json"]
+
+    def scored(*more: str) -> dict:
+        assert evaluate.main([*words, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    shutil.rmtree(run_path / "cache", ignore_errors=True)
+    first = scored()
+    kept = sorted((run_path / "cache").iterdir())
+    assert len(kept) == 6  # bank and test of the encoder, the untrained one, and pixels
+    keys = [json.loads((each / "key.json").read_text()) for each in kept]
+    assert {key["store"] for key in keys} == {keys[0]["store"], *(key["store"] for key in keys)}
+    assert len({key.get("weights") for key in keys}) == 3
+    opened = []
+    genuine = features.open_loader
+    monkeypatch.setattr(
+        features, "open_loader", lambda store, *a, **k: opened.append(store.root) or genuine(store, *a, **k)
+    )
+    assert scored() == first
+    assert opened == []
+    torn = kept[0] / "features.npy"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    (kept[1] / "features.npy").unlink()
+    assert scored() == first
+    assert len(opened) == 2
+    opened.clear()
+    scored("--feature", "cls", "--no-baselines")  # another key
+    assert len(opened) == 2
+    opened.clear()
+    assert scored("--no-cache") == first
+    assert len(opened) == 6
+    assert len(list((run_path / "cache").iterdir())) == 8
+    assert not list(run_path.glob(".cache-*"))
+
+
+def test_features_on_the_disk_are_those_in_memory_rounded(run_path, store_path, tmp_path):
+    settings, device = folder.run_settings(run_path), torch.device("cpu")
+    store, ids = Store.open(store_path), np.array([3, 5, 90])
+    for made in (
+        lambda cache: evaluate.pixel_features(device, cache),
+        lambda cache: evaluate.baseline_features(settings, device, "cls", cache)["untrained"],
+    ):
+        exact, kept = made(None)(store, ids), made(tmp_path)(store, ids)
+        assert kept.dtype == torch.float16
+        assert torch.equal(kept, exact.half())
+        assert torch.equal(made(tmp_path)(store, ids), kept)
+        assert made(tmp_path)(store, ids[:0]).shape == (0, exact.shape[1])
+
+
+def test_a_full_disk_leaves_no_half_written_features(tmp_path, monkeypatch):
+    def batches() -> Iterator[torch.Tensor]:
+        yield torch.ones(3, 4)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResourceError, match="no space left"):
+        cache.kept(tmp_path, {"a": 1}, (6, 4), batches)
+    assert list(tmp_path.iterdir()) == []
+    found = cache.kept(tmp_path, {"a": 1}, (6, 4), lambda: iter([torch.ones(3, 4), torch.zeros(3, 4)]))
+    assert found.tolist() == [[1.0] * 4] * 3 + [[0.0] * 4] * 3
+
+
+# --- Few labels ---------------------------------------------------------------------------------------------------
+
+
+def test_few_labels_are_balanced_and_fixed():
+    draw = np.random.default_rng(0)
+    ids, label = (
+        np.sort(draw.choice(5000, 1000, replace=False)),
+        torch.from_numpy(draw.choice(4, 1000, p=[0.6, 0.3, 0.08, 0.02])),
+    )
+    for share, each in ((0.01, 2), (0.1, 25), (0.0001, 1)):
+        rows = exam.few(ids, label, share, 0)
+        assert rows.tolist() == sorted(set(rows.tolist()))
+        counts = torch.bincount(label[rows], minlength=4).tolist()
+        there = torch.bincount(label, minlength=4).tolist()
+        assert counts == [min(each, most) for most in there]
+        assert torch.equal(exam.few(ids, label, share, 0), rows)
+        assert not torch.equal(exam.few(ids, label, share, 1), rows)
+    more, fewer = (set(exam.few(ids, label, share, 0).tolist()) for share in (0.1, 0.05))
+    assert fewer < more  # those who are first in line stay so
+
+
+def test_few_labels_are_probed_three_times_beside_all_of_them(run_path, capsys):
+    words = [str(run_path), "--protocols", "knn", "ridge", "--no-baselines", "--label-share", "0.05", "0.5"]
+    assert evaluate.main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    scores = result["scores"]["unseen"]["class"]
+    assert set(scores) == {"knn1", "knn20", "ridge", "knn1 5%", "knn20 5%", "knn1 50%", "knn20 50%", "ridge 50%"}
+    assert result["leading"] == scores["knn20"]
+    assert scores["knn1 5%"]["labels"] == 4  # one of each class: too few to choose a penalty on
+    assert scores["ridge 50%"]["labels"] == 48
+    for name, score in scores.items():
+        p = score["value"]
+        assert score["standard_error"] == pytest.approx((p * (1 - p) / 30) ** 0.5)
+        assert ("spread" in score) == ("%" in name)
+        if "%" in name:
+            assert score["draws"] == 3
+            assert 90 * p == pytest.approx(round(90 * p))  # a mean of three counts out of thirty
+    assert evaluate.main(words) == 0
+    assert "draws ±" in capsys.readouterr().out
+
+
+def test_a_mean_over_draws_keeps_the_error_of_the_pictures():
+    scores = [probes.Score(value, 0.0, 100) for value in (0.2, 0.3, 0.4)]
+    found = exam.over_draws(scores)
+    assert found["value"] == pytest.approx(0.3)
+    assert found["standard_error"] == pytest.approx((0.3 * 0.7 / 100) ** 0.5)
+    assert (found["spread"], found["draws"], found["count"]) == (pytest.approx(0.1), 3, 100)
+
+
+def test_the_leading_neighbours_are_those_nearest_to_twenty(store_path):
+    sitting = Exam.prepare(store_path, (), "class")
+    for wish, leading in (((1, 20), "knn20"), ((10, 200), "knn10"), ((5,), "knn5")):
+        result = sitting.sit(lambda _, ids: torch.randn(len(ids), 4), ("knn",), neighbours=wish)
+        assert result["leading_name"].startswith(f"{leading} on class")
+        assert set(result["scores"]["held-out"]["class"]) == {f"knn{k}" for k in wish}
+
+
 def test_without_tests_a_fifth_is_held_out_and_never_trains_the_probe(store_path):
-    exam = Exam.prepare(store_path, (), "class")
+    sitting = Exam.prepare(store_path, (), "class")
     store = Store.open(store_path)
-    held_out = exam.held_out[store.root]
+    held_out = sitting.held_out[store.root]
     assert 0.1 < held_out.float().mean() < 0.35
     truth = torch.from_numpy(store.label("class")[0].astype("int64"))
     # features that give the label away on the bank and lie on the held-out rows: a probe that saw those would not err
     told = torch.nn.functional.one_hot(truth, 4).float()
     lying = torch.where(held_out[:, None], told.roll(1, dims=1), told)
-    result = exam.sit(lambda _, ids: lying[ids], ("knn",))
+    result = sitting.sit(lambda _, ids: lying[ids], ("knn",))
     score = result["scores"]["held-out"]["class"]["knn1"]
     assert score["value"] == 0
     assert score["count"] == int(held_out.sum())
-    assert exam.sit(lambda _, ids: told[ids], ("knn",))["leading"]["value"] == 1
+    assert sitting.sit(lambda _, ids: told[ids], ("knn",))["leading"]["value"] == 1
 
 
 def test_near_duplicates_stay_on_one_side_of_a_fold(tmp_path):
@@ -85,12 +210,12 @@ def test_near_duplicates_stay_on_one_side_of_a_fold(tmp_path):
     rows = [f"{path.name},kind-{i % 2},thing-{i // 2}" for i, path in enumerate(paths)]
     (root / "labels.csv").write_text("path,kind,thing\n" + "\n".join(rows) + "\n")
     convert.main([str(root), str(tmp_path / "store"), "--backends", "dali", "--quiet"])
-    exam = Exam.prepare(tmp_path / "store", (), "kind")
-    groups = exam._near_duplicates("kind")
+    sitting = Exam.prepare(tmp_path / "store", (), "kind")
+    groups = sitting._near_duplicates("kind")
     assert groups is not None
     assert np.bincount(groups.numpy()).tolist() == [2] * 12
-    assert exam._near_duplicates("thing") is None
-    assert exam.columns() == ["kind", "thing"]
+    assert sitting._near_duplicates("thing") is None
+    assert sitting.columns() == ["kind", "thing"]
 
 
 def test_where_tests_are_by_other_makers_each_maker_of_the_bank_is_left_out_in_turn(tmp_path, monkeypatch):
@@ -102,8 +227,8 @@ def test_where_tests_are_by_other_makers_each_maker_of_the_bank_is_left_out_in_t
         (root / "labels.csv").write_text("path,kind,source\n" + "\n".join(rows) + "\n")
         stores[name] = tmp_path / f"{name}-store"
         assert convert.main([str(root), str(stores[name]), "--backends", "dali", "--quiet"]) == 0
-    exam = Exam.prepare(stores["bank"], (stores["other"],), "kind")
-    assert exam.columns() == ["kind"]
+    sitting = Exam.prepare(stores["bank"], (stores["other"],), "kind")
+    assert sitting.columns() == ["kind"]
     asked = []
 
     def ridge(*args, groups, **more):
@@ -112,7 +237,7 @@ def test_where_tests_are_by_other_makers_each_maker_of_the_bank_is_left_out_in_t
 
     genuine = probes.ridge
     monkeypatch.setattr(probes, "ridge", ridge)
-    exam.sit(lambda _, ids: torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0)), ("ridge",))
+    sitting.sit(lambda _, ids: torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0)), ("ridge",))
     assert asked[0].tolist() == Store.open(stores["bank"]).label("source")[0].tolist()
     assert [len(part) for part in probes.folds(24, asked[0], 0)] == [8, 8, 8]
     # Held out of the bank itself, the test is by the same makers.
@@ -133,6 +258,10 @@ def test_what_cannot_be_scored_is_refused(run_path, store_path, unlabelled_path,
         evaluate.main([str(run_path), "--label", "colour"])
     with pytest.raises(UsageError, match="is the training set itself"):
         evaluate.main([str(run_path), "--tests", str(store_path)])
+    with pytest.raises(UsageError, match="--label-share wants shares"):
+        evaluate.main([str(run_path), "--label-share", "0"])
+    with pytest.raises(UsageError, match="--neighbours wants numbers"):
+        evaluate.main([str(run_path), "--neighbours", "0"])
 
 
 def test_only_labelled_samples_are_encoded(tmp_path):
@@ -141,14 +270,14 @@ def test_only_labelled_samples_are_encoded(tmp_path):
     rows = [f"{path.name},kind-{i % 2}" for i, path in enumerate(paths) if i % 3]
     (root / "labels.csv").write_text("path,kind\n" + "\n".join(rows) + "\n")
     convert.main([str(root), str(tmp_path / "store"), "--backends", "dali", "--quiet"])
-    exam, asked = Exam.prepare(tmp_path / "store", (), "kind"), []
+    sitting, asked = Exam.prepare(tmp_path / "store", (), "kind"), []
     truth = Store.open(tmp_path / "store").label("kind")[0]
 
     def featurise(_store: Store, ids: np.ndarray) -> torch.Tensor:
         asked.append(ids)
         return torch.nn.functional.one_hot(torch.from_numpy(truth[ids]).long(), 2).float()
 
-    result = exam.sit(featurise, ("knn",))
+    result = sitting.sit(featurise, ("knn",))
     assert len(asked) == 1
     assert asked[0].tolist() == np.flatnonzero(truth >= 0).tolist()
     assert len(asked[0]) == 16

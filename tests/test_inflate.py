@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from model.flow import FlowNet, flow_images, flow_loss
+from model.vit import Encoder
 from pipeline.errors import DataError, Preempted, UsageError
 from pipeline.inflated import Inflated
 from pipeline.jpeg import StoredJpegs, picture
@@ -465,7 +466,7 @@ def test_generated_images_are_neither_bank_nor_test(real_path, generated_path, t
         with pytest.raises(UsageError, match=refusal):
             features.pixels(store)
         with pytest.raises(UsageError, match=refusal):
-            features.encode(torch.nn.Module(), store, side=16)  # pyright: ignore[reportArgumentType]
+            features.encode(Encoder(side=16, patch=8, width=16, depth=1, heads=2), store, side=16)
 
 
 def plan_of(values: dict, folder: Path) -> experiment.Plan:

@@ -1,29 +1,24 @@
-"""Neighbours, ridge and linear probe against slow textbook versions and scikit-learn."""
+"""Neighbours, ridge, logistic and linear probe against slow textbook versions and scikit-learn."""
 
 from __future__ import annotations
 
 import math
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import Ridge, RidgeClassifier
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import DataError
 from tests import textbook
+from tests.conftest import PYTHON
 from train import probes
-from train.probes import accuracy, folds, knn, linear_probe, match_labels, ridge
+from train.probes import accuracy, folds, knn, linear_probe, logistic, match_labels, neighbours, ridge
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tables this small gain nothing from threads, which wait for each other where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -71,12 +66,72 @@ def test_a_tiny_temperature_follows_the_nearest_alone():
     assert torch.equal(knn(bank, label, query, k=30, temperature=1e-5, classes=5), nearest)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_chunks_do_not_change_the_neighbours(chunk: int):
-    bank, label = blobs(200, 12, 9, spread=2.0, seed=1)
+@pytest.mark.parametrize("queries", [50, 1000])
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+def test_chunks_do_not_change_the_neighbours(rows: int, queries: int):
+    bank, _ = blobs(200, 12, 9, spread=2.0, seed=1)
     query, _ = blobs(131, 12, 9, spread=2.0, seed=2)
-    whole = knn(bank, label, query, k=10, classes=9)
-    assert torch.equal(knn(bank, label, query, k=10, classes=9, chunk=chunk), whole)
+    cosine = F.normalize(query, dim=1) @ F.normalize(bank, dim=1).T
+    near, place = cosine.topk(10, dim=1)
+    found, where = neighbours(bank, query, 10, rows=rows, queries=queries)
+    assert torch.equal(where, place)
+    torch.testing.assert_close(found, near, rtol=0, atol=1e-6)
+
+
+def test_half_precision_features_have_the_same_neighbours():
+    bank = torch.randn(300, 16, generator=generator(1)).half()
+    query = bank[:50] * 2
+    near, place = neighbours(bank, query, 3)
+    assert near.dtype == torch.float32
+    assert torch.equal(place[:, 0], torch.arange(50))
+    torch.testing.assert_close(near[:, 0], torch.ones(50), rtol=0, atol=1e-6)
+    whole, where = neighbours(bank.float(), query.float(), 3)
+    assert torch.equal(where, place)
+    assert torch.equal(whole, near)
+
+
+LARGE = """
+import resource, sys
+import numpy as np, torch
+from train.probes import neighbours
+
+def data_bytes():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+    return 1024 * int(line.split()[1])
+
+path, rows, width, queries = sys.argv[1], *map(int, sys.argv[2:5])
+torch.set_num_threads(1)
+neighbours(torch.randn(100, 8), torch.randn(10, 8), 3)  # whatever a first call loads
+bank = torch.from_numpy(np.load(path, mmap_mode="c"))
+query = bank[:: rows // queries][:queries].clone()
+limit = 8 * queries * width + 16 * queries * 20 + 8 * 2**14 * width + 4 * 2**14 * min(queries, 2**12) + 24 * 2**12 * 20
+limit += 48 * 2**20  # the allocator's own
+naive = 4 * rows * width
+assert limit < naive, (limit, naive)
+resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + limit,) * 2)
+near, place = neighbours(bank, query, 20)
+assert torch.equal(place[:, 0], torch.arange(queries) * (rows // queries))
+try:
+    bank.float()
+except RuntimeError:
+    print("the bank in float32 would not have fitted")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "queries"), [(131_072, 256, 500), pytest.param(262_144, 768, 5000, marks=pytest.mark.slow)]
+)
+def test_neighbours_in_a_large_bank_take_no_more_memory_than_they_say(tmp_path, rows: int, width: int, queries: int):
+    """Under a limit of what the docstring says, which the bank alone would break in float32."""
+    draw = np.random.default_rng(0)
+    with open(tmp_path / "bank.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (rows, width)})
+        for _ in range(rows // 8192):
+            file.write((draw.random((8192, width), np.float32) - 0.5).astype(np.float16).tobytes())
+    words = [PYTHON, "-c", LARGE, str(tmp_path / "bank.npy"), str(rows), str(width), str(queries)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "would not have fitted" in done.stdout
 
 
 def test_k_is_cut_to_the_bank_and_unknown_rows_of_it_have_no_vote():
@@ -234,6 +289,56 @@ def test_one_group_cannot_be_cross_validated():
     bank, label = blobs(10, 4, 2, spread=1.0, seed=1)
     with pytest.raises(DataError, match="at least 2"):
         ridge(bank, label, bank, classes=2, groups=torch.zeros(10, dtype=torch.int64))
+
+
+# --- Logistic regression ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+@pytest.mark.parametrize("penalty", [1e-3, 1e-1, 10.0])
+def test_logistic_regression_equals_scikit_learns(rows: int, width: int, penalty: float):
+    bank, label = blobs(rows, width, 5, spread=2.5, seed=1)
+    query, _ = blobs(400, width, 5, spread=2.5, seed=2)
+    fit = probes._Logistic(bank, label, 5)
+    weight = fit.weights(bank, label, penalty)
+    shares = (fit.standard(query) @ weight[:-1] + weight[-1]).softmax(dim=1)
+    x, q = standardised(bank, query)
+    theirs = LogisticRegression(C=1 / (rows * penalty), tol=1e-9, max_iter=10_000).fit(x, label.numpy())
+    np.testing.assert_allclose(shares.numpy(), theirs.predict_proba(q), atol=1e-3)
+    ours = logistic(bank, label, query, classes=5, penalties=[penalty])
+    assert ours.penalty == penalty
+    assert torch.equal(ours.predicted, shares.argmax(dim=1))
+
+
+def test_the_penalty_of_logistic_regression_is_the_best_on_folds_that_are_ridges():
+    bank, label = blobs(100, 40, 4, spread=4.0, seed=1)
+    group = torch.arange(100) // 2
+    penalties = [1e-3, 1e-1, 1.0]
+    right = dict.fromkeys(penalties, 0)
+    for part in folds(100, group, seed=2):
+        rest = torch.ones(100, dtype=torch.bool).index_fill_(0, part, False)
+        scaler = StandardScaler().fit(bank.double().numpy())
+        x, y = np.asarray(scaler.transform(bank.double().numpy())), label.numpy()
+        for penalty in penalties:
+            theirs = LogisticRegression(C=1 / (int(rest.sum()) * penalty), tol=1e-8, max_iter=10_000)
+            right[penalty] += int((theirs.fit(x[rest], y[rest]).predict(x[part]) == y[part]).sum())
+    found = logistic(bank, label, bank, classes=4, penalties=penalties, groups=group, seed=2)
+    assert len(set(right.values())) > 1
+    assert found.penalty == max(penalties, key=lambda each: (right[each], each))
+    assert found.bank_score == pytest.approx(max(right.values()) / 100, abs=0.021)
+
+
+def test_blocks_and_unknown_rows_do_not_change_logistic_regression(monkeypatch: pytest.MonkeyPatch):
+    bank, label = blobs(60, 10, 4, spread=3.0, seed=1)
+    query, _ = blobs(90, 10, 4, spread=3.0, seed=2)
+    whole = logistic(bank, label, query, classes=4)
+    noise = torch.randn(20, 10, generator=generator(9)) * 100
+    known = torch.cat([noise, bank]), torch.cat([torch.full((20,), -1), label])
+    assert torch.equal(logistic(*known, query, classes=4).predicted, whole.predicted)
+    monkeypatch.setattr(probes, "BLOCK", 20 * 8)  # eight rows at once
+    small = logistic(bank, label, query, classes=4)
+    assert torch.equal(small.predicted, whole.predicted)
+    assert (small.penalty, small.bank_score) == (whole.penalty, whole.bank_score)
 
 
 # --- Linear probe -------------------------------------------------------------------------------------------------

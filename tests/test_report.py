@@ -81,8 +81,9 @@ def pair(tmp_path: Path) -> list[Path]:
 def test_one_seed_gives_a_ratio_and_refuses_an_interval(pair, capsys):
     page, said, _ = page_of(pair, capsys)
     assert said["verdict"] == (
-        "After 200 s of training each, daae-tiny scores 37.0 % and mae-tiny 34.0 % (+3.0 points); daae-tiny reaches "
-        "mae-tiny's final score of 34.0 % 2.00 times as fast, from one seed and so without an interval."
+        "After 200 s of training each, daae-tiny scores 37.0 ± 1.0 % and mae-tiny 34.0 ± 1.0 % (+3.0 points); "
+        "daae-tiny reaches mae-tiny's final score of 34.0 ± 1.0 % 2.00 times as fast, from one seed and so without an "
+        "interval."
     )
     assert said["tone"] == "open"
     assert said["verdict"] in page.text
@@ -207,7 +208,9 @@ def test_a_target_never_reached_is_shown_as_such(tmp_path, capsys):
         write_run(tmp_path / "daae", preset="daae-tiny", rate=480.0, curve=MAE),
     ]
     page, said, _ = page_of(folders, capsys)
-    assert "daae-tiny did not reach mae-tiny's final score of 37.0 %: at most 1.00 times as fast" in said["verdict"]
+    assert (
+        "daae-tiny did not reach mae-tiny's final score of 37.0 ± 1.0 %: at most 1.00 times as fast" in said["verdict"]
+    )
     assert "not reached in 200 s" in page.text
     assert "≤ 1.00x" in page.text
     assert "2.05x is not shown here" in said["meaning"]
@@ -238,7 +241,7 @@ def test_names_and_settings_are_escaped(tmp_path, capsys):
 
 def test_one_run_is_enough(tmp_path, capsys):
     page, said, _ = page_of([write_run(tmp_path / "mae", curve=MAE)], capsys)
-    beside = "(raw 32 px pixels 22.0 %; untrained encoder 24.0 %)"
+    beside = "(raw 32 px pixels 22.0 ± 1.0 %; untrained encoder 24.0 ± 1.0 %)"
     assert said["verdict"] == f"mae-tiny scores 34.0 ± 1.0 % {beside} after 200 s of training."
     assert "`daae compare`" in said["meaning"]
     assert "slides" not in page.text
@@ -367,7 +370,7 @@ def test_runs_of_several_lengths_count_at_their_own_ends(tmp_path, capsys):
     assert contrast.ratio is not None
     assert contrast.ratio.mean == pytest.approx(4 / 2**0.5)
     page, said, _ = page_of([tmp_path], capsys)
-    assert "daae reaches mae's final score of 34.1 % 2.83 times as fast" in said["verdict"]
+    assert "daae reaches mae's final score of 34.1 ± 0.1 % 2.83 times as fast" in said["verdict"]
     assert "each point is a run of its own" in page.text
     assert "daae, shorter" in page.text
     assert "at the end of its own schedule, and a run of each length was trained" in page.text

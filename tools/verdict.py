@@ -130,7 +130,7 @@ def target_name(study: Study) -> str:
     if study.target is not None:
         return f"{percent(study.target)} %"
     score = arm_score(study.base)
-    return f"{study.base.arm}'s final score" + (f" of {percent(score.mean)} %" if score else "")
+    return f"{study.base.arm}'s final score" + (f" of {score.words()} %" if score else "")
 
 
 # ------------------------------------------------------------------------------------------------------- the verdict
@@ -207,7 +207,7 @@ def _alone(study: Study, weak: list[str]) -> Verdict:
     for name, words in BASELINES.items():
         base = baseline_score(group.trials, name)
         if base is not None:
-            parts.append(f"{words} {percent(base.mean)} %")
+            parts.append(f"{words} {base.words()} %")
     beside = f" ({'; '.join(parts)})" if parts else ""
     sentence = f"{group.arm} scores {score.words()} %{beside} after {seconds_words(seconds)} of training."
     if weak:
@@ -234,7 +234,7 @@ def _sentence(study: Study, group: Group, contrast: Contrast) -> str:
             f", 95 % interval {points(gap.low)} to {points(gap.high)}"
         )  # fmt: skip
         parts.append(
-            f"{when}, {group.arm} scores {percent(other.mean)} % and {base.arm} {percent(one.mean)} % "
+            f"{when}, {group.arm} scores {other.words()} % and {base.arm} {one.words()} % "
             f"({points(gap.mean)} points{interval})"
         )
     if study.targeted:

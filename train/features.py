@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,20 +16,31 @@ from model.vit import Encoder, patch_mean
 from pipeline.loader import Backend, open_loader
 from pipeline.sampling import View
 from pipeline.store import Store
-from pipeline.views import check_views, make_views
+from pipeline.views import Patches, check_views, make_views
 
 VIEW = "eval"
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Row i belongs to sample i of the store, or to the i-th of the samples asked for. float32, on the host."""
+    """Row i belongs to the i-th sample of the store, or of those asked for. float32, on the host."""
 
     patch_mean: Tensor  # (N, D): mean of the patch tokens after the final norm, class token left out
     cls: Tensor  # (N, D): class token after the final norm
 
 
-def encode(
+def encode(encoder: Encoder, store: Store, *, only: np.ndarray | None = None, **how: Any) -> Features:
+    """Features of every image of a store, or of the samples `only`, in memory: 8 N D bytes. See encoded, and `how`."""
+    count = store.count if only is None else len(only)
+    result, done = Features(torch.empty(count, encoder.width), torch.empty(count, encoder.width)), 0
+    with contextlib.closing(encoded(encoder, store, only=only, **how)) as batches:
+        for each in batches:
+            rows = slice(done, done := done + len(each.cls))
+            result.patch_mean[rows], result.cls[rows] = each.patch_mean, each.cls
+    return result
+
+
+def encoded(
     encoder: Encoder,
     store: Store,
     *,
@@ -42,44 +54,69 @@ def encode(
     crop_epoch: int | None = None,
     seed: int = 0,
     only: np.ndarray | None = None,
-) -> Features:
-    """Features of every image of a store, or of the samples `only`, by an encoder on `device`, left as it was.
+) -> Generator[Features]:
+    """Features batch by batch, in the order of the samples, by an encoder on `device`, left as it was.
 
     side: pixels that a picture is resized to. centre: the central square of this share of the shorter side; .875 is
     ImageNet's 224 out of 256. crop_epoch: instead, the random crops (8 to 100 % of the area) and flips of that epoch
     under `seed`, the only augmentation of MAE's linear probe. precision_context: such as train.device.autocast gives.
-    Row i is sample i, or sample only[i]. Memory is bounded by the result, 8 N D bytes, and one batch.
+    Close it where it is not exhausted.
 
     Raises UsageError (generated images, side is no multiple of the patch) and whatever open_loader and the loader
     raise.
     """
     store.check_real("evaluation")
     view = View(side=side, centre=centre) if crop_epoch is None else View(side=side, area=(0.08, 1.0))
+
+    def features(seen: Patches) -> Features:
+        (tokens,) = encoder(seen)
+        tokens = tokens.float()
+        return Features(patch_mean(tokens).cpu(), tokens[:, 0].cpu())
+
+    yield from one_pass(
+        encoder, features, store, view, patch=encoder.patch, precision_context=precision_context, device=device,
+        backend=backend, batch=batch, workers=workers, epoch=crop_epoch or 0, seed=seed, only=only,
+    )  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+def one_pass(
+    module: nn.Module,
+    work: Callable[[Patches], T],
+    store: Store,
+    view: View,
+    *,
+    patch: int,
+    device: torch.device | str = "cpu",
+    precision_context: AbstractContextManager | None = None,
+    backend: Backend = "auto",
+    batch: int = 256,
+    workers: int = 0,
+    epoch: int = 0,
+    seed: int = 0,
+    only: np.ndarray | None = None,
+) -> Generator[T]:
+    """What `work` makes of each batch of samples in order, `module` being evaluated and left as it was. Close it where
+    it is not exhausted. Arguments as of `encoded`."""
     views = {VIEW: view}
-    check_views(views, encoder.patch)
+    check_views(views, patch)
     count = store.count if only is None else len(only)
-    result = Features(torch.empty(count, encoder.width), torch.empty(count, encoder.width))
     if count == 0:
-        return result
+        return
     loader = open_loader(
         store, views, batch=min(batch, count), seed=seed, backend=backend, device=device, workers=workers,
         shuffle=False, only=only,
     )  # fmt: skip
-    # Not inference_mode: the position code that the encoder keeps would be a tensor that autograd may not save.
-    with (
-        contextlib.closing(loader),
-        _evaluating(encoder),
-        torch.no_grad(),
-        precision_context or contextlib.nullcontext(),
-    ):
-        done = 0
-        for each in loader.epoch(crop_epoch or 0):
-            (tokens,) = encoder(make_views(each, views, patch=encoder.patch, seed=seed)[VIEW])
-            tokens = tokens.float()
-            rows = slice(done, done := done + len(tokens))
-            result.patch_mean[rows] = patch_mean(tokens).cpu()
-            result.cls[rows] = tokens[:, 0].cpu()
-    return result
+    precision = precision_context or contextlib.nullcontext()
+    with contextlib.closing(loader), _evaluating(module):
+        for each in loader.epoch(epoch):
+            # Around the work alone: whoever takes the result has a grad mode and an autocast of its own. And not
+            # inference_mode: the position code that the encoder keeps would be a tensor that autograd may not save.
+            with torch.no_grad(), precision:
+                made = work(make_views(each, views, patch=patch, seed=seed)[VIEW])
+            yield made
 
 
 @contextlib.contextmanager
@@ -94,7 +131,17 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def pixels(
+def pixels(store: Store, *, side: int = 32, only: np.ndarray | None = None, **how: Any) -> Tensor:
+    """(N, 3 side^2) float32: every image of a store, or the samples `only`, in memory. See small_pixels, and `how`."""
+    count = store.count if only is None else len(only)
+    result, done = torch.empty(count, 3 * side * side), 0
+    with contextlib.closing(small_pixels(store, side=side, only=only, **how)) as batches:
+        for each in batches:
+            result[done : (done := done + len(each))] = each
+    return result
+
+
+def small_pixels(
     store: Store,
     *,
     side: int = 32,
@@ -103,22 +150,20 @@ def pixels(
     batch: int = 256,
     workers: int = 0,
     only: np.ndarray | None = None,
-) -> Tensor:
-    """(N, 3 side^2) float32 in [0, 1] on the host: the whole central square, antialiased, rows first, RGB last.
+) -> Generator[Tensor]:
+    """(B, 3 side^2) float32 in [0, 1] on the host, batch by batch: the whole central square, antialiased, rows first,
+    RGB last. Close it where it is not exhausted.
 
     The baseline of every evaluation: what can be told from the pictures without having learned anything.
     """
     store.check_real("evaluation")
     count = store.count if only is None else len(only)
-    result, done = torch.empty(count, 3 * side * side), 0
     if count == 0:
-        return result
+        return
     loader = open_loader(
         store, {VIEW: View(side=side, centre=1.0)}, batch=min(batch, count), backend=backend, device=device,
         workers=workers, shuffle=False, only=only,
     )  # fmt: skip
     with contextlib.closing(loader):
         for each in loader.epoch(0):
-            rows = slice(done, done := done + len(each.id))
-            result[rows] = each.images[VIEW].flatten(1).cpu().float().div_(255)
-    return result
+            yield each.images[VIEW].flatten(1).cpu().float().div_(255)

@@ -21,23 +21,39 @@ def checkpoints(out: Path) -> Path:
     return out / "checkpoints"
 
 
-def saved_settings(out: Path) -> dict | None:
+def saved_settings(out: Path, name: str = CONFIG) -> dict | None:
     """The resolved settings of the run in this folder, or None if there is none yet."""
-    return read_yaml(out / CONFIG) if (out / CONFIG).exists() else None
+    return read_yaml(out / name) if (out / name).exists() else None
 
 
-def check_same_run(out: Path, asked: Run, allow_resume: bool) -> None:
-    """Raises UsageError, naming each difference, where `out` holds a run with other settings."""
+def run_settings(out: Path) -> Run:
+    """What the run in this folder was settled to. Raises DataError where there is none."""
     saved = saved_settings(out)
+    if saved is None:
+        raise DataError(f"{out} is no run folder: it has no {CONFIG}.")
+    return with_values(Run(), saved, str(out / CONFIG))
+
+
+def chosen_checkpoint(out: Path, path: str | None, warn) -> Checkpoint:
+    """The named checkpoint, or the newest of the run that verifies. Raises DataError where that is none."""
+    found = verify(Path(path)) if path else newest(checkpoints(out), warn)
+    if found is None:
+        raise DataError(f"{out} holds no whole checkpoint.")
+    return found
+
+
+def check_same_run(out: Path, asked: dict, allow_resume: bool, name: str = CONFIG) -> None:
+    """Raises UsageError, naming each difference, where `out` holds a run with other settings."""
+    saved = saved_settings(out, name)
     if saved is None:
         return
     if not allow_resume:
         raise UsageError(
             f"--out {out} holds a run already. Choose another folder, leave out --no-resume, or --overwrite."
         )
-    # A folder from before there was a setting has the setting's default.
-    before = with_values(Run(), saved, str(out / CONFIG))
-    different = differences(as_values(before), as_values(asked))
+    if name == CONFIG:  # a folder from before there was a setting has the setting's default
+        saved = as_values(with_values(Run(), saved, str(out / CONFIG)))
+    different = differences(saved, asked)
     if different:
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
         raise UsageError(

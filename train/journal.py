@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.errors import ResourceError
+from pipeline.errors import Preempted, ResourceError
 from pipeline.limits import affinity
 from pipeline.staging import write_whole
+from train.command import exit_code
 
 LINE_SECONDS = 30.0  # between plain lines where there is no terminal
 
@@ -60,6 +63,23 @@ class Journal:
         stamp = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
         with contextlib.suppress(ResourceError):  # a full disk ends the run where a checkpoint needs it, not here
             write_whole(self.out / "status.json", json.dumps({**self._status, **stamp}, indent=1))
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """What ends the run inside is told in status.json, and where it is unexpected kept with its traceback."""
+        try:
+            yield
+        except Preempted as error:
+            self.status(state="preempted", code=error.code, reason=str(error))
+            raise
+        except BaseException as error:
+            code = exit_code(error)
+            self.status(state="failed", code=code, reason=f"{type(error).__name__}: {error}")
+            if code == 1:
+                self.keep(traceback.format_exc())
+            raise
+        finally:
+            self.close()
 
     def keep(self, text: str) -> None:
         """A line in the log alone."""

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,6 @@ from train import checkpoint, folder
 from train.attention import settle_attention
 from train.ceiling import gemm_flops
 from train.clock import Clock
-from train.command import exit_code
 from train.config import Budget, Run, as_values, flat
 from train.data import check_data, open_data, open_store
 from train.device import device_name, memory_gb, resolve
@@ -40,7 +38,7 @@ from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, digest, together, wanted
 from train.schedule import learning_rate, warmup_steps
 from train.stages import Stage, lay_out, macs_per_image, steps_of
-from train.step import Stepper
+from train.step import Stepper, patience
 from train.stop import CutShort, Stop
 
 if TYPE_CHECKING:
@@ -65,19 +63,8 @@ def pretrain(wish: Run, controls: Controls) -> dict:
         with claimed_folder(wish, controls, ranks) as out:
             journal = Journal(out, quiet=controls.quiet, rank=ranks.rank)
             ranks.on_loss = lambda error: journal.status(state="failed", code=error.code, reason=str(error))
-            try:
+            with journal.reporting():
                 return _pretrain(run, controls, store, journal, stop, ranks)
-            except Preempted as error:
-                journal.status(state="preempted", code=error.code, reason=str(error))
-                raise
-            except BaseException as error:
-                code = exit_code(error)
-                journal.status(state="failed", code=code, reason=f"{type(error).__name__}: {error}")
-                if code == 1:
-                    journal.keep(traceback.format_exc())
-                raise
-            finally:
-                journal.close()
 
 
 @contextlib.contextmanager
@@ -88,7 +75,7 @@ def claimed_folder(wish: Run, controls: Controls, ranks: Ranks) -> Iterator[Path
         yield wish.out
         return
     with claimed(wish.out, "run", (folder.CONFIG,), overwrite=controls.overwrite) as out:
-        folder.check_same_run(out, wish, allow_resume=not controls.no_resume)
+        folder.check_same_run(out, as_values(wish), allow_resume=not controls.no_resume)
         yield out
 
 
@@ -161,8 +148,6 @@ def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks) -> Bud
 
 BASELINE_SCORES = "baselines.json"
 WORTH_A_CEILING = 30.0  # seconds of training, below which measuring what the device can do would take longer
-# Steps in a row whose gradient is not finite, after which there is no hope. fp16 searches its scale by such steps.
-PATIENCE, PATIENCE_FP16 = 3, 30
 
 
 class Trainer:
@@ -198,7 +183,7 @@ class Trainer:
 
     def _prepare_exam(self):
         """Labels are never needed to train: without them there is a notice and no score."""
-        from train.evaluate import Exam
+        from train.exam import Exam
 
         assert self.run.data is not None
         try:
@@ -326,8 +311,7 @@ class Trainer:
         taken = max(1, steps - lately)
         parts = {name: taken if name == "grad_norm" else taken * self.run.optim.accumulate for name in names}
         means = {name: value / parts[name] for name, value in zip(names, sums, strict=True)}
-        patience = PATIENCE_FP16 if self.run.precision == "fp16" else PATIENCE
-        if in_a_row >= patience or not all(map(math.isfinite, means.values())):
+        if in_a_row >= patience(self.run.precision) or not all(map(math.isfinite, means.values())):
             what = f"gradient was not finite for {in_a_row:,} steps in a row" if in_a_row else "loss is not finite"
             raise NumericsError(
                 f"the {what} at step {self.step:,}; {self.capture()} tells what that was. No such step was taken. "

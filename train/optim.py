@@ -27,8 +27,8 @@ def layer_scales(depth: int, decay: float) -> list[float]:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer that a network's parameter counts to."""
-    if name.startswith(("encoder.cls_token", "encoder.patch_embed")):
+    """The layer of a parameter of what has an `encoder`, in pre-training and in fine-tuning alike."""
+    if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
         return 0
     block = ENCODER_BLOCK.match(name)
     return 1 + int(block.group(1)) if block else depth + 1
@@ -66,3 +66,9 @@ def make_optimizer(module: nn.Module, optim: Optim, device: torch.device) -> tor
     plain, matrices = parameter_groups(module, optim)
     adamw = torch.optim.AdamW(plain, lr=0.0, betas=optim.betas, fused=device.type in ("cuda", "cpu"))
     return Muon(matrices, adamw) if matrices else adamw
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step, in each group its share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

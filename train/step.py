@@ -23,7 +23,7 @@ from pipeline.views import Batch, Patches, group_size, make_views
 from train.config import Run
 from train.device import autocast, memory_gb
 from train.ledger import Ledger
-from train.optim import make_optimizer
+from train.optim import make_optimizer, set_rate
 from train.ranks import Ranks
 from train.schedule import weight_decay
 
@@ -109,8 +109,7 @@ class Stepper:
     def _step(self, batch: Batch, lr: float, parts: int) -> list[Outcome]:
         assert self.wrapped is not None
         ledger, outcomes = self.ledger, []
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        set_rate(self.optimizer, lr)
         for number, part in enumerate(cut(batch, parts)):
             with self._alone_but_for(number == parts - 1):
                 with ledger("views"):
@@ -122,7 +121,7 @@ class Stepper:
                     self.scaler.scale(loss).backward()
             outcomes.append(outcome)
         with ledger("optimizer"):
-            self._update()
+            self.norm = update(self.network, self.optimizer, self.scaler, self.refused, self.run.optim.clip_grad)
         return outcomes
 
     def _too_large(self, size: int) -> ResourceError:
@@ -156,20 +155,6 @@ class Stepper:
                     raise
                 fails = count
         return works * group
-
-    def _update(self) -> None:
-        self.scaler.unscale_(self.optimizer)
-        gradients = [each.grad for each in self.network.parameters() if each.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.run.optim.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.run.optim.clip_grad, norm)
-        self.norm = norm.detach()
-        self.refused.count(torch.isfinite(norm))
-        # The fused optimizer leaves everything as it is where this is 1: nobody has to ask the device.
-        self.optimizer.found_inf = 1.0 - self.refused.finite.float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def average_weights(self) -> dict[str, Tensor] | None:
         if self.average is None:
@@ -215,6 +200,32 @@ class Refused:
         """How many in a row up to the last step, and how many in all."""
         in_a_row, total = self._counts.tolist()
         return in_a_row, total
+
+
+def patience(precision: str) -> int:
+    """Refused steps in a row after which there is no hope. fp16 searches its scale by such steps."""
+    return 30 if precision == "fp16" else 3
+
+
+def update(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    refused: Refused,
+    clip_grad: float | None,
+) -> Tensor:
+    """Take a step by the gradients there are, or refuse it where one is not finite. Returns their norm, unclipped."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([each.grad for each in network.parameters() if each.grad is not None])
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(network.parameters(), clip_grad, norm)
+    refused.count(torch.isfinite(norm))
+    # The fused optimizer leaves everything as it is where this is 1: nobody has to ask the device.
+    optimizer.found_inf = 1.0 - refused.finite.float()  # pyright: ignore[reportAttributeAccessIssue]
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.detach()
 
 
 def views_of(run: Run, batch: Batch) -> dict[str, Patches]:
