@@ -848,6 +848,7 @@ def slow(tmp_path_factory) -> Path:
 
 def begin(*words: object, file_limit: int | None = None) -> subprocess.Popen:
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs tests in the background has it ignored
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 

@@ -489,3 +489,18 @@ def test_an_arm_may_be_inflated_and_all_take_equal_steps(store_path, real_path, 
     assert all("--steps 40" in " ".join(plan.pretrain_words(Cell(arm, 0))) for arm in arms)
     with pytest.raises(DataError, match="was generated from another store"):
         plan_of({**values, "data": str(store_path)}, tmp_path)
+
+
+def test_the_four_arms_of_the_ready_experiment_are_adainfs(real_path, generated_path, tmp_path):
+    """T-I4, on the file that is there to be run."""
+    text = (Path(experiment.__file__).parent / "experiments" / "adainf.yaml").read_text()
+    values = yaml.safe_load(text.replace("demo/stores/emoji-generated", str(generated_path)))
+    plan = plan_of({**values, "data": str(real_path), "tests": [], "label": None}, tmp_path)
+    assert list(plan.arms) == ["none", "inflated", "weaker", "both"]
+    wishes = [plan.wish(arm) for arm in plan.arms]
+    assert {wish.budget for wish in wishes} == {Budget(steps=values["steps"])}
+    assert [wish.inflate.data for wish in wishes] == [None, generated_path, None, generated_path]
+    strong, weak = ({repr(wish.method) for wish in wishes[at : at + 2]} for at in (0, 2))
+    assert len(strong) == len(weak) == 1
+    changed = {"method.area": [0.2, 1.0], "method.jitter": [0.4, 0.4, 0.4, 0.1], "method.jitter_p": 0.4}
+    assert compare.differs(plan, "weaker") == changed

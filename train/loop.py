@@ -52,7 +52,7 @@ def pretrain(wish: Run, controls: Controls) -> dict:
     run = resolve(wish, store)
     # Before the folder is made: what cannot run leaves nothing behind.
     check_data(run, store, wanted().count)
-    run.method.check(run.optim.batch, store.count)
+    run.method.check(run.optim.batch, store.per_epoch)
     with together(torch.device(run.device), run.speed.stall_seconds) as ranks, Stop(quiet=not ranks.first) as stop:
         places = ("out", "data", "inflate.data", "device")
         settings = {name: value for name, value in flat(as_values(run)).items() if name not in places}
