@@ -1,6 +1,7 @@
 """One rank of a test: does something small with the others, or trains with a fault at one rank and step.
 
-python -m tests.rank_process gradients OUT             loss and gradients of this rank's half of a fixed batch
+python -m tests.rank_process gradients OUT             loss and gradients of this rank's half of a fixed batch, steps,
+                                                       and checkpoints of divided weights
 python -m tests.rank_process train FAULT STEP …        `train.pretrain …`; FAULT strikes rank 1 before step STEP
 """
 
@@ -13,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -28,9 +30,13 @@ from model.objectives.mocov3 import MoCoV3
 from model.objectives.simclr import SimCLR
 from model.objectives.supcon import SupCon
 from model.objectives.swav import SwAV
+from pipeline.sampling import epoch_order
 from pipeline.views import Batch, Patches, make_views
-from tests.conftest import SMALL
+from tests.conftest import COUNT, SMALL
+from train import checkpoint
 from train.command import run
+from train.config import Optim, Run, Speed
+from train.ranks import Ranks
 from train.step import Stepper
 
 ROWS = 16
@@ -53,6 +59,9 @@ METHODS: dict[str, Objective] = {
 }
 
 
+STEPS = 5  # taken with each of these: momentum copies, and an encoder that is called twice
+STEPPED = {"ema": replace(METHODS["daae"], target="ema"), "twice": replace(METHODS["daae"], small=0.25)}
+TAKEN = [("ema", torch.float64), ("twice", torch.float32)]
 APART = "daae-apart"  # the one whose loss depends on how many ranks there are
 CASES = [
     *itertools.product([name for name in METHODS if name not in BASES], (torch.float64, torch.float32)),
@@ -107,11 +116,75 @@ def singles(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach() / ranks, "gradient": mine.grad / ranks}
 
 
+def stepper_of(method: Objective, ranks: Ranks, dtype: torch.dtype, *, divided: bool) -> Stepper:
+    run = Run(
+        objective="daae", method=method, model=SMALL, optim=Optim(batch=ROWS, clip_grad=0.5), device="cpu",
+        speed=Speed(shard=divided), precision="fp32",
+    )  # fmt: skip
+    torch.set_default_dtype(dtype)
+    try:
+        stepper = Stepper(run, torch.device("cpu"), ranks=ranks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    stepper.prepare()
+    return stepper
+
+
+def take_steps(stepper: Stepper, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What STEPS steps on the fixed batch come to: the first gradient, the last loss and norm, the weights; whole."""
+    from train.sharded import full
+
+    ranks, method = stepper.ranks, stepper.run.method
+    share = ROWS // ranks.count
+    rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    batch = Batch({}, torch.full((share,), -1), torch.arange(ROWS)[rows], 0)
+    found = {}
+
+    def keep(*_):
+        for name, each in stepper.network.named_parameters():
+            if each.grad is not None:
+                found.setdefault(f"gradient {name}", full(each.grad).clone())
+
+    stepper.optimizer.register_step_pre_hook(keep)
+    with mock.patch("train.step.views_of", return_value=fixed_views(method, rows, dtype)):
+        *_, (outcome,) = [stepper(batch, 1e-3) for _ in range(STEPS)]
+    found |= {f"weight {name}": full(each) for name, each in stepper.network.state_dict().items()}
+    loss = torch.stack(list(outcome.terms.values())).sum().detach()
+    return {**found, "loss": ranks.mean(loss), "norm": stepper.norm}
+
+
+def check_checkpoints(stepper: Stepper, out: Path) -> None:
+    """Write what is divided among the ranks both ways, and read each into another network."""
+    from train import sharded
+
+    tensors = checkpoint.tensors_of(stepper.network, stepper.optimizer)
+    for kind in ("shards", "whole"):
+        path = sharded.save(out / kind, tensors, {"step": STEPS}, 1, stepper.ranks, whole=kind == "whole")
+        stepper.ranks.share(None)  # rank 0 has it in its place
+        other = stepper_of(stepper.run.method, stepper.ranks, torch.float32, divided=True)
+        with torch.no_grad():  # as where ways to attend are measured; it leaves some weights whole
+            other.network(fixed_views(stepper.run.method, slice(ROWS), torch.float32), torch.full((ROWS,), -1))
+        sharded.load(other.network, other.optimizer, checkpoint.verify(path))
+        loaded = checkpoint.tensors_of(other.network, other.optimizer)
+        for name, values in tensors.items():
+            assert values.keys() == loaded[name].keys()
+            for key, value in values.items():
+                mine, its = (getattr(each, "_local_tensor", each) for each in (value, loaded[name][key]))
+                assert torch.equal(mine, its), (kind, name, key)
+
+
 def write_gradients(out: Path) -> int:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    for (name, dtype), way in itertools.product(TAKEN, ("whole", "divided")):
+        stepper = stepper_of(STEPPED[name], Ranks(rank, ranks), dtype, divided=way == "divided")
+        found = take_steps(stepper, dtype)
+        if rank == 0:
+            torch.save(found, out / f"{name}-{way}-{dtype}.pt")
+        if dtype == torch.float32 and way == "divided":
+            check_checkpoints(stepper, out)
     for name, dtype in (*CASES, (APART, torch.float64)):
         found = gradients(name, rank, ranks, dtype)
         dist.all_reduce(found["loss"])
@@ -126,38 +199,42 @@ def train(fault: str, step: int, words: list[str]) -> int:
     from train.pretrain import main
 
     taken, whole = [0], Stepper.__call__
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    ids = os.environ["STEPS_TAKEN"] + "again-" * again + os.environ["RANK"]
 
     def struck(self: Stepper, batch: Batch, lr: float, done: tuple[float, float] = (0.0, 0.0)):
-        if taken[0] >= step and os.environ["RANK"] == "1":
-            if fault == "nan":
-                batch.images["holed"] = torch.full_like(batch.images["holed"], 200)
-                with torch.no_grad():
-                    return _poisoned(whole, self, batch, lr, done)
-            if taken[0] == step:
-                strike(fault)
+        poisoned = (fault == "nan" and taken[0] >= step) or (fault == "bad data" and spoilt(batch, step))
+        if taken[0] == step and os.environ["RANK"] == "1" and not again:
+            strike(fault)
         taken[0] += 1
-        with open(os.environ["STEPS_TAKEN"] + os.environ["RANK"], "a", encoding="utf-8") as file:
+        with open(ids, "a", encoding="utf-8") as file:
             file.write(f"{batch.id.tolist()}\n")
-        return whole(self, batch, lr, done)
+        return (poison if poisoned and os.environ["RANK"] == "1" else whole)(self, batch, lr, done)
 
     Stepper.__call__ = struck
     return run(main, words)
 
 
-def _poisoned(whole, stepper: Stepper, *step):
-    """A loss that is not a number, on this rank alone."""
-    forward = stepper.network.objective.loss
+def spoilt(batch: Batch, first: int, count: int = 3) -> bool:
+    """Whether a batch holds samples of `count` batches, from `first` on, of the first epoch."""
+    samples = epoch_order(0, 0, COUNT)[16 * first : 16 * (first + count)]
+    return batch.epoch == 0 and bool(set(samples.tolist()) & set(batch.id.tolist()))
+
+
+def poison(stepper: Stepper, *inputs, step=Stepper.__call__):
+    """A step whose loss is not a number, on this rank alone."""
+    objective = stepper.network.objective
+    sound = objective.loss
 
     def loss(*inputs):
-        outcome = forward(*inputs)
+        outcome = sound(*inputs)
         return type(outcome)({name: term * float("nan") for name, term in outcome.terms.items()}, outcome.watched)
 
-    object.__setattr__(stepper.network.objective, "loss", loss)
+    object.__setattr__(objective, "loss", loss)
     try:
-        with torch.enable_grad():
-            return whole(stepper, *step)
+        return step(stepper, *inputs)
     finally:
-        object.__delattr__(stepper.network.objective, "loss")
+        object.__delattr__(objective, "loss")
 
 
 def strike(fault: str) -> None:

@@ -152,7 +152,7 @@ def test_the_average_follows_slowly_and_is_what_is_scored():
         slow = min(0.5, (1 + step) / (10 + step))
         expected = slow * expected + (1 - slow) * stepper.network.encoder.cls_token.detach()
     trained = stepper.network.encoder
-    with stepper.scored() as network:
+    with stepper.scored(stepper.network) as network:
         assert torch.allclose(network.encoder.cls_token, expected, atol=1e-6)
     assert stepper.network.encoder is trained
     assert not torch.allclose(trained.cls_token, expected, atol=1e-6)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,12 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.errors import DataError, UsageError
 from pipeline.sampling import epoch_order
 from tests.conftest import COUNT
-from tests.rank_process import APART, CASES, gradients, singles
+from tests.rank_process import APART, CASES, STEPPED, STEPS, TAKEN, gradients, singles, stepper_of, take_steps
 from tests.test_pretrain import flags, read_json, weights
+from tools import export
+from train import checkpoint, evaluate, sharded
 from train.journal import read_rows
 from train.pretrain import main
+from train.ranks import Ranks
 
 # Threads of their own for each: two on one core's worth wait for one another in every product.
 PATIENCE = 120
@@ -62,27 +67,75 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     return results
 
 
-def test_two_ranks_equal_one_with_the_joint_batch(tmp_path):
-    for code, words in finish(start(["gradients", str(tmp_path)])):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """What two processes have found out together about a batch that is half theirs."""
+    out = tmp_path_factory.mktemp("two-ranks")
+    for code, words in finish(start(["gradients", str(out)])):
         assert code == 0, words
+    return out
+
+
+def test_two_ranks_equal_one_with_the_joint_batch(two_ranks):
     for method, dtype in CASES:
         alone, tolerance = gradients(method, 0, 1, dtype), 1e-6 if dtype == torch.float64 else 1e-5
         # In float32 what cancels (a bias before a batch norm) is judged by the size of what it is a sum of.
         least = 1e-3 if dtype == torch.float64 else max(each.abs().max().item() for each in alone.values()) / 4
         for rank in range(2):
-            mine = torch.load(tmp_path / f"{method}-{rank}-{dtype}.pt", weights_only=True)
+            mine = torch.load(two_ranks / f"{method}-{rank}-{dtype}.pt", weights_only=True)
             assert mine.keys() == alone.keys()
             for name, value in alone.items():
                 if value.is_floating_point():
                     scale = max(value.abs().max().item(), least)
                     assert (mine[name] - value).abs().max().item() <= tolerance * scale, (method, rank, dtype, name)
-    alone, parts = singles(0, 1), [torch.load(tmp_path / f"singles-{rank}.pt", weights_only=True) for rank in range(2)]
+    alone, parts = singles(0, 1), [torch.load(two_ranks / f"singles-{rank}.pt", weights_only=True) for rank in range(2)]
     assert torch.allclose(parts[0]["loss"] + parts[1]["loss"], alone["loss"], atol=1e-12)
     assert torch.allclose(torch.cat([each["gradient"] for each in parts], dim=1), alone["gradient"], atol=1e-12)
     # Kept apart, batch norms see a process' own rows only, and the loss is another one.
-    apart = torch.load(tmp_path / f"{APART}-0-{torch.float64}.pt", weights_only=True)
+    apart = torch.load(two_ranks / f"{APART}-0-{torch.float64}.pt", weights_only=True)
     assert abs(apart["loss"] - gradients("daae", 0, 1, torch.float64)["loss"]) > 1e-3
     assert torch.equal(gradients(APART, 0, 1, torch.float64)["loss"], gradients("daae", 0, 1, torch.float64)["loss"])
+
+
+@pytest.mark.parametrize(("name", "dtype"), TAKEN)
+def test_steps_of_two_ranks_are_those_of_one_whether_weights_are_divided_or_not(two_ranks, name, dtype):
+    alone = take_steps(stepper_of(STEPPED[name], Ranks(), dtype, divided=False), dtype)
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-5
+    largest = max(value.norm().item() for key, value in alone.items() if key.startswith("gradient"))
+    for way in ("whole", "divided"):
+        found = torch.load(two_ranks / f"{name}-{way}-{dtype}.pt", weights_only=True)
+        assert found.keys() == alone.keys()
+        assert {"loss", "norm", "gradient encoder.cls_token", "weight encoder.cls_token"} < found.keys()
+        for key, value in alone.items():
+            if dtype == torch.float32 and key.startswith("weight") and value.ndim < 2:
+                continue  # the bias of keys has no gradient but rounding errors, which Adam makes steps of
+            if value.is_floating_point():
+                # What cancels to nearly nothing is judged by the size of what it is a sum of.
+                scale = max(value.norm().item(), largest / 4 if key.startswith("gradient") else 0.0)
+                assert (found[key] - value).norm() <= tolerance * scale, (way, key)
+
+
+def test_checkpoints_of_divided_weights_are_read_whole_and_verified(two_ranks, tmp_path):
+    shards, whole = (checkpoint.verify(checkpoint.place(two_ranks / kind, STEPS)) for kind in ("shards", "whole"))
+    assert (shards.sharded, whole.sharded) == (True, False)
+    assert len(list((shards.path / "shards").iterdir())) == 2
+    for one, other in ((shards.weights(), whole.weights()), (shards.moments(), whole.moments())):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert {"encoder.cls_token/exp_avg", "encoder.cls_token/step"} < shards.moments().keys()
+    with pytest.raises(DataError, match=r"shards does not fit the run: .*encoder\.new"):
+        sharded._read({"model/encoder.new": torch.zeros(2)}, shards.path / "shards")
+    for number, harm in enumerate((flip_a_bit, Path.unlink, lambda part: shutil.copy(part, part.with_name("another")))):
+        copy = Path(shutil.copytree(shards.path, tmp_path / str(number)))
+        harm(sorted((copy / "shards").iterdir())[0])
+        with pytest.raises(DataError, match=r"is damaged \(.*shards/"):
+            checkpoint.verify(copy)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
 
 
 def ids_taken(path: Path, ranks: int) -> list[list[int]]:
@@ -91,13 +144,14 @@ def ids_taken(path: Path, ranks: int) -> list[list[int]]:
     return [sorted(itertools.chain(*parts)) for parts in zip(*lines, strict=True)]
 
 
-def test_whatever_the_number_of_ranks_a_step_has_the_same_samples_and_weights_agree(store_path, tmp_path):
+@pytest.mark.parametrize("shard", ["--speed.no-shard", pytest.param("--speed.shard", marks=pytest.mark.slow)])
+def test_whatever_the_number_of_ranks_a_step_has_the_same_samples_and_weights_agree(store_path, tmp_path, shard):
     def words(name: str, *more: str) -> list[str]:
         return flags("daae-tiny", store_path, tmp_path / name, "--steps", "9", "--loader", "shards", *more)
 
     chain = []
     for part, (ranks, limit) in enumerate([(2, 3), (1, 3), (2, 3)]):
-        steps, command = tmp_path / f"ids-{part}-", words("chain", "--limit-steps", str(limit))
+        steps, command = tmp_path / f"ids-{part}-", words("chain", "--limit-steps", str(limit), shard)
         for code, stderr in finish(start(["train", "none", "0", *command], ranks, STEPS_TAKEN=str(steps))):
             assert code == 0, stderr
         chain += ids_taken(steps, ranks)
@@ -164,6 +218,32 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_before_any_weight_change
     assert not read_json(captures[0])["weights_not_finite"]
 
 
+@pytest.mark.parametrize("shard", ["--speed.shard", pytest.param("--speed.no-shard", marks=pytest.mark.slow)])
+def test_ranks_go_back_together_and_pass_the_bad_data(store_path, tmp_path, shard):
+    out = tmp_path / "run"
+    more = "--steps 8 --loader shards --watch.rollbacks 1 --watch.checkpoint-minutes 0 --evaluations 1".split()
+    command = flags("daae-tiny", store_path, out, *more, shard)
+    results = finish(start(["train", "bad data", "3", *command], STEPS_TAKEN=str(tmp_path / "ids-")))
+    assert [code for code, _ in results] == [0, 0], results
+    said = (out / "train.log").read_text()
+    assert "Back to step 4, and on with the batches behind those of step 6 (rollback 1 of 1)." in said
+    assert len(list((out / "debug").glob("nonfinite_6*.json"))) == 2
+    # Batches 3 to 5 gave nothing; steps 5 to 8 are taken with what comes behind them.
+    orders = [epoch_order(0, epoch, COUNT) for epoch in range(2)]
+    places = [*range(6), 6, 7, 8, 9]
+    expected = [sorted(orders[place // 6][16 * (place % 6) :][:16].tolist()) for place in places]
+    assert ids_taken(tmp_path / "ids-", 2) == expected
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [2, 4, 6, 8]
+    # Where weights are divided a checkpoint on the way holds what each rank held. The last one is whole, and scored.
+    on_the_way, last = (checkpoint.verify(path) for path in checkpoint.list_steps(out / "checkpoints"))
+    assert (on_the_way.sharded, last.sharded) == (shard == "--speed.shard", False)
+    assert (last.state["shift"], last.state["rollbacks"]) == (2, 1)
+    (scored,) = read_rows(out / "evaluations.jsonl")
+    assert evaluate.main([str(out), "--no-baselines", "--json"]) == 0
+    assert read_json(out / "evaluation.json")["leading"]["value"] == scored["leading"]
+    assert export.main([str(out), "--checkpoint", "6"]) == 0
+
+
 def test_ranks_that_were_started_differently_are_named(store_path, tmp_path):
     port = str(free_port())
     processes = []
@@ -194,6 +274,62 @@ def test_one_command_starts_all_ranks_and_returns_the_code_of_the_run(store_path
     assert read_json(out / "env.json")["ranks"] == 2
 
 
+def torchrun(tmp_path: Path, options: list[str], module: list[str]) -> subprocess.Popen:
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*agent, *options, "-m", *module],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "STEPS_TAKEN": str(tmp_path / "ids-")},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--speed.shard",)])
+def test_torchrun_starts_ranks_again_of_which_one_was_killed(store_path, tmp_path, more):
+    out = tmp_path / "run"
+    often = ("--steps", "12", "--loader", "shards", "--watch.checkpoint-minutes", "0", *more)
+    command = ["tests.rank_process", "train", "die", "7", *flags("daae-tiny", store_path, out, *often)]
+    ((code, said),) = finish([torchrun(tmp_path, ["--max-restarts", "1"], command)])
+    assert code == 0, said
+    assert "resumed" in (out / "train.log").read_text()
+    orders = [epoch_order(0, epoch, COUNT) for epoch in range(2)]
+    expected = [sorted(orders[step // 6][16 * (step % 6) :][:16].tolist()) for step in range(12)]
+    assert ids_taken(tmp_path / "ids-again-", 2) == expected[6:]
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
+    assert main(flags("daae-tiny", store_path, tmp_path / "one", "--steps", "12", "--loader", "shards")) == 0
+    one, other = (weights(run, 12) for run in (tmp_path / "one", out))
+    for name, value in one.items():
+        if value.ndim > 1:
+            assert (value - other[name]).norm() <= 1e-3 * value.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slurm", "gpus"])
+def test_the_signal_that_announces_the_end_of_a_job_reaches_the_ranks(store_path, tmp_path, launcher):
+    out = tmp_path / "run"
+    words = flags("daae-tiny", store_path, out, "--steps", "10000", "--loader", "shards")
+    if launcher == "gpus":
+        process = subprocess.Popen([sys.executable, "-m", "tools.cli", "pretrain", "--gpus", "2", *words])
+    else:
+        script = (Path(__file__).parents[1] / "tools" / "slurm.sbatch").read_text()
+        options = re.findall(r"--(?:max-restarts|signals-to-handle|shutdown-timeout) \S+", script)
+        process = torchrun(tmp_path, [word for each in options for word in each.split()], ["train.pretrain", *words])
+    try:
+        end = time.monotonic() + PATIENCE
+        while not (out / "metrics.jsonl").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    status = read_json(out / "status.json")
+    assert (status["state"], status["code"]) == ("preempted", 75)
+    assert process.returncode == (75 if launcher == "gpus" else 1)
+    assert status["last_checkpoint"] == f"step_{status['step']:09d}"
+    assert "resumed" not in (out / "train.log").read_text()
+
+
 @pytest.mark.slow
 def test_what_all_ranks_refuse_is_said_once(store_path, tmp_path):
     command = [sys.executable, "-m", "tools.cli", "pretrain", "--gpus", "2"]
@@ -205,8 +341,6 @@ def test_what_all_ranks_refuse_is_said_once(store_path, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(store_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    from pipeline.errors import UsageError
-
     with pytest.raises(UsageError, match="--batch 16 cannot be shared out evenly among 3 processes"):
         main(flags("mae-tiny", store_path, tmp_path / "run", "--steps", "2"))
     assert not (tmp_path / "run").exists()

@@ -21,17 +21,19 @@ def write_capture(out: Path, stepper: Stepper, batch: Batch, step: int, ranks: R
     values are not finite. All ranks call it: their gradients are averaged again.
     """
     assert stepper.wrapped is not None
-    run = stepper.now
+    run, whole = stepper.now, lambda tensor: tensor
+    if stepper.sharded:
+        from train.sharded import full as whole
     with autocast(stepper.device, run.precision):
         outcome = stepper.wrapped(views_of(run, batch), batch.label)
         loss = torch.stack(list(outcome.terms.values())).sum()
     loss.backward()
-    gradients = {
-        name: {"norm": parameter.grad.norm().item(), "not_finite": int((~parameter.grad.isfinite()).sum())}
-        for name, parameter in stepper.network.named_parameters()
-        if parameter.grad is not None
-    }
-    weights = [name for name, value in stepper.network.state_dict().items() if not bool(value.isfinite().all())]
+    gradients = {}
+    for name, parameter in stepper.network.named_parameters():
+        if parameter.grad is not None:
+            gradient = whole(parameter.grad)
+            gradients[name] = {"norm": gradient.norm().item(), "not_finite": int((~gradient.isfinite()).sum())}
+    weights = [name for name, value in stepper.network.state_dict().items() if not bool(whole(value).isfinite().all())]
     stepper.optimizer.zero_grad(set_to_none=True)
     path = out / "debug" / (f"nonfinite_{step}" + ("" if ranks.first else f"_rank{ranks.rank:03d}") + ".json")
     path.parent.mkdir(exist_ok=True)

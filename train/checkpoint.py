@@ -4,6 +4,7 @@ checkpoints/step_000012000/
   model.safetensors   every weight and buffer of the network
   optim.safetensors   the optimizer's moments, by parameter name
   ema.safetensors     the average of the encoder's weights, where the run keeps one
+  shards/             instead of these where a run divides its weights: what each process holds (train/sharded.py)
   state.json          step, clock, configuration, fingerprint of the data
   manifest.json       size and sha256 of the others, written last
 """
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from pipeline.errors import DataError, ResourceError
 from pipeline.staging import sync, write_durably
 
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
-AVERAGE = "ema.safetensors"
+SHARDS, AVERAGE = "shards", "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,22 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
+    @property
+    def sharded(self) -> bool:
+        return (self.path / SHARDS).is_dir()
+
     def weights(self) -> dict[str, Tensor]:
-        return _tensors(self.path / "model.safetensors")
+        return self._whole("model")
 
     def moments(self) -> dict[str, Tensor]:
-        return _tensors(self.path / "optim.safetensors")
+        return self._whole("optim")
+
+    def _whole(self, kind: str) -> dict[str, Tensor]:
+        if self.sharded:
+            from train.sharded import read_whole
+
+            return read_whole(self.path / SHARDS, kind)
+        return _tensors(self.path / f"{kind}.safetensors")
 
     def average(self) -> dict[str, Tensor]:
         """Of the encoder's weights, by the names that they have in the network; empty where none is kept."""
@@ -57,53 +70,72 @@ class Checkpoint:
         return {**self.weights(), **self.average()}
 
 
-def save(
-    folder: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    keep: int,
-    average: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write step `state["step"]` under `folder` and prune older ones; returns its path.
+def tensors_of(
+    network: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of a run's weights: kind ("model", "optim", perhaps "ema") -> name -> tensor.
 
     average: weights of the encoder by their names in the network, or None.
+    """
+    kinds = {"model": network.state_dict(), "optim": optimizer_tensors(network, optimizer)}
+    return kinds if average is None else {**kinds, "ema": average}
+
+
+def save(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int) -> Path:
+    """Write step `state["step"]` under `folder` and prune older ones; returns its path.
+
     A crash at any instant leaves the previous checkpoint untouched and nothing that reads as a newer one.
     Raises ResourceError on a full disk, with the half-written folder removed.
     """
-    final = folder / f"step_{state['step']:09d}"
+    with aside(folder, state, keep) as partial:
+        for kind, values in tensors.items():
+            save_file(_contiguous(values), partial / f"{kind}.safetensors")
+    return place(folder, state["step"])
+
+
+def place(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}"
+
+
+@contextlib.contextmanager
+def aside(folder: Path, state: dict, keep: int) -> Iterator[Path]:
+    """A folder for the tensors of step `state["step"]`. When the block ends it gets state and manifest, and takes
+    its place among the checkpoints; older ones are pruned. Raises ResourceError."""
+    final = place(folder, state["step"])
     partial = folder / f".{final.name}.partial-{os.getpid()}"
     try:
         for leftover in folder.glob(".step_*.partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_contiguous(network.state_dict()), partial / FILES[0])
-        save_file(_contiguous(optimizer_tensors(network, optimizer)), partial / FILES[1])
-        if average is not None:
-            save_file(_contiguous(average), partial / AVERAGE)
-        for path in partial.iterdir():
-            share(path)
+        yield partial
         (partial / FILES[2]).write_text(json.dumps(state, indent=1))
-        for path in partial.iterdir():
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        for path in files:
+            share(path)
             sync(path)
-        manifest = json.dumps({path.name: _facts(path) for path in sorted(partial.iterdir())}, indent=1)
+        manifest = json.dumps({path.relative_to(partial).as_posix(): _facts(path) for path in files}, indent=1)
         write_durably(partial / "manifest.json", manifest.encode())
-        sync(partial)
+        for inside in {path.parent for path in files}:
+            sync(inside)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
         sync(folder)
     except (OSError, SafetensorError) as error:
+        raise refusal(final, error) from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
-        why = "the disk is full" if full else str(error)
-        raise ResourceError(
-            f"checkpoint {final} could not be written: {why}. The previous one is untouched; "
-            "make room and run the same command again."
-        ) from None
     for old in list_steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def refusal(final: Path, error: BaseException) -> ResourceError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
+    why = "the disk is full" if full else str(error)
+    return ResourceError(
+        f"checkpoint {final} could not be written: {why}. The previous one is untouched; "
+        "make room and run the same command again."
+    )
 
 
 def list_steps(folder: Path) -> list[Path]:
@@ -125,7 +157,9 @@ def verify(path: Path) -> Checkpoint:
     """Check every byte against the manifest. Raises DataError: one flipped bit loads silently from safetensors."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in {*FILES, *manifest}:
+        # Whatever lies among the shards would be read with them.
+        shards = [f"{SHARDS}/{each.name}" for each in (path / SHARDS).glob("*")]
+        for name in sorted({*manifest, *(shards or FILES)}):
             if _facts(path / name) != manifest[name]:
                 raise DataError(f"checkpoint {path} is damaged ({name}: size or sha256 differs).")
         return Checkpoint(path, json.loads((path / FILES[2]).read_text()))

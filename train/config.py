@@ -89,7 +89,7 @@ class Inflation:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """Evaluation, logging and checkpoints: off the training clock, without influence on the weights."""
+    """Evaluation, logging and checkpoints: off the training clock, without influence on the weights of a sound run."""
 
     tests: tuple[Path, ...] = ()
     """Stores with labelled images to score on; without any, a fifth of the labelled training images is held out."""
@@ -101,6 +101,8 @@ class Watch:
     """Steps between rows of metrics.jsonl."""
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
+    rollbacks: int = 0
+    """How often a run may go back to its last checkpoint, and on behind the batches whose gradients were not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,8 @@ class Speed:
     """Keep no activations inside a block and compute them again in the backward pass: less memory, a third slower."""
     bf16_gradients: bool = False
     """Several processes average their gradients in bfloat16: half the bytes between them."""
+    shard: bool = False
+    """Weights, gradients and moments are divided among the processes, for models that do not fit otherwise."""
     stall_seconds: float = 300.0
     """How long to wait for a batch before the run stops with exit code 6."""
 
@@ -157,8 +161,8 @@ class Run:
         """What can be said before any data is looked at. Raises UsageError."""
         least = {
             "speed.workers": 0, "speed.ahead": 1, "watch.log_every": 1, "watch.evaluations": 0,
-            "watch.keep_checkpoints": 1, "watch.checkpoint_minutes": 0, "speed.hw_decoder_load": 0,
-            "inflate.real_repeat": 1,
+            "watch.keep_checkpoints": 1, "watch.checkpoint_minutes": 0, "watch.rollbacks": 0,
+            "speed.hw_decoder_load": 0, "inflate.real_repeat": 1,
         }  # fmt: skip
         values = flat(as_values(self))
         for name, lowest in least.items():
@@ -168,6 +172,8 @@ class Run:
             part.model.check()
             part.optim.check()
             self.method.check(part.optim.batch)
+        if self.speed.shard and (self.optim.optimizer == "muon" or self.optim.ema):
+            raise UsageError("--speed.shard divides weights; --optim.optimizer muon and --optim.ema want them whole.")
         if self.speed.attention != "auto":
             parse_ways(self.speed.attention)
         if self.speed.hw_decoder_load > 1 or self.speed.stall_seconds <= 0:

@@ -159,7 +159,7 @@ class Training:
 
     def save(self) -> None:
         state = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
-        checkpoint.save(self.folder, self.networks, self.optimizer, state, keep=1)
+        checkpoint.save(self.folder, checkpoint.tensors_of(self.networks, self.optimizer), state, keep=1)
         self.saved = time.monotonic()
 
     def close(self) -> None:

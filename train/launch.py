@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import Preempted, StalledError
 from pipeline.limits import usable_cores
+from train.stop import Stop
 
 
 def launch(processes: int, words: Sequence[str], out: Path) -> int:
@@ -29,6 +31,7 @@ def launch(processes: int, words: Sequence[str], out: Path) -> int:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=f"daae-{os.getpid()}", max_restarts=0,
+        signals_to_handle=",".join(each.name for each in (*Stop.SIGNALS, signal.SIGQUIT)),
     )  # fmt: skip
     started = time.time()
     try:

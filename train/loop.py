@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.network import Network
 from model.objectives import Outcome
 from pipeline import native
 from pipeline.errors import DataError, NumericsError, Preempted, UsageError
@@ -38,7 +39,7 @@ from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, digest, together, wanted
 from train.schedule import learning_rate, warmup_steps
 from train.stages import Stage, lay_out, macs_per_image, steps_of
-from train.step import Stepper, patience
+from train.step import Refused, Stepper, patience
 from train.stop import CutShort, Stop
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         journal.say(f"--workers {run.speed.workers}, but this process may use {cores} cores: only a slow disk gains.")
     if (why := native.why_not()) is not None:
         journal.say(f"Pillow decodes, several times slower than our decoder: {why}.")
+    if run.speed.shard and ranks.count == 1:
+        journal.say("--speed.shard: one process has nothing to divide.")
     if run.budget.steps is None:
         try:
             with stop.at_once():
@@ -119,7 +122,7 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         for words in run.method.warnings(run.optim.batch // run.optim.accumulate):
             journal.say(words)
         if point is not None:
-            trainer.load(point)
+            trainer.resume(point)
             journal.say(f"resumed {out} at step {point.step:,} of {trainer.steps:,}.")
         else:
             where = name if ranks.count == 1 else f"{ranks.count} x {name}"
@@ -174,6 +177,7 @@ class Trainer:
         self.first = ranks.first
         self.warmup = warmup_steps(run.optim, self.steps, store.per_epoch // run.optim.batch)
         self.clock, self.step = Clock(), 0
+        self.shift, self.rollbacks = 0, 0  # batches left out so far, and how often the run went back
         self.sums: dict[str, Tensor] = {}
         self.refused = 0  # steps, up to the last row
         self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0, 0.0)  # step, images, seconds
@@ -192,15 +196,25 @@ class Trainer:
             self.journal.say(f"no evaluation during training: {error}")
             return None
 
-    def load(self, point: checkpoint.Checkpoint) -> None:
-        self.network.load_state_dict(point.weights())
-        self.stepper.load_average(point.average())
-        checkpoint.load_optimizer(self.network, self.optimizer, point.moments())
-        self.stepper.scaler.load_state_dict(point.state.get("scaler", {}))
+    def resume(self, point: checkpoint.Checkpoint) -> None:
+        self.load(point)
+        self.shift, self.rollbacks = point.state.get("shift", 0), point.state.get("rollbacks", 0)
+        self.stepper.refused = Refused(self.device, point.state.get("refused", 0))
         self.clock.load(point.state["clock"])
         self.ledger.load(point.state.get("ledger", {}))
-        self.step = self.stepper.taken = point.step
         self.saved, self.logged = True, (self.step, self.clock.images, self.clock.train_seconds)
+
+    def load(self, point: checkpoint.Checkpoint) -> None:
+        if self.stepper.sharded:
+            from train import sharded
+
+            sharded.load(self.network, self.optimizer, point)
+        else:
+            self.network.load_state_dict(point.weights())
+            self.stepper.load_average(point.average())
+            checkpoint.load_optimizer(self.network, self.optimizer, point.moments())
+        self.stepper.scaler.load_state_dict(point.state.get("scaler", {}))
+        self.step = self.stepper.taken = point.step
 
     def train(self, limit: int | None, *, until_score: bool) -> None:
         run, clock, ranks, ledger = self.run, self.clock, self.ranks, self.ledger
@@ -213,13 +227,13 @@ class Trainer:
         if scores:
             self.alone("baselines", self.score_baselines)
         if missed and self.step in evaluate_at:
-            self.alone("missed score", self.evaluate)
+            self.score()
         if until_score:
             last = min([last, *(step for step in evaluate_at if step > self.step)])
         while self.step < last:
             stage = self.enter_stage()
             clock.start()
-            with contextlib.closing(self.loader.epoch(*stage.place(self.step))) as batches:
+            with contextlib.closing(self.loader.epoch(*stage.place(self.step + self.shift))) as batches:
                 while self.step < min(last, stage.last):
                     with ledger("data wait"):
                         batch = next(batches, None)
@@ -234,12 +248,13 @@ class Trainer:
                     evaluate, stopped = self.step in evaluate_at, ranks.any(self.stop.asked)
                     if self.step % run.watch.log_every == 0 or self.step == last or evaluate or stopped:
                         clock.pause(self.device)
-                        self.log(lr)
+                        if not self.log(lr):
+                            break
                         if stopped and self.step < self.steps:
                             self.preempted()
                         if evaluate:
-                            self.alone(f"score {self.step}", self.evaluate)
-                        if self.first and time.monotonic() - self.saved_at > run.watch.checkpoint_minutes * 60:
+                            self.score()
+                        if self.for_all(time.monotonic() - self.saved_at > run.watch.checkpoint_minutes * 60):
                             self.save()
                         if self.step < last:
                             clock.start()
@@ -270,12 +285,17 @@ class Trainer:
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             watched = {}
 
-    def log(self, lr: float) -> None:
+    def log(self, lr: float) -> bool:
+        """Write a row; False where the run went back to a checkpoint instead."""
         before, images_before, seconds_before = self.logged
         steps = self.step - before
         if steps == 0:
-            return
-        means = self.means(steps)
+            return True
+        try:
+            means = self.means(steps)
+        except NumericsError as error:
+            self.roll_back(error)
+            return False
         clock = self.clock
         rate = (clock.images - images_before) / max(1e-9, clock.train_seconds - seconds_before)
         self.logged = (self.step, clock.images, clock.train_seconds)
@@ -297,11 +317,12 @@ class Trainer:
             f"{saved}  ETA {duration(left)}"
         ))  # fmt: skip
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
+        return True
 
     def means(self, steps: int) -> dict[str, float]:
         """What is watched, over the last `steps` steps and all ranks.
 
-        Raises NumericsError where too many steps in a row were refused, on every rank.
+        Raises NumericsError where too many steps in a row were refused, on every rank. It was captured then.
         """
         in_a_row, refused = self.stepper.refused.read()
         lately, self.refused = refused - self.refused, refused
@@ -314,9 +335,7 @@ class Trainer:
         if in_a_row >= patience(self.run.precision) or not all(map(math.isfinite, means.values())):
             what = f"gradient was not finite for {in_a_row:,} steps in a row" if in_a_row else "loss is not finite"
             raise NumericsError(
-                f"the {what} at step {self.step:,}; {self.capture()} tells what that was. No such step was taken. "
-                f"The last checkpoint is in {folder.checkpoints(self.journal.out)}. "
-                "Try --precision fp32, a lower --lr or --clip-grad 1.0."
+                f"the {what} at step {self.step:,}; {self.capture()} tells what that was. No such step was taken."
             )
         if lately:
             self.journal.say(
@@ -324,11 +343,39 @@ class Trainer:
             )
         return means
 
+    def roll_back(self, error: NumericsError) -> None:
+        """Load the newest checkpoint and go on with the batches behind the last; every rank calls it.
+
+        What is left out is a shift of the order of the data, kept in checkpoints: a run that is killed and resumed goes
+        the same way, and the learning rate stays a function of the step. Clock and ledger go on, for the seconds are
+        spent. Raises NumericsError where there is nothing to go back to, or no more wish to.
+        """
+        point, where = None, folder.checkpoints(self.journal.out)
+        if self.first and self.rollbacks < self.run.watch.rollbacks:
+            point = checkpoint.newest(where, self.journal.say)
+        point = self.ranks.share(point)
+        if point is None:
+            raise NumericsError(
+                f"{error} The last checkpoint is in {where}. Try --precision fp32, a lower --lr or --clip-grad 1.0."
+            ) from None
+        at, self.shift = self.step, self.shift + self.step - point.step
+        self.rollbacks += 1
+        with self.ledger.aside("checkpoint"):
+            self.load(point)
+        self.stepper.refused, self.refused = Refused(self.device), 0
+        self.sums.clear()
+        self.logged = (self.step, self.clock.images, self.clock.train_seconds)
+        self.journal.rewind(self.step)
+        self.journal.say(
+            f"{error} Back to step {self.step:,}, and on with the batches behind those of step {at:,} "
+            f"(rollback {self.rollbacks} of {self.run.watch.rollbacks})."
+        )
+
     def capture(self) -> Path:
         """What the last step was made of. It was not taken, so the weights are those that it met."""
         from train.capture import write_capture
 
-        with contextlib.closing(self.loader.epoch(*self.stage.place(self.step - 1))) as batches:
+        with contextlib.closing(self.loader.epoch(*self.stage.place(self.step + self.shift - 1))) as batches:
             return write_capture(self.journal.out, self.stepper, next(batches), self.step, self.ranks)
 
     def score_baselines(self) -> None:
@@ -366,13 +413,19 @@ class Trainer:
             "ranks": self.ranks.count,
         }, indent=1))  # fmt: skip
 
-    def evaluate(self) -> None:
+    def score(self) -> None:
+        network = self.whole()
+        # A name of its own for each try: after a rollback the same step is scored again.
+        self.alone(f"score {self.step} {self.rollbacks}", lambda: self.evaluate(network))
+
+    def evaluate(self, network: Network | None) -> None:
         """Off the clock. The encoder comes back in training mode. A score cut off by a signal is made up on resume."""
         from train.evaluate import EVALUATION, score_network, sentence
 
         assert self.exam is not None
+        assert network is not None
         final = self.step == self.steps
-        with self.stepper.scored() as network:
+        with self.stepper.scored(network) as network:
             result = score_network(network, self.exam, self.run, self.device, final=final)
         leading = result["leading"] and result["leading"]["value"]
         seconds = round(self.clock.train_seconds, 3)
@@ -384,28 +437,48 @@ class Trainer:
         self.journal.row("evaluations", {**at, "leading": leading, "scores": result["scores"]})
         self.journal.say(f"step {self.step:,}, {seconds:.0f} s: {result['sentence']}")
 
+    def whole(self) -> Network | None:
+        """The network with whole weights: where they are divided, a copy on rank 0. Every rank calls it."""
+        if not self.stepper.sharded:
+            return self.network
+        from train import sharded
+
+        weights = sharded.gather(self.network.state_dict(), self.ranks)
+        if not self.first:
+            return None
+        network = Network(self.run.method, self.run.model, self.run.seed).to(self.device)
+        network.load_state_dict(weights)
+        return network
+
+    def for_all(self, answer: bool) -> bool:
+        """Rank 0's answer, where the others have to do their part."""
+        return self.ranks.share(answer) if self.stepper.sharded else answer and self.first
+
     def save(self) -> None:
+        """By rank 0, or by every rank where weights are divided; the last checkpoint of a run is whole in any case."""
         state = {
-            "step": self.step, "steps": self.steps, "clock": self.clock.state(), "ledger": self.ledger.read(),
+            "step": self.step, "steps": self.steps, "shift": self.shift, "rollbacks": self.rollbacks,
+            "refused": self.stepper.refused.read()[0],
+            "clock": self.clock.state(), "ledger": self.ledger.read(),
             "preset": self.run.preset, "objective": self.run.objective, "data": self.store.fingerprint,
             "images_in_store": self.store.count, "scaler": self.stepper.scaler.state_dict(),
         }  # fmt: skip
         where = folder.checkpoints(self.journal.out)
+        keep = self.run.watch.keep_checkpoints
+        tensors = checkpoint.tensors_of(self.network, self.optimizer, self.stepper.average_weights())
         with self.ledger.aside("checkpoint"):
-            path = checkpoint.save(
-                where,
-                self.network,
-                self.optimizer,
-                state,
-                self.run.watch.keep_checkpoints,
-                self.stepper.average_weights(),
-            )
+            if self.stepper.sharded:
+                from train import sharded
+
+                path = sharded.save(where, tensors, state, keep, self.ranks, whole=self.step == self.steps)
+            else:
+                path = checkpoint.save(where, tensors, state, keep)
         self.saved, self.saved_at = True, time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
     def save_once(self) -> None:
         """A step that is saved is never saved again: for a moment there would be none of it."""
-        if self.first and not (folder.checkpoints(self.journal.out) / f"step_{self.step:09d}").exists():
+        if self.for_all(not checkpoint.place(folder.checkpoints(self.journal.out), self.step).exists()):
             self.save()
 
     def alone(self, occasion: str, work: Callable[[], None]) -> None:
@@ -432,10 +505,11 @@ class Trainer:
     def finish(self) -> dict:
         self.save_once()
         done = self.step >= self.steps
-        if done and self.first:
+        network = self.whole() if done else None
+        if network is not None and self.first:
             from train.gallery import draw_gallery
 
-            draw_gallery(self.journal.out, self.network, self.run, self.store, self.device)
+            draw_gallery(self.journal.out, network, self.run, self.store, self.device)
             self.balance()
         self.journal.status(state="done" if done else "paused", code=0, reason="", step=self.step)
         seconds = self.clock.train_seconds

@@ -42,7 +42,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1, local: int = 0, local_count: int = 1):
         self.rank, self.count, self.local, self.local_count = rank, count, local, local_count
-        self._side: Any = None  # a group on the CPU, for what is no tensor of the network
+        self.side: Any = None  # a group on the CPU, for what is no tensor of the network
         self._store: Any = None
         self._vote: tuple[Any, Tensor] | None = None
         self._leaving, self._told = threading.Event(), threading.Event()
@@ -57,7 +57,7 @@ class Ranks:
         if self.count == 1:
             return
         every: list[dict] = [{}] * self.count
-        dist.all_gather_object(every, dict(facts), group=self._side)
+        dist.all_gather_object(every, dict(facts), group=self.side)
         for rank, theirs in enumerate(every):
             different = [name for name in facts if theirs.get(name) != every[0].get(name)]
             if different:
@@ -82,7 +82,7 @@ class Ranks:
                 work.wait()
             heard = bool(answer.item())
         ballot = torch.tensor(int(mine))
-        self._vote = (dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self._side, async_op=True), ballot)
+        self._vote = (dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self.side, async_op=True), ballot)
         return heard
 
     def mean(self, values: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Ranks:
             return value
         box = [value]
         with self.waiting("what rank 0 decides"):
-            dist.broadcast_object_list(box, src=0, group=self._side)
+            dist.broadcast_object_list(box, src=0, group=self.side)
         return box[0]
 
     def tell(self, occasion: str, word: str) -> None:
@@ -188,7 +188,7 @@ class Ranks:
                 os._exit(StalledError.code)
 
     def _start(self, side: Any, store: Any) -> None:
-        self._side, self._store = side, store
+        self.side, self._store = side, store
         self._silent = {rank: ("", time.monotonic()) for rank in range(self.count)}
         store.set(f"beat/{self.rank}", f"0 {socket.gethostname()}")
         dist.barrier(group=side)  # from here on everybody has beaten

@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from train.ledger import Ledger
 from train.optim import make_optimizer, set_rate
 from train.ranks import Ranks
 from train.schedule import weight_decay
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Stepper:
@@ -45,6 +48,11 @@ class Stepper:
         self.ranks = ranks or Ranks()
         self.ledger = ledger or Ledger(device)
         self.network = Network(run.method, run.model, run.seed).to(device)
+        self.sharded = run.speed.shard and self.ranks.count > 1
+        if self.sharded:
+            from train.sharded import shard
+
+            shard(self.network, run, self.ranks)  # the optimizer is to hold what is left
         self.optimizer = make_optimizer(self.network, run.optim, device)
         self.refused = Refused(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
@@ -59,16 +67,20 @@ class Stepper:
         watched: the ledger is to tell encoder and decoder apart.
         """
         network = self.network.train()
+        blocks = [module for module in network.modules() if isinstance(module, Block)]
         if self.run.speed.recompute:
-            for module in network.modules():
-                if isinstance(module, Block):
-                    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        if self.run.speed.compile:
+            for block in blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        compiled = self.run.speed.compile and not self.sharded
+        if compiled:
             network.compile(dynamic=False)
-        elif watched:
+        elif self.run.speed.compile:  # putting weights together, between blocks, cannot be compiled
+            for block in blocks:
+                block.compile(dynamic=False)
+        if watched and not compiled:
             self.ledger.watch(network)
         self.wrapped = network
-        if self.ranks.count > 1:
+        if self.ranks.count > 1 and not self.sharded:
             # Buffers need no broadcast: each rank computes the same, or (batch norms kept apart) rank 0's are saved.
             data_parallel = nn.parallel.DistributedDataParallel
             newer = "forward_sync_buffers" in inspect.signature(data_parallel).parameters  # torch 2.15's name for it
@@ -167,18 +179,19 @@ class Stepper:
             self.average.module.load_state_dict({name.removeprefix("encoder."): each for name, each in weights.items()})
 
     @contextlib.contextmanager
-    def scored(self) -> Iterator[Network]:
-        """The network as it is scored: with the average of the encoder's weights where there is one."""
-        trained = self.network.encoder
+    def scored(self, network: Network) -> Iterator[Network]:
+        """This network, or a whole copy of it, as it is scored: with the average of the encoder's weights where there
+        is one."""
+        trained = network.encoder
         try:
             if self.average is not None:
-                self.network.encoder = cast(Encoder, self.average.module)
-            yield self.network
+                network.encoder = cast(Encoder, self.average.module)
+            yield network
         finally:
-            self.network.encoder = trained
+            network.encoder = trained
 
     def _alone_but_for(self, last: bool) -> AbstractContextManager:
-        """Ranks average their gradients once a step, with the last part."""
+        """DistributedDataParallel averages gradients once a step, with the last part."""
         if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.wrapped.no_sync()
@@ -187,9 +200,9 @@ class Stepper:
 class Refused:
     """Steps that were not taken, counted on the device and read when a row of metrics is written."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, in_a_row: int = 0):
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # the last step was taken
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # in a row up to now; in all
+        self._counts = torch.tensor([in_a_row, 0], device=device)  # in a row up to now; in all
 
     def count(self, finite: Tensor) -> None:
         self.finite = finite
@@ -217,6 +230,8 @@ def update(
     """Take a step by the gradients there are, or refuse it where one is not finite. Returns their norm, unclipped."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([each.grad for each in network.parameters() if each.grad is not None])
+    if hasattr(norm, "full_tensor"):  # of gradients that are divided among the processes
+        norm = cast("DTensor", norm).full_tensor()
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), clip_grad, norm)
     refused.count(torch.isfinite(norm))

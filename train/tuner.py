@@ -264,7 +264,7 @@ class Tuner:
             "step": self.step, "steps": self.steps, "clock": self.clock.state(), "scaler": self.scaler.state_dict(),
             "data": self.exam.bank.fingerprint, "images_in_store": self.exam.bank.count,
         }  # fmt: skip
-        path = checkpoint.save(where, self.classifier, self.optimizer, state, keep=2)
+        path = checkpoint.save(where, checkpoint.tensors_of(self.classifier, self.optimizer), state, keep=2)
         self.saved_at = time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
