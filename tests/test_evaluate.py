@@ -204,7 +204,7 @@ def test_without_tests_a_fifth_is_held_out_and_never_trains_the_probe(store_path
     assert sitting.sit(lambda _, ids: told[ids], ("knn",))["leading"]["value"] == 1
 
 
-def test_near_duplicates_stay_on_one_side_of_a_fold(tmp_path):
+def test_near_duplicates_stay_on_one_side_of_a_fold_and_of_what_is_held_out(tmp_path):
     root = tmp_path / "images"
     paths = make_folder(root, 24, 32)
     rows = [f"{path.name},kind-{i % 2},thing-{i // 2}" for i, path in enumerate(paths)]
@@ -214,6 +214,9 @@ def test_near_duplicates_stay_on_one_side_of_a_fold(tmp_path):
     groups = sitting._near_duplicates("kind")
     assert groups is not None
     assert np.bincount(groups.numpy()).tolist() == [2] * 12
+    held_out = set(groups[sitting.held_out[sitting.bank.root]].tolist())
+    assert 0 < len(held_out) < 12
+    assert not held_out & set(groups[~sitting.held_out[sitting.bank.root]].tolist())
     assert sitting._near_duplicates("thing") is None
     assert sitting.columns() == ["kind", "thing"]
 

@@ -85,8 +85,11 @@ class Exam:
             return cls(bank, stores, leading)
         import numpy as np
 
-        draw = uniform(0, 0, "held out", np.arange(bank.count), 1)[:, 0]
-        return cls(bank, {"held-out": bank}, leading, {bank.root: torch.from_numpy(draw < HELD_OUT)})
+        exam = cls(bank, {"held-out": bank}, leading)
+        things = exam._near_duplicates(leading)  # held out together, all pictures of a thing
+        draw = uniform(0, 0, "held out", np.arange(bank.count) if things is None else things.numpy(), 1)[:, 0]
+        exam.held_out[bank.root] = torch.from_numpy(draw < HELD_OUT)
+        return exam
 
     def training(self, column: str) -> tuple[np.ndarray, Tensor]:
         """Ids of the samples that may train for this column, ascending, and their labels."""
@@ -178,7 +181,7 @@ class Exam:
         return self._near_duplicates(column)
 
     def _near_duplicates(self, column: str) -> Tensor | None:
-        """Pictures of one thing (one code point drawn by several vendors), which must not sit on both sides of a fold.
+        """Pictures of one thing (one code point drawn by several vendors), which must not sit on both sides of a split.
 
         A column much finer than the one that is asked for tells them; most stores have none.
         """
