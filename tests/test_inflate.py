@@ -24,6 +24,7 @@ from model.vit import Encoder
 from pipeline.errors import DataError, Preempted, UsageError
 from pipeline.inflated import Inflated
 from pipeline.jpeg import StoredJpegs, picture
+from pipeline.limits import affinity
 from pipeline.loader import open_loader
 from pipeline.sampling import View, mixture_order
 from pipeline.store import MANIFEST, Store
@@ -34,7 +35,7 @@ from tools import compare, convert, experiment, inflate, inflation, verify
 from tools.records import Cell
 from train import evaluate, features, generator
 from train.command import parse
-from train.config import Budget
+from train.config import Budget, as_values, flat
 from train.generator import Recipe, Training
 from train.pretrain import main as pretrain
 
@@ -487,8 +488,26 @@ def test_an_arm_may_be_inflated_and_all_take_equal_steps(store_path, real_path, 
     assert [plan.wish(arm).inflate.data for arm in arms] == [None, generated_path]
     assert {plan.wish(arm).budget for arm in arms} == {Budget(steps=40)}
     assert all("--steps 40" in " ".join(plan.pretrain_words(Cell(arm, 0))) for arm in arms)
+    fingerprint = Store.open(generated_path).fingerprint
+    assert plan.fingerprints_of("none") == plan.fingerprints
+    assert plan.fingerprints_of("inflated") == {**plan.fingerprints, "generated": fingerprint}
     with pytest.raises(DataError, match="was generated from another store"):
         plan_of({**values, "data": str(store_path)}, tmp_path)
+
+
+def test_a_comparison_knows_which_images_were_generated(real_path, generated_path, tmp_path):
+    arms = {"inflated": {"preset": "mae-tiny", "settings": {"inflate.data": str(generated_path)}}}
+    plan = plan_of({"arms": arms, "data": str(real_path), "steps": 40}, tmp_path)
+    settings = flat(as_values(plan.wish("inflated")))
+    record = {
+        "arm": "inflated", "seed": 0, "settings": settings, "declared": ["inflate.data"],
+        "fingerprints": plan.fingerprints_of("inflated"), "env": {"cores": affinity()},
+    }  # fmt: skip
+    experiment.check_records(plan, [record])
+    made_anew = {**record, "fingerprints": {**plan.fingerprints, "generated": "0" * 16}}
+    with pytest.raises(UsageError, match=r"runs on other images or tests \(generated\)"):
+        experiment.check_records(plan, [made_anew])
+    experiment.check_records(plan, [{**made_anew, "arm": "earlier"}])  # another arm's images may be others
 
 
 def test_the_four_arms_of_the_ready_experiment_are_adainfs(real_path, generated_path, tmp_path):

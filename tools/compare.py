@@ -190,7 +190,7 @@ def make_record(plan: Plan, cell: Cell) -> dict:
     last = trial.metrics[-1]
     return {
         **dataclasses.asdict(cell), "digest": digest(decides), "declared": sorted(plan.arms[arm].settings),
-        "differs": differs(plan, arm), "settings": trial.settings, "fingerprints": plan.fingerprints,
+        "differs": differs(plan, arm), "settings": trial.settings, "fingerprints": plan.fingerprints_of(arm),
         "env": {**trial.env, "command": shlex.join(["daae", "pretrain", *plan.pretrain_words(cell)])},
         "steps": trial.step, "epochs": last["epoch"], "images": trial.images, "train_seconds": trial.seconds,
         "images_per_second": round(trial.rate or 0.0, 1), "data_wait": last["data_wait"],

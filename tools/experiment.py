@@ -103,9 +103,13 @@ class Plan:
     common: dict[str, Any]  # flat settings of every arm
     fingerprints: dict[str, str]  # store -> what it holds
     labelled: bool
+    generated: dict[str, str]  # arm -> what the store of generated images holds that it trains on besides
 
     def order(self) -> list[Cell]:
         return cells(self.as_values())
+
+    def fingerprints_of(self, arm: str) -> dict[str, str]:
+        return {**self.fingerprints, **({"generated": self.generated[arm]} if arm in self.generated else {})}
 
     def folder(self, cell: Cell) -> Path:
         return self.out / RUNS / cell.folder
@@ -199,12 +203,14 @@ def make_plan(flags: Compare) -> Plan:
         several = len({*lengths, *(each for arm in arms.values() for each in arm.also)}) > 1
         evaluations = 1 if several else EVALUATIONS
     plan = Plan(
-        flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled
-    )
+        flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled,
+        generated={},
+    )  # fmt: skip
     check_arms(plan)
-    for inflate in (plan.wish(name).inflate for name in arms):
+    for name, inflate in ((name, plan.wish(name).inflate) for name in arms):
         if inflate.data is not None:
             Inflated.join(store, inflate.data, inflate.real_repeat)
+            plan.generated[name] = Store.open(inflate.data).fingerprint
     return plan
 
 
@@ -392,7 +398,9 @@ def check_records(plan: Plan, records: list[dict]) -> None:
         if several != (record.get("length") is not None):
             one, other = ("one length", "several") if several else ("several lengths", "one")
             raise UsageError(f"--out {plan.out} holds runs of {one}, and {other} is asked for. {ask}")
-        before, now = record["fingerprints"], plan.fingerprints
+        before, now = record["fingerprints"], plan.fingerprints_of(record["arm"])
+        if record["arm"] not in plan.arms:
+            before = {name: each for name, each in before.items() if name != "generated"}
         stores = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if stores:
             raise UsageError(f"--out {plan.out} holds runs on other images or tests ({', '.join(stores)}). {ask}")

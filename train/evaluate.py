@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -54,6 +54,8 @@ class Evaluate:
     """How many vote in kNN, each a score of its own; InstDisc and DINO report 10 20 100 200."""
     label_share: tuple[float, ...] = ()
     """Also probe with so few of the labels, such as 0.01 0.1: class-balanced, the mean of three draws."""
+    agreement: float | None = None
+    """Also tell how far features agree with those of the same pictures at this share of the side, such as 0.5."""
     checkpoint: str | None = None
     """Checkpoint folder; default: the newest that verifies."""
     baselines: bool = True
@@ -71,6 +73,8 @@ def main(argv: list[str]) -> int:
         raise UsageError("--label-share wants shares of the labels, above 0 and at most 1, such as 0.01 0.1.")
     if not flags.neighbours or min(flags.neighbours) < 1:
         raise UsageError("--neighbours wants numbers of at least 1, such as 1 20.")
+    if flags.agreement is not None and not 0 < flags.agreement < 1:
+        raise UsageError(f"--agreement {flags.agreement:g}: wants a share of the side, such as 0.5.")
     from train import folder
     from train.device import choose_device
 
@@ -94,6 +98,8 @@ def main(argv: list[str]) -> int:
         if flags.baselines:
             baselines = baseline_features(settings, device, flags.feature, cache)
             result["baselines"] = {name: exam.sit(each, flags.protocols, **asked) for name, each in baselines.items()}
+        if flags.agreement is not None:
+            result["agreement"] = sizes_agree(network, settings, device, flags.feature, flags.agreement, exam, cache)
     result["sentence"] = sentence(result)
     if flags.checkpoint is None:
         write_whole(flags.run / EVALUATION, json.dumps(result, indent=1))
@@ -115,19 +121,29 @@ def features_kept(out: Path, keep: bool) -> Iterator[Path]:
 
 
 def encoder_features(
-    network: Network, settings: Run, device: torch.device, feature: str, cache: Path | None = None
+    network: Network,
+    settings: Run,
+    device: torch.device,
+    feature: str,
+    cache: Path | None = None,
+    *,
+    share: float = 1.0,
 ) -> Featurise:
-    """Features of samples by the network's encoder: in memory, or where there is a `cache` mapped from the disk."""
+    """Features of samples by the network's encoder: in memory, or where there is a `cache` mapped from the disk.
+
+    share: of the side that the encoder was trained at, which the pictures are resized to.
+    """
     from pipeline.loader import choose_backend
     from train.cache import kept, weights_digest
     from train.device import autocast
     from train.features import encode, encoded
 
-    encoder, side = network.encoder, settings.model.side
+    encoder, centre = network.encoder, centre_share(settings.model.side)
+    side = round(share * settings.model.side)
     digest = weights_digest(encoder) if cache is not None else ""
 
     def featurise(store: Store, ids: np.ndarray) -> Tensor:
-        how = {"side": side, "centre": centre_share(side), "device": device, "only": ids}
+        how = {"side": side, "centre": centre, "device": device, "only": ids}
         precision = autocast(device, settings.precision)
         if cache is None:
             # As the cache keeps them, so that a score is the same with it and without.
@@ -138,7 +154,7 @@ def encoder_features(
                 for each in parts:
                     yield getattr(each, feature)
 
-        key = {"weights": digest, "feature": feature, "precision": settings.precision, "centre": how["centre"]}
+        key = {"weights": digest, "feature": feature, "precision": settings.precision, "centre": centre}
         key |= {"side": side, "decoder": choose_backend(store, device), **samples_key(store, ids)}
         return at_hand(kept(cache, key, (len(ids), encoder.width), batches), device)
 
@@ -205,6 +221,24 @@ def baseline_features(
     }
 
 
+def sizes_agree(
+    network: Network, settings: Run, device: torch.device, feature: str, share: float, exam: Exam, cache: Path
+) -> dict:
+    """{"share", "encoder": test -> Agreement, "untrained": likewise}, of the pictures that the leading column asks."""
+    from model.network import Network
+    from train.agreement import agreement
+
+    untrained = Network(settings.method, settings.model, settings.seed).to(device)
+    result: dict = {"share": share}
+    for who, each in {"encoder": network, "untrained": untrained}.items():
+        full, small = (encoder_features(each, settings, device, feature, cache, share=s) for s in (1.0, share))
+        asked = {name: (store, exam.questions(name, exam.leading)[0]) for name, store in exam.tests.items()}
+        result[who] = {
+            name: asdict(agreement(full(store, ids), small(store, ids))) for name, (store, ids) in asked.items()
+        }
+    return result
+
+
 def sentence(result: dict) -> str:
     """The leading score beside its baselines, in words."""
     if result["leading"] is None:
@@ -242,6 +276,13 @@ def show(result: dict) -> None:
                 table.add_row(test, label, probe, *cells, f"{score['count']:,}")
     Console().print(table)
     print(result["sentence"])
+    for test, one in result.get("agreement", {}).get("encoder", {}).items():
+        before = result["agreement"]["untrained"][test]
+        print(
+            f"{test} at {result['agreement']['share']:g} of the side: cosine with the same picture at full size "
+            f"{one['same']:.2f} (untrained {before['same']:.2f}), nearest to its own "
+            f"{100 * one['found']:.1f} % of {one['count']:,} (untrained {100 * before['found']:.1f} %)."
+        )
 
 
 if __name__ == "__main__":
