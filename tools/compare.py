@@ -247,16 +247,11 @@ def _plain(versus: Contrast) -> dict:
     }
 
 
-def show(study: Study) -> None:
-    """A row for each arm and baseline, then the verdict."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+HEADINGS = ("arm", "seeds", "training", "images/s", "s/epoch", "score", "to target", "times as fast")
 
-    name = leading_name(study)
-    table = Table(title=f"% right: {name}" if name else None, box=box.SIMPLE)
-    for heading in ("arm", "seeds", "training", "images/s", "s/epoch", "score", "to target", "times as fast"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
+
+def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
+    """Whether it is an arm's own row, and its cells by HEADINGS; an arm's shorter lengths come before it."""
     contrasts = study.contrasts()
     for group in study.groups:
         done, score = group.finished, arm_score(group)
@@ -266,14 +261,14 @@ def show(study: Study) -> None:
             shorter = group.of_length(length)
             score_then = score_of(shorter)
             if score_then is not None:
-                table.add_row(
+                yield False, (
                     f"  {shorter[0].cell.long}", " ".join(str(trial.seed) for trial in shorter),
-                    seconds_words(_mean(t.seconds for t in shorter)), "", "", score_then.words(), "", "", style="dim",
+                    seconds_words(_mean(t.seconds for t in shorter)), "", "", score_then.words(), "", "",
                 )  # fmt: skip
         versus = contrasts.get(group.arm)
         speed = ratio_words(versus) if versus is not None and study.targeted else ""
         pace = _mean(trial.outcome.seconds_per_epoch or 0.0 for trial in done)
-        table.add_row(
+        yield True, (
             group.arm, " ".join(str(trial.seed) for trial in done), seconds_words(_mean(t.seconds for t in done)),
             f"{_mean(t.rate or 0.0 for t in done):,.0f}", f"{pace:.3g}",
             "none" if score is None else score.words(), target_words(study, group.arm), speed,
@@ -281,7 +276,21 @@ def show(study: Study) -> None:
     for key, words in BASELINES.items():
         base = baseline_score(study.trials, key)
         if base is not None:
-            table.add_row(words, "", "", "", "", base.words(), "", "", style="dim")
+            yield False, (words, "", "", "", "", base.words(), "", "")
+
+
+def show(study: Study) -> None:
+    """A row for each arm and baseline, then the verdict."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    name = leading_name(study)
+    table = Table(title=f"% right: {name}" if name else None, box=box.SIMPLE)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
+    for own, cells in rows(study):
+        table.add_row(*cells, style="" if own else "dim")
     # Nobody sees a pipe's edge: a line that is cut off would be lost for good.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print("± is between seeds: standard deviation; with one seed, and for pixels, the test set's standard error.")
