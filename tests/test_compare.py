@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from model.network import Network
-from pipeline.errors import DataError, Preempted, UsageError
+from pipeline.errors import DataError, NumericsError, Preempted, UsageError
 from pipeline.limits import affinity
 from pipeline.staging import claimed
 from pipeline.store import Store
@@ -376,6 +376,19 @@ def test_other_settings_are_another_pace(store_path, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- for real
+
+
+def test_a_run_that_diverges_costs_the_others_nothing(store_path, tmp_path, capfd):
+    wild = {"preset": "mae-tiny", "settings": {"optim.lr": 1e30}}
+    file = experiment(tmp_path / "e.yaml", arms={"wild": wild, "tame": "mae-tiny"}, steps=40, evaluations=1)
+    out = tmp_path / "out"
+    words = ["--experiment", file, "--data", str(store_path), "--out", str(out), "--quiet", "--settings", *TINY]
+    with pytest.raises(NumericsError, match=r"1 of 2 runs have no score.*: wild seed 0\."):
+        compare.main(words)
+    printed = capfd.readouterr()
+    assert "wild seed 0 ends here" in printed.err
+    assert "tame" in printed.out
+    assert [record["arm"] for record in read_lines(out / "records.jsonl")] == ["tame"]
 
 
 def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, capfd):

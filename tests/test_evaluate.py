@@ -16,7 +16,7 @@ from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.store import Store
 from tests.images import make_folder
 from tests.test_pretrain import flags
-from tools import convert
+from tools import compare, convert
 from train import cache, evaluate, exam, features, folder, probes
 from train.exam import Exam, mean_score
 from train.pretrain import main as pretrain
@@ -202,6 +202,24 @@ def test_without_tests_a_fifth_is_held_out_and_never_trains_the_probe(store_path
     assert score["value"] == 0
     assert score["count"] == int(held_out.sum())
     assert sitting.sit(lambda _, ids: told[ids], ("knn",))["leading"]["value"] == 1
+
+
+def test_tests_that_share_pictures_with_the_bank_are_refused_unless_that_is_declared(tmp_path, capsys):
+    stores = {}
+    for name, first in (("bank", 0), ("other", 15)):  # nine pictures are in both
+        make_folder(tmp_path / name, 24, 32, 4, first=first)
+        stores[name] = tmp_path / f"{name}-store"
+        assert convert.main([str(tmp_path / name), str(stores[name]), "--backends", "dali", "--quiet"]) == 0
+    refusal = r"9 of the 24 pictures in .*other-store with a class are in .*bank-store too"
+    with pytest.raises(UsageError, match=refusal):
+        Exam.prepare(stores["bank"], (stores["other"],), "class")
+    sitting = Exam.prepare(stores["bank"], (stores["other"],), "class", overlap=True)
+    assert len(sitting.questions("other-store", "class")[0]) == 24
+    words = ["--presets", "mae-tiny", "--data", str(stores["bank"]), "--tests", str(stores["other"]), "--steps", "2"]
+    words += ["--out", str(tmp_path / "out"), "--dry-run"]
+    with pytest.raises(UsageError, match=refusal):
+        compare.main(words)
+    assert compare.main([*words, "--settings", "watch.overlap=true"]) == 0
 
 
 def test_near_duplicates_stay_on_one_side_of_a_fold_and_of_what_is_held_out(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import DaaeError, NumericsError
 from pipeline.staging import claimed, write_whole
 from tools.analysis import Contrast
 from tools.children import Stop, call, failure
@@ -65,13 +66,18 @@ def main(argv: list[str]) -> int:
         records = read_lines(plan.out / RECORDS)
         check_records(plan, records)
         _prepare(plan)
-        _run_all(plan, flags, records, stop)
+        diverged = _run_all(plan, flags, records, stop)
     study = read_study([plan.out])
     if flags.json:
         print(json.dumps({"out": str(plan.out), "records": len(records), "arms": summary(study)}))
     else:
         show(study)
         print(f"Records are in {plan.out / RECORDS}; `daae report {plan.out}` makes a page of them.")
+    if diverged:
+        raise NumericsError(
+            f"{len(diverged)} of {len(plan.order())} runs have no score, since their gradients were not finite: "
+            f"{', '.join(cell.words for cell in diverged)}. The others are kept. Declare a lower optim.lr for that arm."
+        )
     return 0
 
 
@@ -90,20 +96,22 @@ def _prepare(plan: Plan) -> None:
     write_whole(plan.out / EXPERIMENT, yaml.safe_dump(values, sort_keys=False))
 
 
-def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> None:
-    """Every run that has no record yet; appends to `records` and to their file."""
+def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> list[Cell]:
+    """Every run that has no record yet; appends to `records` and to their file. Returns those that diverged."""
     finished = {cell_of(record) for record in records}
     if not plan.labelled and not flags.quiet:
         print(f"note: {plan.data} has no labels, so runs are trained and timed but not scored.", file=sys.stderr)
+    diverged: list[Cell] = []
     if finished >= set(plan.order()):
-        return
+        return diverged
     paces = measured_paces(plan, stop, quiet=flags.quiet)
     for waiting in rounds(plan, finished):
-        for cell in take_turns(plan, waiting, paces, stop, quiet=flags.quiet):
+        for cell in take_turns(plan, waiting, paces, stop, diverged, quiet=flags.quiet):
             record = make_record(plan, cell)
             check_bench(record, records)
             records.append(record)
             write_whole(plan.out / RECORDS, "".join(json.dumps(each) + "\n" for each in records))
+    return diverged
 
 
 def measured_paces(plan: Plan, stop: Stop, *, quiet: bool) -> dict[str, float]:
@@ -145,10 +153,13 @@ def rounds(plan: Plan, finished: set[Cell]) -> Iterator[list[Cell]]:
             yield waiting
 
 
-def take_turns(plan: Plan, waiting: list[Cell], paces: dict[str, float], stop: Stop, *, quiet: bool) -> Iterator[Cell]:
+def take_turns(
+    plan: Plan, waiting: list[Cell], paces: dict[str, float], stop: Stop, diverged: list[Cell], *, quiet: bool
+) -> Iterator[Cell]:
     """Train runs side by side, each to its next score and then the next one. Yields who has finished.
 
-    A slow hour of the machine is then an hour of every arm.
+    A slow hour of the machine is then an hour of every arm. A run whose numbers fail goes to `diverged`, and the others
+    go on: hours of theirs are not lost by it.
     """
     places = {cell: place for place, cell in enumerate(plan.order(), 1)}
     while waiting:
@@ -158,7 +169,15 @@ def take_turns(plan: Plan, waiting: list[Cell], paces: dict[str, float], stop: S
                 stop.check(f"the comparison in {plan.out}")
                 if not quiet:
                     print(f"[{places[cell]}/{len(places)}] {cell.words}", file=sys.stderr, flush=True)
-                go_on(plan, cell, paces.get(cell.arm), stop, quiet=quiet)
+                try:
+                    go_on(plan, cell, paces.get(cell.arm), stop, quiet=quiet)
+                except DaaeError as error:
+                    if error.code != NumericsError.code:
+                        raise
+                    print(f"{cell.words} ends here, as said above; the other runs go on.", file=sys.stderr, flush=True)
+                    diverged.append(cell)
+                    waiting.remove(cell)
+                    continue
             if done(plan.folder(cell)):
                 waiting.remove(cell)
                 yield cell

@@ -20,6 +20,7 @@ from pipeline.limits import affinity
 from tools.records import ARMS, RUNS, UNITS, Cell, cells, target_score
 from train.command import coerce, nearest, plain, read_yaml
 from train.config import Budget, Run, as_values, flat, with_values
+from train.exam import check_apart
 from train.presets import PRESETS, open_preset
 
 EVALUATIONS = 6
@@ -207,6 +208,9 @@ def make_plan(flags: Compare) -> Plan:
         generated={},
     )  # fmt: skip
     check_arms(plan)
+    if labelled and not plan.wish(next(iter(arms))).watch.overlap:
+        for each in stores.values():
+            check_apart(store, each, label or next(iter(store.columns)))
     for name, inflate in ((name, plan.wish(name).inflate) for name in arms):
         if inflate.data is not None:
             Inflated.join(store, inflate.data, inflate.real_repeat)

@@ -95,6 +95,8 @@ class Watch:
     """Stores with labelled images to score on; without any, a fifth of the labelled training images is held out."""
     label: str | None = None
     """Label column to score; default: the leading one of the store."""
+    overlap: bool = False
+    """Tests may hold pictures whose labels train the probe."""
     evaluations: int = 0
     """How many times to score during the run, the last one at its end."""
     log_every: int = 10
@@ -190,7 +192,8 @@ ALIASES = {
     "--mask-ratio": "--method.mask-ratio", "--norm-pix-loss": "--method.norm-pix", "--input-size": "--model.side",
     "--workers": "--speed.workers", "--num-workers": "--speed.workers", "--compile": "--speed.compile",
     "--no-compile": "--speed.no-compile", "--data-path": "--data", "--output-dir": "--out",
-    "--tests": "--watch.tests", "--label": "--watch.label", "--evaluations": "--watch.evaluations",
+    "--tests": "--watch.tests", "--overlap": "--watch.overlap", "--label": "--watch.label",
+    "--evaluations": "--watch.evaluations",
 }  # fmt: skip
 
 # What may differ between a run folder's configuration and the command that resumes it.

@@ -46,6 +46,8 @@ class Evaluate:
     """Store whose labels train the probe; default: the run's own."""
     tests: tuple[Path, ...] = ()
     """Stores to score on; default: the run's own, or else a fifth of --data held out."""
+    overlap: bool = False
+    """Tests may hold pictures whose labels train the probe, as the run's own may where that was declared."""
     label: str | None = None
     """Leading label column; default: the run's own, or the first."""
     feature: Literal["patch_mean", "cls"] = "patch_mean"
@@ -81,7 +83,8 @@ def main(argv: list[str]) -> int:
     settings = folder.run_settings(flags.run)
     data = flags.data or settings.data
     assert data is not None
-    exam = Exam.prepare(data, flags.tests or settings.watch.tests, flags.label or settings.watch.label)
+    overlap = flags.overlap or settings.watch.overlap
+    exam = Exam.prepare(data, flags.tests or settings.watch.tests, flags.label or settings.watch.label, overlap)
     point = folder.chosen_checkpoint(
         flags.run, flags.checkpoint, lambda line: print(f"warning: {line}", file=sys.stderr)
     )

@@ -60,9 +60,11 @@ class Exam:
     held_out: dict[Path, Tensor] = field(default_factory=dict)  # rows that no probe trains on, where a store is both
 
     @classmethod
-    def prepare(cls, data: Path, tests: tuple[Path, ...], label: str | None) -> Exam:
-        """Raises DataError: no labels, fewer than two classes; UsageError: a test store that is the bank itself, or
-        generated images."""
+    def prepare(cls, data: Path, tests: tuple[Path, ...], label: str | None, overlap: bool = False) -> Exam:
+        """overlap: a test store may hold pictures of the bank.
+
+        Raises DataError: no labels, fewer than two classes; UsageError: a test store that is the bank itself or, unless
+        that is allowed, holds pictures of it, or generated images."""
         import torch
 
         from pipeline.sampling import uniform
@@ -81,6 +83,8 @@ class Exam:
             store.label(leading)
             if store.fingerprint == bank.fingerprint:
                 raise UsageError(f"--tests {path} is the training set itself. Leave it out to hold out a fifth.")
+            if not overlap:
+                check_apart(bank, store, leading)
         if stores:
             return cls(bank, stores, leading)
         import numpy as np
@@ -233,6 +237,19 @@ class Exam:
                     drawn = over_draws([each[name][probe] for each in draws])
                     result[name][f"{probe} {100 * share:g}%"] = {**drawn, "labels": len(subsets[0])}
         return result
+
+
+def check_apart(bank: Store, test: Store, column: str) -> None:
+    """Raises UsageError where a picture asked of a test store is one of the bank's, byte for byte, label and all."""
+    import numpy as np
+
+    taught, asked = (store.index["sum"][store.label(column)[0] >= 0] for store in (bank, test))
+    known = int(np.isin(asked, taught).sum())
+    if known:
+        raise UsageError(
+            f"{known:,} of the {len(asked):,} pictures in {test.root} with a {column} are in {bank.root} too, label "
+            "and all: a probe has seen the answers. Score on other pictures, or say that this is meant: --overlap."
+        )
 
 
 def ask(

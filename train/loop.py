@@ -191,7 +191,8 @@ class Trainer:
 
         assert self.run.data is not None
         try:
-            return Exam.prepare(self.run.data, self.run.watch.tests, self.run.watch.label)
+            watch = self.run.watch
+            return Exam.prepare(self.run.data, watch.tests, watch.label, watch.overlap)
         except DataError as error:
             self.journal.say(f"no evaluation during training: {error}")
             return None

@@ -54,7 +54,8 @@ def finetune(flags: Finetune) -> dict:
     run = folder.run_settings(flags.run)
     data = flags.data or run.data
     assert data is not None
-    exam = Exam.prepare(data, flags.tests or run.watch.tests, flags.label or run.watch.label)
+    overlap = flags.overlap or run.watch.overlap
+    exam = Exam.prepare(data, flags.tests or run.watch.tests, flags.label or run.watch.label, overlap)
     recipe = flags.recipe().of_size(run.model)
     recipe.check()
     device = choose_device(flags.device)
