@@ -1,4 +1,5 @@
-"""MAE's decoder: a light ViT over the visible tokens and mask tokens that predicts the hidden patches."""
+"""MAE's decoder: a light ViT over the visible tokens and mask tokens that predicts the hidden patches; CAN's code of
+how noisy what it decodes was."""
 
 from __future__ import annotations
 
@@ -41,3 +42,24 @@ class Decoder(nn.Module):
             tokens = block(tokens)
         tokens = self.norm(tokens)
         return self.pred(tokens[:, -hidden.shape[1] :]), tokens
+
+
+class NoiseLevel(nn.Module):
+    """Deviation of an image's noise as a vector to add to its tokens: sinusoids, Linear - ReLU - Linear.
+
+    Source: CAN (Mishra et al. 2022, arXiv 2210.16870) and its code.
+    """
+
+    frequency: Tensor  # (waves / 2,), from 1 down to 1 / 10000
+
+    def __init__(self, width: int, waves: int = 128):
+        super().__init__()
+        place = torch.arange(waves // 2, dtype=torch.float64) / (waves // 2 - 1)
+        self.register_buffer("frequency", (10000.0**-place).float(), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(waves, width), nn.ReLU(), nn.Linear(width, width))
+        init_weights(self)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """(B,) -> (B, 1, width)."""
+        phase = sigma[:, None] * self.frequency
+        return self.layers(torch.cat([phase.sin(), phase.cos()], dim=1))[:, None]

@@ -124,11 +124,18 @@ class Encoder(nn.Module):
         tokens = self.patch_embed(view.visible())
         return tokens + (positions if view.keep is None else positions[view.keep])
 
-    def forward(self, *views: Patches, marks: Tensor | None = None, attend_by: Attend | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        *views: Patches,
+        marks: Tensor | None = None,
+        attend_by: Attend | None = None,
+        after: int | None = None,
+    ) -> list[Tensor]:
         """(B, 1 + K, D) for each view: class token first, after the final norm.
 
         Views with equally many tokens go through the blocks as one batch: fewer calls, larger products.
         marks: (K, D), added to the patch tokens. attend_by: how the blocks attend, where not by softmax over all.
+        after: behind these come, for each view again, the tokens as they are after so many blocks, without the norm.
         """
         tokens = [self.embed(view) for view in views]
         if marks is not None:
@@ -137,15 +144,21 @@ class Encoder(nn.Module):
         for count in dict.fromkeys(one.shape[1] for one in tokens):
             places = [place for place, one in enumerate(tokens) if one.shape[1] == count]
             alike = [tokens[place] for place in places]
-            made = self.encode(torch.cat(alike) if len(alike) > 1 else alike[0], attend_by)
-            codes.update(zip(places, made.split([len(one) for one in alike]), strict=True))
-        return [codes[place] for place in range(len(tokens))]
+            made = self.encode(torch.cat(alike) if len(alike) > 1 else alike[0], attend_by, after)
+            for first, each in zip((0, len(tokens)), made, strict=False):
+                parts = each.split([len(one) for one in alike])
+                codes.update(zip([first + place for place in places], parts, strict=True))
+        return [codes[place] for place in range(len(codes))]
 
-    def encode(self, tokens: Tensor, attend_by: Attend | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, attend_by: Attend | None = None, after: int | None = None) -> list[Tensor]:
+        """(B, K, D) -> (B, 1 + K, D) after the final norm, and where it is asked for the same after so many blocks."""
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-        for block in self.blocks:
+        tapped = []
+        for done, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, attend_by)
-        return self.norm(tokens)
+            if done == after:
+                tapped.append(tokens)
+        return [self.norm(tokens), *tapped]
 
 
 def build_encoder(shape: Shape) -> Encoder:

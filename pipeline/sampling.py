@@ -32,6 +32,7 @@ class View:
     blur: float = 0.0  # probability of a Gaussian blur, after jitter and gray
     solarise: float = 0.0  # probability that bright pixels are inverted, last of all
     mask_ratio: float = 0.0  # share of the patches hidden from the encoder
+    noise: float | None = None  # largest deviation of Gaussian noise on normalised pixels; None: none is drawn
     group: int = 1  # > 1: so many consecutive samples share the patches out among them; mask_ratio is 1 - 1 / group
     same_crop_as: str | None = None  # crop and flip of that other view; area, aspect and flip here mean nothing then
     centre: float | None = None  # for evaluation: the central square of this share of the shorter side, no chance
@@ -210,3 +211,13 @@ def colours(view: View, name: str, seed: int, epoch: int, ids: np.ndarray) -> Co
 def mask_key(name: str, seed: int, epoch: int) -> int:
     """The stream from which views.py draws, on the device, which patches of each sample are hidden."""
     return key(seed, epoch, f"mask {name}")
+
+
+def noise_levels(largest: float, name: str, seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """(B,) float64, uniform in [0, largest): the deviation of each sample's noise."""
+    return largest * uniform(seed, epoch, f"noise level {name}", ids, 1)[:, 0]
+
+
+def noise_key(name: str, seed: int, epoch: int) -> int:
+    """The stream from which views.py draws, on the device, the noise of each sample."""
+    return key(seed, epoch, f"noise {name}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline import kernels
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.errors import UsageError
-from pipeline.sampling import GOLDEN, MASK64, View, colours, mask_key
+from pipeline.sampling import GOLDEN, MASK64, View, colours, mask_key, noise_key, noise_levels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ViT here uses
 
@@ -38,6 +38,8 @@ class Patches:
     grid: int  # N = grid^2, rows first
     keep: Tensor | None = None  # (B, K) int64, patches that the encoder sees; None means all
     hidden: Tensor | None = None  # (B, N - K) int64, the others, in random order
+    noise: Tensor | None = None  # (B, N, P) float32, on what the encoder sees; pixels are without it
+    sigma: Tensor | None = None  # (B,) float32, the deviation of each image's noise
 
     @property
     def tokens(self) -> int:
@@ -46,7 +48,12 @@ class Patches:
 
     def visible(self) -> Tensor:
         """(B, K, P): the pixels that the encoder sees. Gathered before the embedding: what is hidden costs nothing."""
-        return self.pixels if self.keep is None else take(self.pixels, self.keep)
+        seen = self.kept(self.pixels)
+        return seen if self.noise is None else seen + self.kept(self.noise)
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """(B, N, D) -> (B, K, D): those of the patches that the encoder sees."""
+        return rows if self.keep is None else take(rows, self.keep)
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:
@@ -106,6 +113,21 @@ def draw_mask(ids: Tensor, patches: int, keep: int, stream: int, group: int = 1)
     return order[:, :keep], order[:, keep:]
 
 
+def draw_noise(ids: Tensor, count: int, stream: int) -> Tensor:
+    """(B, count) float32, independent standard normal numbers. Row i depends on (stream, ids[i]) alone and is equal on
+    every device but for the rounding of a logarithm and a cosine: 24 bits of a hash each for radius and angle.
+
+    Source: Box and Muller 1958; one word makes two numbers.
+    """
+    place = torch.arange(1, (count + 1) // 2 + 1, device=ids.device, dtype=torch.int64)
+    rows = _mix(ids * _signed(GOLDEN) + _signed(stream))
+    words = _mix(rows[:, None] + place[None, :] * _signed(GOLDEN))
+    unit = 2.0**-24
+    radius = (1 - ((words >> 40) & 0xFFFFFF).float() * unit).log_().mul_(-2).sqrt_()  # of numbers in (0, 1]
+    angle = ((words >> 16) & 0xFFFFFF).float().mul_(2 * math.pi * unit)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+
+
 def _signed(word: int) -> int:
     """A 64-bit word as the int64 with the same bits; torch's int64 wraps around as uint64 does."""
     word &= MASK64
@@ -122,7 +144,7 @@ def _mix(words: Tensor) -> Tensor:
 def make_views(
     batch: Batch, views: dict[str, View], *, patch: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Patches]:
-    """Colour, normalise, cut into patches and mask every view of a batch.
+    """Colour, normalise, cut into patches, mask and draw noise for every view of a batch.
 
     dtype: on a GPU, of what the fused kernel makes of views that nothing is hidden of: bfloat16 halves their bytes and
     moves a pixel by less than half a grey level. Hidden patches are what a decoder is to predict, and stay float32.
@@ -141,15 +163,19 @@ def make_views(
             pixels = images.float().div_(255)
             patches = patchify(normalise(pixels if drawn is None else recolour(pixels, drawn)), patch)
         grid = view.side // patch
+        ids = batch.id.to(patches.device, non_blocking=True)
+        keep = hidden = noise = sigma = None
         if view.mask_ratio > 0:
             if len(batch.id) % view.group:
                 raise UsageError(f"view {name}: {len(batch.id)} images cannot be cut into groups of {view.group}.")
             count = kept_count(grid * grid, view.mask_ratio) if view.group == 1 else grid * grid // view.group
-            ids = batch.id.to(patches.device, non_blocking=True)
             keep, hidden = draw_mask(ids, grid * grid, count, mask_key(name, seed, batch.epoch), view.group)
-            made[name] = Patches(patches, grid, keep, hidden)
-        else:
-            made[name] = Patches(patches, grid)
+        if view.noise is not None:
+            levels = torch.from_numpy(noise_levels(view.noise, name, seed, batch.epoch, batch.id.numpy())).float()
+            sigma = levels.to(patches.device, non_blocking=True)
+            drawn_noise = draw_noise(ids, patches[0].numel(), noise_key(name, seed, batch.epoch))
+            noise = sigma[:, None, None] * drawn_noise.view_as(patches)
+        made[name] = Patches(patches, grid, keep, hidden, noise, sigma)
     return made
 
 

@@ -22,11 +22,13 @@ from model.losses import sup_con
 from model.network import Network
 from model.objectives import Objective
 from model.objectives.byol import BYOL
+from model.objectives.can import CAN
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
 from model.objectives.mixedae import MixedAE
 from model.objectives.mocov2 import MoCoV2
 from model.objectives.mocov3 import MoCoV3
+from model.objectives.selfcon import SelfCon
 from model.objectives.simclr import SimCLR
 from model.objectives.supcon import SupCon
 from model.objectives.swav import SwAV
@@ -54,6 +56,8 @@ METHODS: dict[str, Objective] = {
     "daae-pred": DAAE(head_hidden=32, head_out=16, contrast_weight=1.0, feature="asym_pred"),
     "daae-layer": DAAE(head_hidden=32, head_out=16, contrast_weight=1.0, head_norm="layer"),
     "mixedae": MixedAE(homologous_weight=1.0),
+    "can": CAN(head_out=16, contrast_weight=0.5),
+    "selfcon": SelfCon(head_out=16),
     "swav": SwAV(prototypes=24, head_hidden=32, head_out=16, local_views=2, freeze_steps=0),
     "swav-queue": SwAV(prototypes=24, head_hidden=32, head_out=16, local_views=2, freeze_steps=0, queue=20),
 }
@@ -82,7 +86,7 @@ def fixed_views(method: Objective, rows: slice, dtype: torch.dtype) -> dict[str,
     }
     ids = torch.arange(ROWS)[rows]
     made = make_views(Batch(images, torch.full_like(ids, -1), ids, 0), wanted, patch=SMALL.patch, seed=0)
-    return {name: Patches(view.pixels.to(dtype), view.grid, view.keep, view.hidden) for name, view in made.items()}
+    return {name: replace(view, pixels=view.pixels.to(dtype)) for name, view in made.items()}
 
 
 def gradients(name: str, rank: int, ranks: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

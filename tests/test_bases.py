@@ -269,11 +269,12 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_made(store_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_supervised_method_needs_a_label_of_every_image(store_path, unlabelled_path, tmp_path, monkeypatch):
-    command = flags("supcon-tiny", unlabelled_path, tmp_path / "run", "--steps", "2")
-    with pytest.raises(UsageError, match=r"--objective supcon learns from labels, and .* has none"):
+@pytest.mark.parametrize("name", ["supcon", "selfcon"])
+def test_a_supervised_method_needs_a_label_of_every_image(store_path, unlabelled_path, tmp_path, monkeypatch, name):
+    command = flags(f"{name}-tiny", unlabelled_path, tmp_path / "run", "--steps", "2")
+    with pytest.raises(UsageError, match=rf"--objective {name} learns from labels, and .* has none"):
         main(command)
-    command = flags("supcon-tiny", store_path, tmp_path / "run", "--steps", "2")
+    command = flags(f"{name}-tiny", store_path, tmp_path / "run", "--steps", "2")
     with pytest.raises(DataError, match="no label column 'kind'"):
         main([*command, "--method.label", "kind"])
     label = Store.label

@@ -14,13 +14,18 @@ def test_every_method_is_described_with_its_cost_beside_mae(capsys):
     assert methods.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == list(OBJECTIVES)
-    assert {name for name, row in found.items() if row["supervised"]} == {"supcon"}
+    assert {name for name, row in found.items() if row["supervised"]} == {"supcon", "selfcon"}
     # Section by section the multiply-accumulates of a ViT-B/16 at 224 px, MAE 9.675 G: two whole views are 35.1 G.
-    expected = {"mae": 1.0, "daae": 1.45, "simclr": 3.63, "supcon": 3.63, "mocov2": 2.42, "swav": 5.6, "mixedae": 1.02}
+    expected = {
+        "mae": 1.0, "daae": 1.45, "simclr": 3.63, "supcon": 3.63, "mocov2": 2.42, "swav": 5.6, "mixedae": 1.02,
+        "can": 28.08 / 9.675, "selfcon": 21.93 / 9.675,
+    }  # fmt: skip
     for name, cost in expected.items():
         assert found[name]["cost"] == pytest.approx(cost, rel=0.02), name
     assert found["daae"]["views"] == "224 (75% hidden), 112"
     assert found["daae"]["tokens"] == 49 + 49
+    assert found["can"]["views"] == "2 x 224 (50% hidden)"
+    assert found["can"]["tokens"] == 98 + 98
     assert found["swav"]["views"] == "2 x 224, 6 x 96"
     assert found["swav"]["tokens"] == 2 * 196 + 6 * 36
 

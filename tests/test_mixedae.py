@@ -153,7 +153,7 @@ def test_what_a_picture_hides_is_a_target_and_never_an_input():
 def test_tokens_carry_their_own_cell_and_their_place_in_the_group(monkeypatch):
     network, view = Network(MixedAE(), SMALL, 0), views_of(MixedAE())["mixed"]
     seen = []
-    monkeypatch.setattr(network.encoder, "encode", lambda tokens, _: seen.append(tokens) or tokens.repeat(1, 2, 1))
+    monkeypatch.setattr(network.encoder, "encode", lambda tokens, *_: seen.append(tokens) or [tokens.repeat(1, 2, 1)])
     with pytest.raises(RuntimeError):  # nothing attended
         network.objective.code(network, view)
     marks = network.parts["segments"].segment_token

@@ -131,7 +131,9 @@ def test_eight_views_of_two_sizes_are_two_calls_and_each_is_as_it_is_alone(monke
     network = Network(objective, SMALL, 0).eval()
     alone = [network.encoder(view)[0] for view in views.values()]
     called, encode = [], network.encoder.encode
-    monkeypatch.setattr(network.encoder, "encode", lambda tokens, by: called.append(tokens.shape) or encode(tokens, by))
+    monkeypatch.setattr(
+        network.encoder, "encode", lambda tokens, *how: called.append(tokens.shape) or encode(tokens, *how)
+    )
     mixed_up = [views[name] for name in ("local0", "global0", "local1", "global1", "local2")]
     codes = network.encoder(*views.values())
     assert called == [(32, 16, 32), (96, 4, 32)]

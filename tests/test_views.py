@@ -22,6 +22,7 @@ from pipeline.views import (
     check_views,
     denormalise,
     draw_mask,
+    draw_noise,
     make_views,
     normalise,
     patchify,
@@ -195,6 +196,64 @@ def test_masks_hash_as_the_host_does():
         words = sampling.mix(rows[:, None] + np.arange(1, 17, dtype=np.uint64) * np.uint64(sampling.GOLDEN))
     order = np.argsort(words.astype(np.int64), axis=1, kind="stable")
     assert np.array_equal(draw_mask(torch.from_numpy(ids), 16, 4, stream)[0].numpy(), order[:, :4])
+
+
+def test_noise_is_standard_normal_and_each_samples_own():
+    noise = draw_noise(torch.arange(500), 4001, stream=5).double()
+    assert noise.mean().item() == pytest.approx(0, abs=5 / noise.numel() ** 0.5)
+    assert noise.square().mean().item() == pytest.approx(1, abs=5 * (2 / noise.numel()) ** 0.5)
+    assert noise.pow(4).mean().item() == pytest.approx(3, abs=5 * (96 / noise.numel()) ** 0.5)
+    share = torch.special.ndtr(noise).mul(20).long().flatten().bincount(minlength=20).double() / noise.numel()
+    assert (share - 0.05).abs().max() < 5 * (0.05 * 0.95 / noise.numel()) ** 0.5
+    correlation = torch.corrcoef(noise)  # of samples, of neighbours, and of the two numbers that one word makes
+    assert correlation.fill_diagonal_(0).abs().max() < 6 / 4001**0.5
+    for lag in (1, 2001):
+        assert (noise[:, lag:] * noise[:, :-lag]).mean().abs() < 5 / (500 * (4001 - lag)) ** 0.5
+    assert torch.equal(draw_noise(torch.tensor([77]), 4001, 5)[0].double(), noise[77])
+    assert (draw_noise(torch.arange(500), 4001, 6) != noise).float().mean() > 0.99
+
+
+def test_noise_hashes_as_the_host_does():
+    ids, stream = np.arange(50), sampling.noise_key("one", 3, 7)
+    with np.errstate(over="ignore"):
+        rows = sampling.mix(np.uint64(stream) + ids.astype(np.uint64) * np.uint64(sampling.GOLDEN))
+        words = sampling.mix(rows[:, None] + np.arange(1, 9, dtype=np.uint64) * np.uint64(sampling.GOLDEN))
+    one, other = (((words >> np.uint64(shift)) & np.uint64(0xFFFFFF)).astype(float) / 2**24 for shift in (40, 16))
+    radius, angle = np.sqrt(-2 * np.log(1 - one)), 2 * np.pi * other
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    assert np.abs(draw_noise(torch.from_numpy(ids), 16, stream).numpy() - expected).max() < 1e-5
+
+
+def test_noise_lies_on_what_is_seen_and_not_in_the_pixels():
+    ids = torch.arange(6)
+    images = {"one": (midtones(6, 32) * 255).to(torch.uint8), "other": (midtones(6, 32) * 255).to(torch.uint8)}
+    before = {name: each.clone() for name, each in images.items()}
+    view = View(side=32, noise=0.1)
+    views = {"one": view, "other": replace(view, mask_ratio=0.5)}
+    batch = Batch(images, ids, ids, epoch=2)
+    made = make_views(batch, views, patch=8, seed=1)
+    assert all(torch.equal(images[name], before[name]) for name in images)
+    plain = make_views(batch, {"other": replace(views["other"], noise=None)}, patch=8, seed=1)["other"]
+    whole, half = made["one"], made["other"]
+    assert plain.noise is None
+    assert plain.sigma is None
+    assert torch.equal(half.pixels, plain.pixels)
+    assert half.keep is not None
+    assert torch.equal(half.visible(), take(half.pixels + half.noise, half.keep))
+    assert torch.equal(whole.visible(), whole.pixels + whole.noise)
+    assert torch.equal(half.kept(half.noise), take(half.noise, half.keep))
+    # A deviation of its own for each image of each view, below the largest.
+    for each in made.values():
+        assert torch.allclose(each.noise.flatten(1).std(dim=1), each.sigma, rtol=0.1)
+        assert 0 <= each.sigma.min() < each.sigma.max() < 0.1
+    assert not torch.equal(whole.sigma, half.sigma)
+    assert not torch.equal(whole.noise / whole.sigma[:, None, None], half.noise / half.sigma[:, None, None])
+    alone = make_views(
+        Batch({name: each[4:5] for name, each in images.items()}, ids[4:5], ids[4:5], 2), views, patch=8, seed=1
+    )
+    assert torch.equal(alone["one"].noise[0], whole.noise[4])
+    other = make_views(Batch(images, ids, ids, epoch=3), views, patch=8, seed=1)
+    assert not torch.equal(other["one"].noise, whole.noise)
 
 
 def test_make_views_masks_one_view_and_colours_the_other():

@@ -148,6 +148,32 @@ def masked_mse(predicted: Tensor, target: Tensor, hidden: Tensor, *, norm_pix: b
     return total / count
 
 
+def noise_level(sigma: float, *, width: int) -> list[float]:
+    """Mishra et al. 2022 (CAN), as in its code: sin(sigma w_i), then cos(sigma w_i), w_i = 10000^(-i/(width/2 - 1))."""
+    w = [10000 ** (-i / (width // 2 - 1)) for i in range(width // 2)]
+    return [math.sin(sigma * each) for each in w] + [math.cos(sigma * each) for each in w]
+
+
+def can(
+    z: tuple[Tensor, Tensor],
+    views: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    *,
+    temperature: float,
+    contrast_weight: float,
+    noise_weight: float,
+) -> float:
+    """Mishra et al. 2022 (CAN): w_c L_con + (1 - w_c) [ (1 - w_n) L_rec + w_n L_noise ].
+
+    z: (B, D) of both views. views: of each the prediction, the clean pixels and the noise, (B, N, P), and what is
+    hidden, (B, N) bool. L_rec is over all hidden patches of both views, L_noise over all others.
+    """
+    predicted, pixels, noise, hidden = (torch.cat(each) for each in zip(*views, strict=True))
+    rec = masked_mse(predicted, pixels, hidden, norm_pix=False)
+    found = masked_mse(predicted, noise, ~hidden, norm_pix=False)
+    w_c, w_n = contrast_weight, noise_weight
+    return w_c * nt_xent(*z, temperature=temperature) + (1 - w_c) * ((1 - w_n) * rec + w_n * found)
+
+
 def homologous_contrast(tokens: Tensor, source: list[int], *, temperature: float) -> float:
     """Chen et al. 2023 (MixedAE), over the tokens of one mixed picture: for each token i the mean over all others j of
     the same source of -log( exp(s_ij) / sum_{a != i} exp(s_ia) ), s cosine over temperature; then the mean over i.

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from model.objectives.byol import BYOL
+from model.objectives.can import CAN
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
 from model.objectives.mixedae import MixedAE
 from model.objectives.mocov2 import MoCoV2
 from model.objectives.mocov3 import MoCoV3
+from model.objectives.selfcon import SelfCon
 from model.objectives.simclr import SimCLR
 from model.objectives.supcon import SupCon
 from model.objectives.swav import SwAV
@@ -37,6 +39,10 @@ PUBLISHED_SWAV = Optim(
     batch=4096, base_lr=5e-4, warmup_epochs=10, warmup_share=0.2, weight_decay=0.04, weight_decay_end=0.4,
     betas=(0.9, 0.999), clip_grad=3.0,
 )  # fmt: skip
+# CAN's released example: batch 1024, a base rate of 2.5e-4.
+PUBLISHED_CAN = replace(PUBLISHED, batch=1024, base_lr=2.5e-4)
+# SelfCon's batch on a ViT: 5e-4 per 256 images, 2e-3 at most. Its own recipe, SGD at a rate of 0.25, is for a ResNet.
+PUBLISHED_SELFCON = Optim(batch=2048, lr=2e-3, warmup_epochs=10, warmup_share=0.2, betas=(0.9, 0.999))
 # For small sets and short runs: a fixed peak rate, warm-up of a twentieth of the run.
 SMALL_DATA = Optim(batch=512, lr=1e-3, warmup_epochs=40, warmup_share=0.05)
 TINY_OPTIM = Optim(batch=128, lr=1e-3, warmup_epochs=40, warmup_share=0.05)
@@ -65,6 +71,14 @@ def daae(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
 
 def mixedae(shape: Shape, optim: Optim, epochs: float) -> Run:
     return Run(objective="mixedae", method=MixedAE(), model=shape, optim=optim, budget=Budget(epochs=epochs))
+
+
+def can(shape: Shape, optim: Optim, epochs: float) -> Run:
+    return Run(objective="can", method=CAN(), model=shape, optim=optim, budget=Budget(epochs=epochs))
+
+
+def selfcon(shape: Shape, optim: Optim, epochs: float) -> Run:
+    return Run(objective="selfcon", method=SelfCon(), model=shape, optim=optim, budget=Budget(epochs=epochs))
 
 
 def swav(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
@@ -99,6 +113,18 @@ def contrast_tiny() -> Run:
 def mixedae_tiny() -> Run:
     """64 px, four pictures mixed into one, encoder 192 x 6: minutes on a CPU."""
     return mixedae(TINY, TINY_OPTIM, 40)
+
+
+@preset("can-tiny")
+def can_tiny() -> Run:
+    """Two views of 64 px, half of each hidden, encoder 192 x 6: minutes on a CPU."""
+    return can(TINY, TINY_OPTIM, 20)
+
+
+@preset("selfcon-tiny")
+def selfcon_tiny() -> Run:
+    """64 px, encoder 192 x 6 with an exit after 3 blocks: minutes on a CPU. Learns from labels."""
+    return selfcon(TINY, replace(TINY_OPTIM, lr=5e-4), 40)
 
 
 @preset("swav-tiny")
@@ -153,6 +179,18 @@ def mixedae_vits16() -> Run:
     return mixedae(VIT_S, SMALL_DATA, 400)
 
 
+@preset("can-vits16")
+def can_vits16() -> Run:
+    """vits16 at 224 px, for own images: 400 epochs, about three times the time of 400 of MAE."""
+    return can(VIT_S, SMALL_DATA, 400)
+
+
+@preset("selfcon-vits16")
+def selfcon_vits16() -> Run:
+    """vits16 at 224 px, for own images with labels: 400 epochs."""
+    return selfcon(VIT_S, replace(SMALL_DATA, lr=5e-4), 400)
+
+
 @preset("swav-vits16")
 def swav_vits16() -> Run:
     """vits16 at 2 x 224 and 4 x 112 px, 500 prototypes, for own images: 400 epochs."""
@@ -184,6 +222,20 @@ def daae_vitb16_in1k() -> Run:
 def mixedae_vitb16_in1k() -> Run:
     """MixedAE's own: ImageNet-1K, 1600 epochs of MAE's recipe, 0.3% above MAE after fine-tuning in its paper."""
     return mixedae(VIT_B, PUBLISHED, 1600)
+
+
+@preset("can-vitb16-in1k-800")
+def can_vitb16_in1k() -> Run:
+    """CAN on ImageNet-1K: 800 epochs, the fewer of its paper's 800 to 1600, with the optimizer of its code's example;
+    74.8% by a linear probe in its abstract, at whichever length that was."""
+    return can(VIT_B, PUBLISHED_CAN, 800)
+
+
+@preset("selfcon-vitb16-in1k-800")
+def selfcon_vitb16_in1k() -> Run:
+    """SelfCon on ImageNet-1K: 800 epochs of its batches of 2048, as its script trains a ResNet, with a ViT's optimizer;
+    without drop-path, which this encoder does not have."""
+    return selfcon(VIT_B, PUBLISHED_SELFCON, 800)
 
 
 @preset("swav-vits16-in1k-300")

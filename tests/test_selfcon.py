@@ -1,0 +1,250 @@
+"""SelfCon: an exit of the network in place of a second view, and a trunk that does without it afterwards."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.attention import attend_by_products
+from model.exits import Exit, exit_health
+from model.losses import nt_xent
+from model.network import Network
+from model.objectives.selfcon import SelfCon
+from model.objectives.supcon import SupCon
+from model.shape import Shape
+from model.vit import Encoder, build_encoder, patch_mean
+from pipeline.errors import UsageError
+from pipeline.sampling import View
+from pipeline.views import Patches, make_views
+from tests import textbook
+from tests.conftest import SMALL
+from tests.test_can import exact
+from tests.test_model import view
+from tests.test_objectives import LABEL, batch, views_of
+from tests.test_pretrain import flags
+from tests.test_step import CPU, batch_of, small_run, stepper_of
+from train.config import Optim
+from train.optim import make_optimizer
+from train.presets import VIT_B, open_preset
+from train.pretrain import main
+
+DEEP = replace(SMALL, depth=4)
+SMALL_SELFCON = SelfCon(head_out=16)
+OWN, PAIRS = torch.arange(16), torch.arange(16) // 2  # a class for each image; eight of two
+
+
+class Constant(nn.Module):
+    """In place of an exit: features that come from elsewhere."""
+
+    def __init__(self, features: Tensor):
+        super().__init__()
+        self.features = features
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.features
+
+
+def loss_of(network: Network, views: dict[str, Patches], label: Tensor) -> float:
+    return network(views, label).terms["contrast"].item()
+
+
+def embeddings(network: Network, views: dict[str, Patches]) -> tuple[Tensor, Tensor]:
+    """(B, D) of exit and trunk, by hand."""
+    encoder, parts = network.encoder, network.parts
+    tokens = encoder.embed(views["whole"])
+    tokens = torch.cat([encoder.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+    early = tokens
+    for place, block in enumerate(encoder.blocks):
+        tokens = block(tokens)
+        early = tokens if place == len(encoder.blocks) // 2 - 1 else early
+    return parts["exit_projector"](parts["exit"](early)), parts["projector"](patch_mean(encoder.norm(tokens)))
+
+
+# --- the encoder's side exit ------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_gives_out_tokens_half_way_for_each_view_and_the_same_codes():
+    encoder = Encoder(side=32, patch=8, width=32, depth=3, heads=2)
+    views = [view(3, 4, 8, True), view(3, 4, 8, False, 1), view(3, 2, 8, False, 2)]
+    codes = encoder(*views)
+    found = encoder(*views, after=2)
+    assert len(found) == 6
+    for place, each in enumerate(views):
+        assert torch.equal(found[place], codes[place])
+        short = Encoder(side=32, patch=8, width=32, depth=2, heads=2)
+        short.load_state_dict(encoder.state_dict(), strict=False)
+        short.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        assert torch.allclose(found[3 + place], short(each)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "depth", "own"), [
+    ("fc", 12, 0), ("small", 12, 3), ("same", 12, 6), ("small", 6, 1), ("small", 2, 1), ("same", 2, 1),
+])  # fmt: skip
+def test_the_exit_has_as_many_blocks_of_its_own_as_its_size_says(size, depth, own):
+    assert SelfCon(size=size).exit_depths(depth) == (depth // 2, own)
+    exit_part = SelfCon(size=size).parts(replace(SMALL, depth=depth))["exit"]
+    assert len(exit_part.blocks) == own
+    assert isinstance(exit_part.proj, nn.Linear) == (size == "fc")
+    assert SelfCon(size="same", exit_after=9).exit_depths(12) == (9, 3)
+
+
+def test_fc_is_a_norm_a_mean_and_a_linear_layer():
+    tokens = torch.randn(4, 17, 32, generator=torch.Generator().manual_seed(0))
+    part = Exit(32, 2, 0)
+    normal = nn.functional.layer_norm(tokens, (32,), eps=1e-6)
+    expected = normal[:, 1:].mean(dim=1) @ part.proj.weight.T
+    assert torch.allclose(part(tokens), expected, atol=1e-5)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["fc", "small", "same"])
+def test_the_loss_is_supcons_over_exit_and_trunk(size):
+    network = Network(replace(SMALL_SELFCON, size=size), DEEP, 0).double()
+    views = exact(views_of(SMALL_SELFCON))
+    both = torch.stack(embeddings(network, views)).detach()
+    for label in (PAIRS, OWN % 5):
+        expected = textbook.sup_con(both, label, temperature=0.1)
+        assert loss_of(network, views, label) == pytest.approx(expected, rel=1e-10)
+
+
+def test_an_exit_that_is_the_trunk_is_its_own_positive_at_cosine_one():  # T-E1
+    network = Network(replace(SMALL_SELFCON, size="same"), DEEP, 0).double()
+    exit_part, encoder, views = network.parts["exit"], network.encoder, exact(views_of(SMALL_SELFCON))
+    exit_part.blocks.load_state_dict(encoder.blocks[2:].state_dict())
+    exit_part.norm.load_state_dict(encoder.norm.state_dict())
+    network.parts["exit_projector"].load_state_dict(network.parts["projector"].state_dict())
+    outcome = network(views, OWN)
+    assert outcome.watched["agreement"].item() == pytest.approx(1, abs=1e-6)
+    _, late = embeddings(network, views)
+    unit = nn.functional.normalize(late.detach(), dim=1)
+    cosine = (unit @ unit.T).tolist()
+    expected = [
+        math.log(1 + sum(2 * math.exp((cosine[i][j] - 1) / 0.1) for j in range(16) if j != i)) for i in range(16)
+    ]
+    assert outcome.terms["contrast"].item() == pytest.approx(sum(expected) / 16, rel=1e-6)
+
+
+def test_with_a_second_view_for_an_exit_it_is_supcon():  # T-E2
+    supcon = SupCon(head_hidden=32, head_out=16)
+    theirs, views = Network(supcon, SMALL, 0), views_of(supcon)
+    mine = Network(SMALL_SELFCON, SMALL, 0)
+    for name in ("projector", "exit_projector"):
+        mine.parts[name].load_state_dict(theirs.parts["projector"].state_dict())
+    mine.parts["exit"] = Constant(patch_mean(theirs.encoder(views["other"])[0]).detach())
+    expected = theirs(views, PAIRS).terms["contrast"].item()
+    assert loss_of(mine, {"whole": views["one"]}, PAIRS) == pytest.approx(expected, rel=1e-6)
+
+
+def test_labels_count_by_who_shares_them_and_without_any_shared_it_is_nt_xent():  # T-E3, T-E4
+    network, views = Network(SMALL_SELFCON, SMALL, 0), views_of(SMALL_SELFCON)
+    expected = nt_xent(*embeddings(network, views), temperature=0.1).item()
+    assert loss_of(network, views, OWN) == pytest.approx(expected, rel=1e-6)
+    names = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    assert loss_of(network, views, names[PAIRS]) == loss_of(network, views, PAIRS) != loss_of(network, views, OWN)
+
+
+# --- trunk and exit ---------------------------------------------------------------------------------------------------
+
+
+def test_without_its_exit_the_trunk_is_the_same_to_the_bit():  # T-E5
+    run = small_run(SMALL_SELFCON)
+    stepper = stepper_of(run)
+    stepper(batch_of(run), 1e-3)
+    network, whole = stepper.network, views_of(SMALL_SELFCON)["whole"]
+    weights = {name: each for name, each in network.state_dict().items() if name.startswith("encoder.")}
+    bare = build_encoder(SMALL)
+    bare.load_state_dict({name.removeprefix("encoder."): each for name, each in weights.items()})
+    code, _ = network.encoder(whole, after=1)
+    assert torch.equal(bare(whole)[0], code)
+
+
+def test_the_exit_trains_what_is_in_front_of_it_and_the_trunk_everything():  # T-E6
+    network, views = Network(SMALL_SELFCON, DEEP, 0), views_of(SMALL_SELFCON)
+    _, tapped = network.encoder(views["whole"], after=2)
+    network.parts["exit"](tapped).square().sum().backward()
+    for place, block in enumerate(network.encoder.blocks):
+        assert all((each.grad is not None) == (place < 2) for each in block.parameters())
+    assert network.encoder.norm.weight.grad is None
+    network.zero_grad()
+    network(views, PAIRS).terms["contrast"].backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_trunk_that_copies_its_exit_is_seen():
+    label, eye = torch.arange(16) // 4, torch.eye(16)
+    classes = eye[label * 4] + 0.1 * eye
+    told, copied = exit_health(eye, classes, label), exit_health(classes, classes * 3, label)
+    assert told["trunk_accuracy"] == 1
+    assert told["exit_accuracy"] < 0.5
+    assert told["agreement"] < 0.5
+    assert {name: each.item() for name, each in copied.items()} == pytest.approx(
+        {"exit_accuracy": 1, "trunk_accuracy": 1, "agreement": 1}
+    )
+    nobody = exit_health(eye, eye, torch.arange(16))
+    assert nobody["trunk_accuracy"] == 0
+
+
+def test_sixty_steps_on_one_batch_halve_the_loss_of_an_encoder_that_knows_nothing():
+    """Thirty are too few: heads that are not shared start apart, at three times the loss of a collapsed encoder."""
+    network = Network(SMALL_SELFCON, SMALL, 0)
+    optimizer = make_optimizer(network, Optim(), CPU)
+    for group in optimizer.param_groups:
+        group["lr"] = 5e-3
+    views, watched, loss = views_of(SMALL_SELFCON), {}, torch.zeros(())
+    for _ in range(60):
+        outcome = network(views, PAIRS)
+        loss, watched = outcome.terms["contrast"], outcome.watched
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < math.log(31) / 2
+    assert {"pair_accuracy", "pair_cosine", "other_cosine", "spread"} <= watched.keys()
+    assert min(watched[name] for name in ("exit_accuracy", "trunk_accuracy")) > 0.5
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_view_and_presets_are_the_papers_and_the_specified_ones():
+    whole = View(side=224, area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2)
+    assert SelfCon().views(Shape()) == {"whole": whole}
+    published, small, tiny = (open_preset(f"selfcon-{size}") for size in ("vitb16-in1k-800", "vits16", "tiny"))
+    assert published.method == SelfCon()
+    assert (published.optim.batch, published.optim.peak_lr(), published.optim.weight_decay) == (2048, 2e-3, 0.05)
+    assert small.optim.lr == tiny.optim.lr == 5e-4
+    for run in (published, small, tiny):
+        run.check()
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--model.depth", "1"], r"--method\.exit-after 0 of an encoder of 1 blocks \(--model\.depth\)"),
+    (["--method.exit-after", "2"], r"--method\.exit-after 2 of an encoder of 2 blocks"),
+    (["--method.size", "large"], "--method.size"),
+])  # fmt: skip
+def test_an_exit_that_fits_no_encoder_is_refused_before_anything_is_made(store_path, tmp_path, more, words):
+    with pytest.raises(UsageError, match=words):
+        main([*flags("selfcon-tiny", store_path, tmp_path / "run", "--steps", "2"), *more])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "gmac"), [("fc", 17.56), ("small", 21.9), ("same", 26.3)])
+def test_formula_counts_what_torch_multiplies(monkeypatch, size, gmac):
+    monkeypatch.setattr("model.vit.attend", attend_by_products)  # torch 2.11 does not count the fused one on a CPU
+    shape = Shape(side=64, patch=8, width=64, depth=4, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
+    method = replace(SMALL_SELFCON, size=size)
+    declared = method.views(shape)
+    views = make_views(batch(8, views=declared), declared, patch=8, seed=0)
+    network = Network(method, shape, 0)
+    with FlopCounterMode(display=False) as counter:
+        network(views, LABEL[:8])
+    assert counter.get_total_flops() / 2 / 8 == pytest.approx(method.macs(shape), rel=0.01)
+    assert SelfCon(size=size).macs(VIT_B) / 1e9 == pytest.approx(gmac, rel=0.002)
