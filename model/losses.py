@@ -86,6 +86,43 @@ def queue_info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: fl
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
 
 
+def bank_cosines(queries: list[Tensor], key: Tensor, queue: Tensor) -> list[Tensor]:
+    """How near each query is to every key there is: those of the batch, of all processes, and the queue's.
+
+    queries: (B, D) each; key: (B, D); any scale, row i of all comes from image i. queue: (K, D), unit rows, the same
+    everywhere. Returns (B, R B + K) cosines for each of the queries. No gradient flows to keys.
+    """
+    with torch.autocast(key.device.type, enabled=False):
+        key = gather(_unit(key.detach()))
+        bank = torch.cat([key, queue.to(key.dtype)])
+        return [_unit(query) @ bank.T for query in queries]
+
+
+def bank_contrast(cosines: list[Tensor], *, temperature: float) -> Tensor:
+    """How hard it is to pick each query's own key out of the bank.
+
+    cosines: (B, R B + K) of each view, from bank_cosines. Returns the mean over views and queries, in nats:
+    log(R B + K) for a collapsed encoder.
+    Source: Wang & Qi 2021 (CLSA, arXiv 2104.07713), with the keys of the whole batch in the bank as in its code.
+    """
+    count = len(cosines[0])
+    own = place()[0] * count + torch.arange(count, device=cosines[0].device)
+    return torch.stack([F.cross_entropy(each / temperature, own) for each in cosines]).mean()
+
+
+def distribution_matching(weak: list[Tensor], strong: list[Tensor], *, temperature: float) -> Tensor:
+    """How badly a strong view's distribution over the bank predicts a weak one's, which is taken as constant.
+
+    weak, strong: (B, N) cosines of each view, from bank_cosines. Returns the mean over all pairs of a weak and a strong
+    view and over images of -sum_j p_weak,j log p_strong,j, in nats: log(N) where both are uniform, never below the mean
+    entropy of the weak distributions.
+    Source: Wang & Qi 2021 (CLSA, arXiv 2104.07713), distributional divergence minimisation.
+    """
+    # A sum over pairs is linear in the weak distributions: their mean meets each strong one once.
+    target = torch.stack([F.softmax(each.detach() / temperature, dim=1) for each in weak]).mean(dim=0)
+    return -torch.stack([(target * F.log_softmax(each / temperature, dim=1)).sum(dim=1) for each in strong]).mean()
+
+
 def regression(predicted: Tensor, target: Tensor) -> Tensor:
     """Squared distance of unit vectors, 2 - 2 cos: 0 where they are parallel, 4 where they are opposite.
 

@@ -1,11 +1,14 @@
-"""RandAugment and random erasing for fine-tuning: timm's rules, a whole batch at once, on the device.
+"""Random changes of pictures, a whole batch at once, on the device: RandAugment and random erasing for fine-tuning, and
+CLSA's strong augmentation.
 
-What becomes of an image depends on (seed, epoch, sample id) alone. Values are Pillow's to a grey level; turned,
-sheared and shifted pictures are interpolated by torch's cubic (a = -0.75), which is smoother than Pillow's (a = -1).
+A change is written once, with Pillow's arithmetic; a pool is a table of changes and of how much of each a level is.
+What becomes of an image depends on (seed, epoch, sample id) alone. Values are Pillow's to a grey level, but where a
+picture is moved by torch's cubic filter (a = -0.75), which is smoother than Pillow's (a = -1).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,12 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampling import View, geometry, uniform
-from pipeline.views import MEAN
 
-FILL = tuple(float(round(255 * value)) for value in MEAN)  # where a picture was moved away from
-LEVELS = 10.0  # the strongest change
+LEVELS = 10  # the strongest change
 APPLIED = 0.5  # probability of a change that was drawn
+MEAN_COLOUR = (124.0, 116.0, 104.0)  # ImageNet's
 ERASED = View(side=0, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3))  # share and shape of an erased rectangle
+
+# (n, S, S, 3) whole numbers in [0, 255] as float32 and (n, A, 1, 1) how much, A = 6 for a move and 1 for the others;
+# what it returns is clamped and cut to whole numbers, as Pillow does.
+Change = Callable[[Tensor, Tensor], Tensor]
+# (n,) levels in [0, LEVELS], (n,) signs and the side -> (n,) or (n, 6): how much.
+Rule = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+Pool = dict[str, tuple[Change, Rule] | None]  # None: nothing happens
 
 
 def rand_augment(
@@ -33,36 +42,59 @@ def rand_augment(
     """
     images = images.clone()
     for draw in np.split(uniform(seed, epoch, "augment", ids, 10), 2, axis=1):
-        which = np.where(draw[:, 1] < APPLIED, np.floor(draw[:, 0] * len(CHANGES)), -1)
         normal = np.sqrt(-2 * np.log1p(-draw[:, 2])) * np.cos(2 * math.pi * draw[:, 3])
         level = np.clip(magnitude + deviation * normal, 0, LEVELS)
-        sign = np.where(draw[:, 4] < 0.5, 1.0, -1.0)
-        for number, change in enumerate(CHANGES):
-            rows = np.flatnonzero(which == number)
-            if len(rows):
-                place = torch.from_numpy(rows).to(images.device, non_blocking=True)
-                strength = torch.from_numpy(np.stack([level[rows], sign[rows]]).astype(np.float32))
-                levels, signs = strength.to(images.device, non_blocking=True)[:, :, None, None, None]
-                images[place] = change(images[place].float(), levels, signs).clamp_(0, 255).to(torch.uint8)
+        _change(images, RAND_AUGMENT, draw[:, [0, 1, 4]], level)
     return images
 
 
-# Each takes (n, S, S, 3) whole numbers in [0, 255] as float32 and (n, 1, 1, 1) levels and signs; what it returns is
-# clamped and cut to whole numbers, as Pillow does.
-Change = Callable[[Tensor, Tensor, Tensor], Tensor]
+def strengthen(images: Tensor, view: View, name: str, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
+    """(B, S, S, 3) uint8 -> the same shape: `view.strong` changes of CLSA's fourteen to each image, drawn with
+    replacement, each made with probability 1/2 at a whole level from 1 to 9.
+
+    Source: Wang & Qi 2021 (CLSA, arXiv 2104.07713), with the pool of its code, which is FixMatch's.
+    """
+    images = images.clone()
+    for draw in np.split(uniform(seed, epoch, f"strong {name}", ids, 4 * view.strong), view.strong, axis=1):
+        _change(images, STRONG, draw[:, [0, 1, 3]], 1 + np.floor((LEVELS - 1) * draw[:, 2]))
+    return images
 
 
-def auto_contrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _change(images: Tensor, pool: Pool, draw: np.ndarray, level: np.ndarray) -> None:
+    """One change of the pool to each image, in place, with probability 1/2.
+
+    draw: (B, 3) in [0, 1): which, whether at all, which way. level: (B,).
+    """
+    which = np.where(draw[:, 1] < APPLIED, np.floor(draw[:, 0] * len(pool)), -1)
+    sign = np.where(draw[:, 2] < 0.5, 1.0, -1.0)
+    wanted: dict[Change, list[tuple[np.ndarray, np.ndarray]]] = {}  # all that is moved, whichever way, is moved at once
+    for number, entry in enumerate(pool.values()):
+        rows = np.flatnonzero(which == number)
+        if entry is not None and len(rows):
+            change, rule = entry
+            wanted.setdefault(change, []).append((rows, rule(level[rows], sign[rows], images.shape[1])))
+    for change, parts in wanted.items():
+        rows, amounts = (np.concatenate(each) for each in zip(*parts, strict=True))
+        place = torch.from_numpy(rows).to(images.device, non_blocking=True)
+        amount = torch.from_numpy(amounts.astype(np.float32)).to(images.device, non_blocking=True)
+        changed = change(images[place].float(), amount.view(len(rows), -1, 1, 1))
+        images[place] = changed.clamp_(0, 255).to(torch.uint8)
+
+
+# --- Grey levels -----------------------------------------------------------------------------------------------------
+
+
+def auto_contrast(x: Tensor, _: Tensor) -> Tensor:
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     return torch.where(high > low, (x - low) * 255 / (high - low).clamp(min=1), x)
 
 
-def equalise(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def equalise(x: Tensor, _: Tensor) -> Tensor:
     """Each channel's grey levels spread so that each is as frequent, by Pillow's integer rule."""
     count, side = x.shape[:2]
     bins = x.long().permute(0, 3, 1, 2).reshape(count * 3, side * side)
-    first = 256 * torch.arange(count * 3, device=x.device)[:, None]
-    histogram = torch.bincount((bins + first).flatten(), minlength=count * 3 * 256).view(count * 3, 256)
+    # Not torch.bincount, which would ask a GPU for the largest level.
+    histogram = bins.new_zeros(count * 3, 256).scatter_add_(1, bins, torch.ones_like(bins))
     last = histogram.gather(1, bins.amax(dim=1, keepdim=True))  # how often the brightest level is there
     step = (side * side - last) // 255
     table = (step // 2 + histogram.cumsum(dim=1) - histogram) // step.clamp(min=1)
@@ -70,108 +102,168 @@ def equalise(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     return made.view(count, 3, side, side).permute(0, 2, 3, 1).float()
 
 
-def invert(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def invert(x: Tensor, _: Tensor) -> Tensor:
     return 255 - x
 
 
-def posterise(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Keep the upper 4 bits, down to none."""
-    grain = 2 ** (4 + (0.4 * level).floor())
+def posterise(x: Tensor, grain: Tensor) -> Tensor:
+    """Down to a multiple of a power of two."""
     return (x / grain).floor() * grain
 
 
-def solarise(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return torch.where(x < 256 - (25.6 * level).floor(), x, 255 - x)
+def solarise(x: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(x < threshold, x, 255 - x)
 
 
-def solarise_add(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return torch.where(x < 128, x + (11 * level).floor(), x)
+def brighten_dark(x: Tensor, added: Tensor) -> Tensor:
+    return torch.where(x < 128, x + added, x)
 
 
-def colour(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _away_from(_gray(x), x, level, sign)
+# --- Pillow's ImageEnhance: factor 0 is a dull picture, 1 the picture, 2 as far on the other side --------------------
 
 
-def contrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _away_from((_gray(x).mean(dim=(1, 2), keepdim=True) + 0.5).floor(), x, level, sign)
+def colour(x: Tensor, factor: Tensor) -> Tensor:
+    return _away_from(_gray(x), x, factor)
 
 
-def brightness(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _away_from(torch.zeros_like(x[:1]), x, level, sign)
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return _away_from((_gray(x).mean(dim=(1, 2), keepdim=True) + 0.5).floor(), x, factor)
 
 
-def sharpness(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return factor * x
+
+
+def sharpness(x: Tensor, factor: Tensor) -> Tensor:
     """Away from the picture under Pillow's SMOOTH filter, which leaves the border as it is."""
-    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device).expand(3, 1, 3, 3)
+    kernel = _constant(((1.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 1.0)), x.device).expand(3, 1, 3, 3)
     smooth = x.clone()
     inner = F.conv2d(x.permute(0, 3, 1, 2), kernel, groups=3) / 13
     smooth[:, 1:-1, 1:-1] = (inner + 0.5).floor().permute(0, 2, 3, 1)
-    return _away_from(smooth, x, level, sign)
+    return _away_from(smooth, x, factor)
 
 
-def rotate(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """By up to 30 degrees about the centre."""
-    angle = (math.radians(3) * sign * level)[..., 0]
-    right, down = (place - x.shape[1] / 2 for place in _places(x))
-    across, along = angle.cos() * right - angle.sin() * down, angle.sin() * right + angle.cos() * down
-    return _read(x, across + x.shape[1] / 2, along + x.shape[1] / 2)
-
-
-def shear_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    right, down = _places(x)
-    return _read(x, right + (0.03 * sign * level)[..., 0] * down, down)
-
-
-def shear_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    right, down = _places(x)
-    return _read(x, right, down + (0.03 * sign * level)[..., 0] * right)
-
-
-def translate_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """By up to 45 % of the side."""
-    right, down = _places(x)
-    return _read(x, right + (0.045 * x.shape[1] * sign * level)[..., 0], down)
-
-
-def translate_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    right, down = _places(x)
-    return _read(x, right, down + (0.045 * x.shape[1] * sign * level)[..., 0])
-
-
-CHANGES: tuple[Change, ...] = (
-    auto_contrast, equalise, invert, rotate, posterise, solarise, solarise_add, colour, contrast, brightness, sharpness,
-    shear_x, shear_y, translate_x, translate_y,
-)  # fmt: skip
+def _away_from(dull: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    return dull + factor * (x - dull)
 
 
 def _gray(x: Tensor) -> Tensor:
     """(n, S, S, 1): Pillow's luma, a whole number. Below 2^24 float32 holds its integers exactly."""
-    weights = torch.tensor([19595.0, 38470.0, 7471.0], device=x.device)
+    weights = _constant((19595.0, 38470.0, 7471.0), x.device)
     return (((x * weights).sum(dim=-1, keepdim=True) + 32768) / 65536).floor()
 
 
-def _away_from(dull: Tensor, x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Pillow's ImageEnhance: factor 0 is the dull picture, 1 the picture, 2 as far on the other side."""
-    factor = (1 + 0.09 * sign * level).clamp(min=0.1)
-    return dull + factor * (x - dull)
+@functools.cache
+def _constant(values: tuple, device: torch.device) -> Tensor:
+    """On the device once and for all: sent each time, it would be waited for."""
+    return torch.tensor(values, device=device)
 
 
-def _places(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the centres of the pixels lie, right (1, 1, S) and down (1, S, 1), in pixels from the top left corner."""
-    place = torch.arange(x.shape[1], device=x.device) + 0.5
-    return place[None, None, :], place[None, :, None]
+# --- Moves -----------------------------------------------------------------------------------------------------------
 
 
-def _read(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """x at the given places, broadcast to (n, S, S); FILL where that is outside of the picture."""
+Each = float | np.ndarray  # (n,), or one for all
+
+
+def _move(a: Each = 1.0, b: Each = 0.0, c: Each = 0.0, d: Each = 0.0, e: Each = 1.0, f: Each = 0.0) -> np.ndarray:
+    """(n, 6): what is seen at (right, down) was at (a right + b down + c, d right + e down + f), in pixels from the top
+    left corner."""
+    return np.stack(np.broadcast_arrays(a, b, c, d, e, f), axis=-1)
+
+
+def _turn(degrees: np.ndarray, side: int) -> np.ndarray:
+    """About the centre."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return _move(cos, -sin, side / 2 * (1 - cos + sin), sin, cos, side / 2 * (1 - sin - cos))
+
+
+def move_cubic(x: Tensor, move: Tensor) -> Tensor:
+    """Interpolated; ImageNet's mean colour where the picture has ended."""
     side = x.shape[1]
-    across, down = torch.broadcast_tensors(across, down)
-    grid = torch.stack([across, down], dim=-1).expand(len(x), -1, -1, -1)
+    place = torch.arange(side, device=x.device) + 0.5
+    grid = torch.stack(_moved(move, place[None, None, :], place[None, :, None]), dim=-1)
     made = F.grid_sample(
         x.permute(0, 3, 1, 2), 2 * grid / side - 1, mode="bicubic", padding_mode="border", align_corners=False
     )
     inside = ((grid >= 0) & (grid < side)).all(dim=-1, keepdim=True)
-    return torch.where(inside, (made.permute(0, 2, 3, 1) + 0.5).floor(), torch.tensor(FILL, device=x.device))
+    return torch.where(inside, (made.permute(0, 2, 3, 1) + 0.5).floor(), _constant(MEAN_COLOUR, x.device))
+
+
+def move_nearest(x: Tensor, move: Tensor) -> Tensor:
+    """The nearest pixel; black where the picture has ended. In Pillow's whole numbers of 1/65536, hence the same pixel
+    on every device."""
+    side = x.shape[1]
+    a, b, c, d, e, f = move.unbind(1)
+    from_centre = torch.stack([a, b, c + a / 2 + b / 2, d, e, f + d / 2 + e / 2], dim=1)
+    place = torch.arange(side, device=x.device)
+    fixed = (from_centre * 65536 + 0.5).floor().long()
+    across, down = (each >> 16 for each in _moved(fixed, place[None, None, :], place[None, :, None]))
+    inside = (across >= 0) & (across < side) & (down >= 0) & (down < side)
+    row = torch.arange(len(x), device=x.device)[:, None, None]
+    made = x[row, down.clamp(0, side - 1), across.clamp(0, side - 1)]
+    return torch.where(inside[..., None], made, 0.0)
+
+
+def _moved(move: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, S, S) each: where what is seen at these places was."""
+    a, b, c, d, e, f = move.unbind(1)
+    return a * right + b * down + c, d * right + e * down + f
+
+
+# --- Pools -----------------------------------------------------------------------------------------------------------
+
+
+def _any(level: np.ndarray, sign: np.ndarray, side: int) -> np.ndarray:
+    """Of a change that there is no more or less of."""
+    return level
+
+
+def _either_way(level: np.ndarray, sign: np.ndarray, side: int) -> np.ndarray:
+    return np.maximum(0.1, 1 + 0.09 * sign * level)
+
+
+def _duller(level: np.ndarray, sign: np.ndarray, side: int) -> np.ndarray:
+    return 0.9 * level / LEVELS + 0.05
+
+
+# timm's, under timm's names: the higher the level, the further from the picture.
+RAND_AUGMENT: Pool = {
+    "AutoContrast": (auto_contrast, _any),
+    "Equalize": (equalise, _any),
+    "Invert": (invert, _any),
+    "Rotate": (move_cubic, lambda level, sign, side: _turn(3 * sign * level, side)),
+    "PosterizeIncreasing": (posterise, lambda level, sign, side: 2 ** (4 + np.floor(level / LEVELS * 4))),
+    "SolarizeIncreasing": (solarise, lambda level, sign, side: 256 - np.floor(level / LEVELS * 256)),
+    "SolarizeAdd": (brighten_dark, lambda level, sign, side: np.floor(level / LEVELS * 110)),
+    "ColorIncreasing": (colour, _either_way),
+    "ContrastIncreasing": (contrast, _either_way),
+    "BrightnessIncreasing": (brightness, _either_way),
+    "SharpnessIncreasing": (sharpness, _either_way),
+    "ShearX": (move_cubic, lambda level, sign, side: _move(b=0.03 * sign * level)),
+    "ShearY": (move_cubic, lambda level, sign, side: _move(d=0.03 * sign * level)),
+    "TranslateXRel": (move_cubic, lambda level, sign, side: _move(c=0.045 * side * sign * level)),
+    "TranslateYRel": (move_cubic, lambda level, sign, side: _move(f=0.045 * side * sign * level)),
+}
+# CLSA's: colours become duller only, and less so at a higher level; shifts are by whole pixels.
+STRONG: Pool = {
+    "AutoContrast": (auto_contrast, _any),
+    "Brightness": (brightness, _duller),
+    "Color": (colour, _duller),
+    "Contrast": (contrast, _duller),
+    "Equalize": (equalise, _any),
+    "Identity": None,
+    "Posterize": (posterise, lambda level, sign, side: 2 ** (4 - np.floor(4 * level / LEVELS))),
+    "Rotate": (move_nearest, lambda level, sign, side: _turn(3 * sign * level, side)),
+    "Sharpness": (sharpness, _duller),
+    "ShearX": (move_nearest, lambda level, sign, side: _move(b=0.03 * sign * level)),
+    "ShearY": (move_nearest, lambda level, sign, side: _move(d=0.03 * sign * level)),
+    "Solarize": (solarise, lambda level, sign, side: 256 - np.floor(256 * level / LEVELS)),
+    "TranslateX": (move_nearest, lambda level, sign, side: _move(c=np.trunc(0.3 * level / LEVELS * sign * side))),
+    "TranslateY": (move_nearest, lambda level, sign, side: _move(f=np.trunc(0.3 * level / LEVELS * sign * side))),
+}
+
+
+# --- Random erasing --------------------------------------------------------------------------------------------------
 
 
 def erase(pixels: Tensor, share: float, seed: int, epoch: int, ids: np.ndarray, noise: torch.Generator) -> Tensor:

@@ -30,7 +30,8 @@ class View:
     jitter_p: float = 0.8
     gray: float = 0.0  # probability
     blur: float = 0.0  # probability of a Gaussian blur, after jitter and gray
-    solarise: float = 0.0  # probability that bright pixels are inverted, last of all
+    solarise: float = 0.0  # probability that bright pixels are inverted, last of the colours
+    strong: int = 0  # changes of CLSA's fourteen that are drawn after the colours (augment.py)
     mask_ratio: float = 0.0  # share of the patches hidden from the encoder
     noise: float | None = None  # largest deviation of Gaussian noise on normalised pixels; None: none is drawn
     group: int = 1  # > 1: so many consecutive samples share the patches out among them; mask_ratio is 1 - 1 / group

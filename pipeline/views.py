@@ -6,6 +6,7 @@ row, column) order, the order of a convolution's weight, so that timm's patch em
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
+from pipeline.augment import strengthen
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.errors import UsageError
 from pipeline.sampling import GOLDEN, MASK64, View, colours, mask_key, noise_key, noise_levels
@@ -79,14 +81,26 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """(B, S, S, 3) in [0, 1] -> zero mean and unit variance over ImageNet."""
-    mean, std = (torch.tensor(values, device=images.device, dtype=images.dtype) for values in (MEAN, STD))
+    mean, std = _mean_and_std(images.device, images.dtype)
     return (images - mean) / std
 
 
 def denormalise(images: Tensor) -> Tensor:
     """The inverse of normalise, clamped to [0, 1]: for looking at."""
-    mean, std = (torch.tensor(values, device=images.device, dtype=images.dtype) for values in (MEAN, STD))
+    mean, std = _mean_and_std(images.device, images.dtype)
     return (images * std + mean).clamp(0, 1)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """On the device once and for all: sent each time, a step would wait for them."""
+    mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (MEAN, STD))
+    return mean, std
+
+
+def to_grey_levels(pixels: Tensor) -> Tensor:
+    """(B, S, S, 3) in [0, 1] -> uint8, to the nearest."""
+    return pixels.mul(255).round_().to(torch.uint8)
 
 
 def kept_count(patches: int, mask_ratio: float) -> int:
@@ -151,29 +165,32 @@ def make_views(
 
     Raises UsageError where a batch cannot be cut into the groups that a view wants.
     """
-    made = {}
+    made, ids = {}, batch.id.numpy()
     for name, view in views.items():
         images = batch.images[name]
-        drawn = colours(view, name, seed, batch.epoch, batch.id.numpy()) if view.coloured else None
+        drawn = colours(view, name, seed, batch.epoch, ids) if view.coloured else None
+        if view.strong:  # changes of grey levels: what was coloured is rounded to them, as between any two in Pillow
+            images = images if drawn is None else to_grey_levels(recolour(images.float().div_(255), drawn))
+            images, drawn = strengthen(images, view, name, seed, batch.epoch, ids), None
         # The fused kernel maps one pixel at a time: a view that is blurred or solarised takes the plain path.
-        if kernels.usable(images.device) and not view.filtered:
+        if kernels.usable(images.device) and (drawn is None or not view.filtered):
             maps = None if drawn is None else colour_maps(mean_colour(images), drawn)
             patches = kernels.to_patches(images, patch, maps, MEAN, STD, torch.float32 if view.mask_ratio else dtype)
         else:
             pixels = images.float().div_(255)
             patches = patchify(normalise(pixels if drawn is None else recolour(pixels, drawn)), patch)
         grid = view.side // patch
-        ids = batch.id.to(patches.device, non_blocking=True)
+        there = batch.id.to(patches.device, non_blocking=True)
         keep = hidden = noise = sigma = None
         if view.mask_ratio > 0:
             if len(batch.id) % view.group:
                 raise UsageError(f"view {name}: {len(batch.id)} images cannot be cut into groups of {view.group}.")
             count = kept_count(grid * grid, view.mask_ratio) if view.group == 1 else grid * grid // view.group
-            keep, hidden = draw_mask(ids, grid * grid, count, mask_key(name, seed, batch.epoch), view.group)
+            keep, hidden = draw_mask(there, grid * grid, count, mask_key(name, seed, batch.epoch), view.group)
         if view.noise is not None:
-            levels = torch.from_numpy(noise_levels(view.noise, name, seed, batch.epoch, batch.id.numpy())).float()
+            levels = torch.from_numpy(noise_levels(view.noise, name, seed, batch.epoch, ids)).float()
             sigma = levels.to(patches.device, non_blocking=True)
-            drawn_noise = draw_noise(ids, patches[0].numel(), noise_key(name, seed, batch.epoch))
+            drawn_noise = draw_noise(there, patches[0].numel(), noise_key(name, seed, batch.epoch))
             noise = sigma[:, None, None] * drawn_noise.view_as(patches)
         made[name] = Patches(patches, grid, keep, hidden, noise, sigma)
     return made

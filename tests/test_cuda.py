@@ -14,7 +14,7 @@ import torch
 from model.network import Network
 from model.objectives import OBJECTIVES
 from pipeline import kernels
-from pipeline.augment import erase, rand_augment
+from pipeline.augment import erase, rand_augment, strengthen
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.geometry import _batched, _one_by_one
 from pipeline.loader import open_loader
@@ -138,6 +138,9 @@ def test_augmentation_on_the_gpu_is_that_of_the_cpu():
     apart = (here.int() - there.cpu().int()).abs().flatten(1).max(dim=1).values
     # The pixel at which a turned picture ends, and a level that lies between two whole numbers, may go either way.
     assert (apart <= 1).float().mean() > 0.8
+    # Strong changes move pixels by whole numbers, the same everywhere.
+    here, there = (strengthen(each, View(side=48, strong=5), "v", 0, 0, ids) for each in (images, images.to(GPU)))
+    assert (here != there.cpu()).float().mean() < 1e-3
     pixels = torch.full((64, 48, 48, 3), 9.0)
     erased = [
         erase(pixels.to(device), 0.5, 0, 0, ids, torch.Generator(device).manual_seed(0)).cpu() != 9.0

@@ -18,7 +18,7 @@ def test_every_method_is_described_with_its_cost_beside_mae(capsys):
     # Section by section the multiply-accumulates of a ViT-B/16 at 224 px, MAE 9.675 G: two whole views are 35.1 G.
     expected = {
         "mae": 1.0, "daae": 1.45, "simclr": 3.63, "supcon": 3.63, "mocov2": 2.42, "swav": 5.6, "mixedae": 1.02,
-        "can": 28.08 / 9.675, "selfcon": 21.93 / 9.675,
+        "can": 28.08 / 9.675, "selfcon": 21.93 / 9.675, "clsa": 2.75,
     }  # fmt: skip
     for name, cost in expected.items():
         assert found[name]["cost"] == pytest.approx(cost, rel=0.02), name
@@ -28,6 +28,8 @@ def test_every_method_is_described_with_its_cost_beside_mae(capsys):
     assert found["can"]["tokens"] == 98 + 98
     assert found["swav"]["views"] == "2 x 224, 6 x 96"
     assert found["swav"]["tokens"] == 2 * 196 + 6 * 36
+    assert found["clsa"]["views"] == "2 x 224, 96"
+    assert found["clsa"]["tokens"] == 2 * 196 + 36
 
 
 def test_the_table_is_for_people(capsys):

@@ -36,7 +36,7 @@ SIZES = (
 
 def flags(preset: str, data: Path, out: Path, *more: str) -> list[str]:
     small = [] if preset.startswith(("mae", "mixedae")) else ["--method.head-hidden", "32", "--method.head-out", "16"]
-    small += ["--method.queue", "32"] if preset.startswith("mocov2") else []
+    small += ["--method.queue", "32"] if preset.startswith(("mocov2", "clsa")) else []
     return ["--preset", preset, "--data", str(data), "--out", str(out), "--loader", "dali", *SIZES, *small, *more]
 
 
@@ -57,7 +57,7 @@ def timeless(rows: list[dict]) -> list[dict]:
 # gone round, momentum copies that move at a rate of the step; noise of another epoch; an exit's own blocks.
 @pytest.mark.parametrize(("preset", "stop"), [
     *itertools.product(("mae-tiny", "daae-tiny"), (2, 6, 9)), ("mocov2-tiny", 5), ("byol-tiny", 6),
-    ("can-tiny", 7), ("selfcon-tiny", 5),
+    ("can-tiny", 7), ("selfcon-tiny", 5), ("clsa-tiny", 7),
 ])  # fmt: skip
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(store_path, tmp_path, preset, stop):
     assert main(flags(preset, store_path, tmp_path / "whole", "--steps", "10")) == 0

@@ -120,6 +120,34 @@ def queue_info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: fl
     return total / len(query)
 
 
+def bank_distribution(query: Tensor, bank: Tensor, *, temperature: float) -> list[float]:
+    """Wang & Qi 2021 (CLSA): p(z_k | z) = exp(z z_k / tau) / sum_l exp(z z_l / tau) over the bank."""
+    near = [math.exp(cosine(query, k) / temperature) for k in bank]
+    return [each / sum(near) for each in near]
+
+
+def bank_contrast(weak: list[Tensor], key: Tensor, queue: Tensor, *, temperature: float) -> float:
+    """Wang & Qi 2021 (CLSA), the bank being the batch's keys and the queue: -mean log p(k_i | q_i), over views q
+    and images i."""
+    bank = torch.cat([key.double(), queue.double()])
+    likely = [bank_distribution(q, bank, temperature=temperature)[i] for view in weak for i, q in enumerate(view)]
+    return -sum(math.log(each) for each in likely) / len(likely)
+
+
+def distribution_matching(
+    weak: list[Tensor], strong: list[Tensor], key: Tensor, queue: Tensor, *, temperature: float
+) -> float:
+    """Wang & Qi 2021 (CLSA): -sum_k p(z_k | z_weak) log p(z_k | z_strong), averaged over all pairs of a
+    weak and a strong view, and over images."""
+    bank, total = torch.cat([key.double(), queue.double()]), 0.0
+    for one in weak:
+        for other in strong:
+            for w, s in zip(one, other, strict=True):
+                p, q = (bank_distribution(each, bank, temperature=temperature) for each in (w, s))
+                total -= sum(p[k] * math.log(q[k]) for k in range(len(bank)))
+    return total / (len(weak) * len(strong) * len(key))
+
+
 def regression(predicted: Tensor, target: Tensor) -> float:
     """Grill et al. 2020, eq. 2: mean_i || p_i / |p_i| - z_i / |z_i| ||^2."""
     total = 0.0

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from model.objectives.byol import BYOL
 from model.objectives.can import CAN
+from model.objectives.clsa import CLSA
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
 from model.objectives.mixedae import MixedAE
@@ -263,7 +264,7 @@ def daae_vitb16_mini_800() -> Run:
     return daae(VIT_B, PUBLISHED, 800)
 
 
-def _pairs(name: str, published: TwoViews, small: TwoViews, *, decay: float = 0.1, **tiny) -> None:
+def _pairs(name: str, published: TwoViews, small: TwoViews, *, decay: float = 0.1, epochs: int = 300, **tiny) -> None:
     """A method that compares two views, at three sizes. small: as it is for own images; tiny: what differs at 64 px."""
     gentle = {"lr": 5e-4, "weight_decay": decay}
     # Below 100 px a crop of 8 % leaves nothing to recognise.
@@ -278,8 +279,8 @@ def _pairs(name: str, published: TwoViews, small: TwoViews, *, decay: float = 0.
 
     keep("tiny", at_64, TINY, replace(TINY_OPTIM, **gentle), 40, f"64 px, encoder 192 x 6: {small.idea}.")
     keep("vits16", small, VIT_S, replace(SMALL_DATA, **gentle), 400, "vits16 at 224 px, for own images: 400 epochs.")
-    about = f"ImageNet-1K, 300 epochs: {published.paper}, trained as MoCo v3 trains ViTs."
-    keep("vitb16-in1k-300", published, VIT_B, PUBLISHED_PAIRS, 300, about)
+    about = f"ImageNet-1K, {epochs} epochs: {published.paper}, trained as MoCo v3 trains ViTs."
+    keep(f"vitb16-in1k-{epochs}", published, VIT_B, PUBLISHED_PAIRS, epochs, about)
 
 
 SMALL_SIMCLR = SimCLR(temperature=0.2, head_hidden=512)
@@ -288,6 +289,18 @@ _pairs("supcon", SupCon(), SupCon(head_hidden=512), decay=0.05)
 _pairs("mocov2", MoCoV2(), MoCoV2(queue=4096, momentum=0.99, momentum_rises=True, head_hidden=1024), queue=1024)
 _pairs("mocov3", MoCoV3(feature="cls"), MoCoV3(head_hidden=1024, head_out=128))
 _pairs("byol", BYOL(momentum=0.99), BYOL(momentum=0.99, head_hidden=1024, head_out=128))
+VIT_CLSA = CLSA(momentum=0.99, momentum_rises=True)
+SMALL_CLSA = replace(VIT_CLSA, queue=4096, head_hidden=1024)
+_pairs("clsa", VIT_CLSA, SMALL_CLSA, epochs=200, queue=1024, strong=(0.5,))
+
+
+@preset("clsa-vitb16-in1k-200-multi")
+def clsa_vitb16_in1k_multi() -> Run:
+    """CLSA's multi-crop on ImageNet-1K, 5 weak and 5 strong views of 96 to 224 px, 200 epochs: almost four times the
+    work of clsa-vitb16-in1k-200. Means over views and pairs, where the paper has sums, so that a ViT trains stably."""
+    sides = tuple(sevenths / 7 for sevenths in (7, 6, 5, 4, 3))
+    several = replace(VIT_CLSA, weak=sides, strong=sides, reduction="mean")
+    return replace(PRESETS["clsa-vitb16-in1k-200"](), method=several)
 
 
 @preset("simclr-tiny-weak")

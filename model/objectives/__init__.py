@@ -3,6 +3,7 @@
 from model.objectives.base import Objective, Outcome
 from model.objectives.byol import BYOL
 from model.objectives.can import CAN
+from model.objectives.clsa import CLSA
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
 from model.objectives.mixedae import MixedAE
@@ -14,8 +15,8 @@ from model.objectives.supcon import SupCon
 from model.objectives.swav import SwAV
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "mae": MAE, "daae": DAAE, "can": CAN, "mixedae": MixedAE, "swav": SwAV, "simclr": SimCLR, "mocov2": MoCoV2,
-    "mocov3": MoCoV3, "byol": BYOL, "supcon": SupCon, "selfcon": SelfCon,
+    "mae": MAE, "daae": DAAE, "can": CAN, "mixedae": MixedAE, "swav": SwAV, "clsa": CLSA, "simclr": SimCLR,
+    "mocov2": MoCoV2, "mocov3": MoCoV3, "byol": BYOL, "supcon": SupCon, "selfcon": SelfCon,
 }  # fmt: skip
 
 __all__ = ["OBJECTIVES", "Objective", "Outcome"]

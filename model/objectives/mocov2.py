@@ -78,7 +78,7 @@ class MoCoV2(TwoViews):
         from model.heads import pair_health
         from model.losses import queue_info_nce
 
-        parts, queue = net.parts, _queue(net)
+        parts, queue = net.parts, queue_of(net)
         (query,) = map(parts["projector"], self.pooled(net.encoder(views["one"])))
         (key,) = map(parts["momentum_projector"], self.pooled(parts["momentum_encoder"](views["other"])))
         contrast = queue_info_nce(query, key, queue.rows, temperature=self.temperature)
@@ -86,7 +86,7 @@ class MoCoV2(TwoViews):
         return Outcome({"contrast": contrast}, pair_health(query, key))
 
     def after_step(self, net: Network, done: float) -> None:
-        _queue(net).push()
+        queue_of(net).push()
 
     def macs(self, shape: Shape) -> int:
         head = head_macs(shape.width, self.head_hidden or shape.width, self.head_out)
@@ -94,5 +94,5 @@ class MoCoV2(TwoViews):
         return trained + trained // 3
 
 
-def _queue(net: Network) -> Queue:
+def queue_of(net: Network) -> Queue:
     return cast("Queue", net.parts["queue"])
