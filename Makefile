@@ -33,7 +33,7 @@ check: $(VENV)/.installed
 	$(BIN)/pyright
 
 tests: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 900

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from model.objectives import OBJECTIVES
+from pipeline.errors import UsageError
 from tools import methods
 
 
@@ -30,6 +31,22 @@ def test_every_method_is_described_with_its_cost_beside_mae(capsys):
     assert found["swav"]["tokens"] == 2 * 196 + 6 * 36
     assert found["clsa"]["views"] == "2 x 224, 96"
     assert found["clsa"]["tokens"] == 2 * 196 + 36
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_steps_are_measured_beside_maes(capsys):
+    assert methods.main(["--measure", "--only", "selfcon", "supcon", "--size", "tiny", "--batch", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    found = told["methods"]
+    assert list(found) == ["mae-tiny", "selfcon-tiny", "supcon-tiny"]
+    mae, exits, views = found.values()
+    assert (mae["flops"], mae["seconds"]["median"]) == (1, 1)
+    assert views["gflop_per_image"] / mae["gflop_per_image"] == pytest.approx(views["flops"])
+    assert views["speed"] == pytest.approx(views["flops"] / views["seconds"]["median"])
+    # Six blocks of one view and one of the exit's, against six of two views: 7 / 12 = 0.583; SelfCon's paper has 0.59.
+    assert exits["saved_mb"] / views["saved_mb"] == pytest.approx(7 / 12, abs=0.03)
+    with pytest.raises(UsageError, match=r"--only selfcom is no method\. Did you mean selfcon"):
+        methods.main(["--measure", "--only", "selfcom"])
 
 
 def test_the_table_is_for_people(capsys):

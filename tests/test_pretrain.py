@@ -124,16 +124,16 @@ def test_a_run_folder_holds_what_it_promises(store_path, tmp_path, capsys):
 
 def test_seconds_become_steps_once_and_the_schedule_follows_them(store_path, tmp_path):
     out = tmp_path / "run"
-    command = flags("mae-tiny", store_path, out, "--seconds", "1.5")
+    command = flags("mae-tiny", store_path, out, "--seconds", "3")
     assert main([*command, "--limit-steps", "3"]) == 0
     frozen = yaml.safe_load((out / "config.yaml").read_text())["budget"]
-    assert frozen["seconds"] == 1.5
-    assert frozen["steps"] > 5
+    assert frozen["seconds"] == 3
+    assert frozen["steps"] > 3  # fewer, and the schedule would have no shape
     assert main(command) == 0
     assert yaml.safe_load((out / "config.yaml").read_text())["budget"] == frozen
     assert read_json(out / "status.json")["step"] == frozen["steps"]
     rows = read_rows(out / "metrics.jsonl")
-    assert rows[-1]["lr"] < 0.1 * max(row["lr"] for row in rows)
+    assert rows[-1]["lr"] < 0.2 * max(row["lr"] for row in rows)
 
 
 def test_schedule_is_maes():

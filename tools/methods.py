@@ -7,13 +7,22 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from train.command import parse, run
+from pipeline.errors import UsageError
+from train.command import nearest, parse, run
 
 
 @dataclass(frozen=True)
 class Methods:
     """Name the pre-training methods: idea, views, tokens, FLOPs beside MAE's, whether they need labels, paper."""
 
+    measure: bool = False
+    """Take steps of each in turns, and tell what one takes and keeps in memory beside MAE's."""
+    only: tuple[str, ...] = ()
+    """With --measure: these methods alone, beside MAE; default: all."""
+    size: str = "vits16"
+    """With --measure: of the presets, such as tiny or vits16."""
+    batch: int = 16
+    """With --measure: images of a step."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
@@ -54,6 +63,8 @@ def rows() -> list[Row]:
 
 def main(argv: list[str]) -> int:
     flags = parse(Methods, argv, prog="daae methods")
+    if flags.measure:
+        return _measure(flags)
     found = rows()
     if flags.json:
         print(json.dumps({row.name: asdict(row) for row in found}, indent=1))
@@ -69,6 +80,44 @@ def main(argv: list[str]) -> int:
         table.add_row(row.name, row.idea, row.views, f"{row.tokens}", cost, "yes" if row.supervised else "", row.paper)
     Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(table)
     print("At each method's defaults with a ViT-B/16 at 224 px: patches that the encoder sees, FLOPs beside MAE's.")
+    return 0
+
+
+def _measure(flags: Methods) -> int:
+    from model.objectives import OBJECTIVES
+    from train.device import choose_device, choose_precision, device_name
+    from train.journal import environment
+
+    for name in flags.only:
+        if name not in OBJECTIVES:
+            raise UsageError(f"--only {name} is no method.{nearest(name, OBJECTIVES)}")
+    if flags.batch < 2:
+        raise UsageError(f"--batch {flags.batch}: at least 2.")
+    from tools.method_costs import measure
+
+    device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    found = measure(list(flags.only or OBJECTIVES), flags.size, flags.batch)
+    if flags.json:
+        costs = {each.preset: {**asdict(each), "speed": each.speed} for each in found}
+        told = {"batch": flags.batch, "precision": precision, "methods": costs}
+        print(json.dumps({**told, "environment": environment(device_name(device))}, indent=1))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("", "FLOPs", "seconds", "least", "most", "speed", "images/s", "kept, MB an image"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for each in found:
+        seconds = [f"{value:.2f}" for value in (each.seconds.median, each.seconds.min, each.seconds.max)]
+        rate, kept = f"{each.images_per_second:,.1f}", f"{each.saved_mb:.1f}"
+        table.add_row(each.preset, f"{each.flops:.2f}", *seconds, f"{each.speed:.2f}", rate, kept)
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    print(
+        f"FLOPs and seconds of a step beside MAE's, batch {flags.batch}, {precision}, {device_name(device)}; "
+        "speed: of what its FLOPs foretell. Kept: by the forward pass, for the backward pass."
+    )
     return 0
 
 
