@@ -305,6 +305,23 @@ def test_labels_reach_a_supervised_method_and_no_other(store_path):
         assert torch.equal(batch.label, expected if supervised else torch.full((16,), -1))
 
 
+def test_a_collapse_is_said_once_and_in_words(store_path, tmp_path):
+    """Weights that decay to nothing at each step leave embeddings of biases alone."""
+    decay = ["--optim.weight-decay", "1000", "--lr", "1e-3", "--optim.warmup-epochs", "0", "--watch.log-every", "2"]
+    decay += ["--method.head-norm", "none"]
+    assert main(flags("simclr-tiny", store_path, tmp_path / "a", "--steps", "12", *decay)) == 0
+    said = [
+        line for line in (tmp_path / "a" / "train.log").read_text().splitlines() if "nearly one and the same" in line
+    ]
+    assert len(said) == 1
+    assert "spread 0.0" in said[0]
+    assert read_rows(tmp_path / "a" / "metrics.jsonl")[-1]["spread"] < 0.1
+    method = PRESETS["swav-tiny"]().method
+    assert "1 is chance" in str(method.alarm({"of_uniform": 0.9995, "spread": 0.9}))
+    assert method.alarm({"of_uniform": 0.99, "spread": 0.9}) is None
+    assert method.alarm({"of_uniform": 0.99, "spread": 0.01}) is not None
+
+
 def test_whole_runs_with_labels_and_without(store_path, unlabelled_path, tmp_path):
     for preset, data in (("supcon-tiny", store_path), ("simclr-tiny", unlabelled_path)):
         assert main(flags(preset, data, tmp_path / preset, "--steps", "2")) == 0

@@ -180,6 +180,7 @@ class Trainer:
         self.shift, self.rollbacks = 0, 0  # batches left out so far, and how often the run went back
         self.sums: dict[str, Tensor] = {}
         self.refused = 0  # steps, up to the last row
+        self.alarm: str | None = None  # what the method said of the last row
         self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0, 0.0)  # step, images, seconds
         self.exam = self._prepare_exam() if run.watch.evaluations and ranks.first else None
         self.baselines_from = baselines
@@ -318,7 +319,16 @@ class Trainer:
             f"{saved}  ETA {duration(left)}"
         ))  # fmt: skip
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
+        self.listen(means)
         return True
+
+    def listen(self, means: dict[str, float]) -> None:
+        """Say once what the method makes of its curves; while the rate warms up they mean nothing yet."""
+        if self.step > max(self.warmup, self.steps / 10):
+            alarm = self.run.method.alarm(means)
+            if alarm is not None and self.alarm is None:
+                self.journal.say(f"step {self.step:,}: {alarm}")
+            self.alarm = alarm
 
     def means(self, steps: int) -> dict[str, float]:
         """What is watched, over the last `steps` steps and all ranks.

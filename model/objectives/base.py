@@ -7,6 +7,7 @@ weights: those live in a Network, beside the encoder. torch is imported where it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from model.network import Network
     from pipeline.sampling import View
     from pipeline.views import Patches
+
+
+COLLAPSED = 0.1  # spread of embeddings below which all images look alike
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,18 @@ class Objective(ABC):
     def warnings(self, batch: int) -> list[str]:
         """What to say of options that will not learn well where a loss sees `batch` images at once."""
         return []
+
+    def alarm(self, means: Mapping[str, float]) -> str | None:
+        """What the curves say has gone wrong though every number is finite, in words; None where nothing has.
+
+        means: of what the loss watched, over the steps since the last row.
+        """
+        if means.get("spread", 1.0) < COLLAPSED:
+            return (
+                f"the embeddings of different images are nearly one and the same (spread {means['spread']:.3f}; 1 is "
+                "spread out, 0 a point): they have collapsed, or not come apart yet. A lower --lr may help."
+            )
+        return None
 
     @abstractmethod
     def macs(self, shape: Shape) -> int:

@@ -7,6 +7,7 @@ images cannot all end in one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.views import Patches
 
 CODED = ("global0", "global1")  # the views whose clusters the others predict
+UNLEARNED = 0.999  # loss beside that of a uniform guess, above which nothing is predicted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,14 @@ class SwAV(Objective):
         if self.queue:
             for name in CODED:
                 _queue(net, name).push()
+
+    def alarm(self, means: Mapping[str, float]) -> str | None:
+        if means["of_uniform"] > UNLEARNED:
+            return (
+                f"codes are not predicted (of_uniform {means['of_uniform']:.4f}; 1 is chance): images lie at random "
+                "among the prototypes. More steps, a larger --batch or fewer --method.prototypes may help."
+            )
+        return super().alarm(means)
 
     def macs(self, shape: Shape) -> int:
         head = head_macs(shape.width, self.head_hidden, self.head_out, self.prototypes)
