@@ -93,6 +93,20 @@ def test_presets_train_as_moco_v3_trains_vits_and_smaller_on_small_data():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("size", ["tiny", "vits16"])
+@pytest.mark.parametrize(("name", "jitter"), [
+    ("simclr", (0.4, 0.4, 0.4, 0.1)), ("mocov2", (0.4, 0.4, 0.4, 0.1)), ("byol", (0.4, 0.4, 0.2, 0.1)),
+])  # fmt: skip
+def test_the_weaker_augmentation_is_adainfs(name, size, jitter):
+    """Crops from a fifth up, jitter half as likely, and half as strong where it was SimCLR's."""
+    base, weak = open_preset(f"{name}-{size}"), open_preset(f"{name}-{size}-weak")
+    for view in weak.method.views(weak.model).values():
+        assert (view.area, view.jitter, view.jitter_p, view.gray) == ((0.2, 1.0), jitter, 0.4, 0.2)
+    blurs = [[view.blur for view in run.method.views(run.model).values()] for run in (base, weak)]
+    assert blurs[0] == blurs[1]
+    assert (weak.optim, weak.model, weak.budget) == (base.optim, base.model, base.budget)
+
+
 # --- what is trained and what is not ----------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from pipeline.store import Store
 from tests.images import make_folder
 from tests.test_pretrain import flags
 from tools import compare, convert
-from train import cache, evaluate, exam, features, folder, probes
+from train import cache, evaluate, exam, features, finetune, folder, probes
 from train.exam import Exam, mean_score
 from train.pretrain import main as pretrain
 
@@ -202,6 +202,33 @@ def test_without_tests_a_fifth_is_held_out_and_never_trains_the_probe(store_path
     assert score["value"] == 0
     assert score["count"] == int(held_out.sum())
     assert sitting.sit(lambda _, ids: told[ids], ("knn",))["leading"]["value"] == 1
+
+
+def test_five_folds_ask_every_image_once(store_path):
+    sittings = [Exam.prepare(store_path, (), "class", fold=fold) for fold in range(exam.FOLDS)]
+    store = Store.open(store_path)
+    held_out = torch.stack([sitting.held_out[store.root] for sitting in sittings])
+    assert torch.equal(held_out.sum(dim=0), torch.ones(store.count, dtype=torch.int64))
+    truth = torch.from_numpy(store.label("class")[0].astype("int64"))
+    told = torch.nn.functional.one_hot(torch.where(held_out[0], (truth + 1) % 4, truth), 4).float()
+    results = [sitting.sit(lambda _, ids: told[ids], ("knn",)) for sitting in sittings]
+    score = exam.over_folds(results)["scores"]["held-out"]["class"]["knn20"]
+    p = 1 - held_out[0].float().mean().item()  # the first fold's own pictures lie, and all of them are asked there
+    assert (score["count"], score["value"]) == (store.count, pytest.approx(p))
+    assert score["standard_error"] == pytest.approx((p * (1 - p) / store.count) ** 0.5)
+    assert exam.over_folds(results)["leading_name"] == "knn20 on class, mean of held-out in 5 folds"
+
+
+def test_folds_are_for_a_store_without_tests(run_path, store_path, tmp_path, capsys):
+    with pytest.raises(UsageError, match="without --tests"):
+        evaluate.main([str(run_path), "--folds"])
+    assert pretrain(flags("mae-tiny", store_path, tmp_path / "a", "--steps", "1")) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "a"), "--folds", "--no-baselines", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["leading"]["count"] == Store.open(store_path).count
+    with pytest.raises(UsageError, match=r"--fold 5: one of 0 to 4 fifths"):
+        finetune.main([str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--fold", "5"])
 
 
 def test_tests_that_share_pictures_with_the_bank_are_refused_unless_that_is_declared(tmp_path, capsys):

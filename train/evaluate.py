@@ -17,7 +17,7 @@ import tyro
 from pipeline.errors import UsageError
 from pipeline.staging import write_whole
 from train.command import parse, run
-from train.exam import KNN, PROTOCOLS, Exam, Featurise, Protocol
+from train.exam import FOLDS, KNN, PROTOCOLS, Exam, Featurise, Protocol, over_folds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,8 @@ class Evaluate:
     """Store whose labels train the probe; default: the run's own."""
     tests: tuple[Path, ...] = ()
     """Stores to score on; default: the run's own, or else a fifth of --data held out."""
+    folds: bool = False
+    """Without tests: hold out each fifth in turn, and score all images, not the first fifth alone."""
     overlap: bool = False
     """Tests may hold pictures whose labels train the probe, as the run's own may where that was declared."""
     label: str | None = None
@@ -83,8 +85,15 @@ def main(argv: list[str]) -> int:
     settings = folder.run_settings(flags.run)
     data = flags.data or settings.data
     assert data is not None
+    tests, label = flags.tests or settings.watch.tests, flags.label or settings.watch.label
+    if flags.folds and (tests or flags.label_share):
+        raise UsageError("--folds is for a store whose own images are held out: without --tests and --label-share.")
     overlap = flags.overlap or settings.watch.overlap
-    exam = Exam.prepare(data, flags.tests or settings.watch.tests, flags.label or settings.watch.label, overlap)
+    exams = [Exam.prepare(data, tests, label, overlap, fold=fold) for fold in range(FOLDS if flags.folds else 1)]
+
+    def sit(featurise: Featurise) -> dict:
+        return over_folds([exam.sit(featurise, flags.protocols, **asked) for exam in exams])
+
     point = folder.chosen_checkpoint(
         flags.run, flags.checkpoint, lambda line: print(f"warning: {line}", file=sys.stderr)
     )
@@ -96,13 +105,15 @@ def main(argv: list[str]) -> int:
     asked = {"neighbours": flags.neighbours, "label_shares": flags.label_share}
     with features_kept(flags.run, flags.cache) as cache:
         featurise = encoder_features(network, settings, device, flags.feature, cache)
-        result = exam.sit(featurise, flags.protocols, **asked)
+        result = sit(featurise)
         result = {"step": point.step, "train_seconds": round(point.state["clock"]["train_seconds"], 3), **result}
         if flags.baselines:
             baselines = baseline_features(settings, device, flags.feature, cache)
-            result["baselines"] = {name: exam.sit(each, flags.protocols, **asked) for name, each in baselines.items()}
+            result["baselines"] = {name: sit(each) for name, each in baselines.items()}
         if flags.agreement is not None:
-            result["agreement"] = sizes_agree(network, settings, device, flags.feature, flags.agreement, exam, cache)
+            result["agreement"] = sizes_agree(
+                network, settings, device, flags.feature, flags.agreement, exams[0], cache
+            )
     result["sentence"] = sentence(result)
     if flags.checkpoint is None:
         write_whole(flags.run / EVALUATION, json.dumps(result, indent=1))

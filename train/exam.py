@@ -23,7 +23,7 @@ Protocol = Literal["ridge", "knn", "linear", "logistic"]
 PROTOCOLS: tuple[Protocol, ...] = ("ridge", "knn")
 KNN = (1, 20)
 MIN_PER_CLASS = 4  # below, a class is missing from some fold and no penalty can be chosen on the bank
-HELD_OUT = 0.2
+FOLDS = 5  # that a store is cut into where one of them is held out
 SOURCE = "source"  # the label column that tells who made a picture; it is never asked for
 FINER = 4  # times as many classes as another column, and a column names things rather than kinds
 LINEAR_ROWS = 4_000_000  # rows x epochs that the linear probe needs to arrive
@@ -60,8 +60,10 @@ class Exam:
     held_out: dict[Path, Tensor] = field(default_factory=dict)  # rows that no probe trains on, where a store is both
 
     @classmethod
-    def prepare(cls, data: Path, tests: tuple[Path, ...], label: str | None, overlap: bool = False) -> Exam:
-        """overlap: a test store may hold pictures of the bank.
+    def prepare(
+        cls, data: Path, tests: tuple[Path, ...], label: str | None, overlap: bool = False, *, fold: int = 0
+    ) -> Exam:
+        """overlap: a test store may hold pictures of the bank. fold: which of five is held out, without test stores.
 
         Raises DataError: no labels, fewer than two classes; UsageError: a test store that is the bank itself or, unless
         that is allowed, holds pictures of it, or generated images."""
@@ -92,7 +94,7 @@ class Exam:
         exam = cls(bank, {"held-out": bank}, leading)
         things = exam._near_duplicates(leading)  # held out together, all pictures of a thing
         draw = uniform(0, 0, "held out", np.arange(bank.count) if things is None else things.numpy(), 1)[:, 0]
-        exam.held_out[bank.root] = torch.from_numpy(draw < HELD_OUT)
+        exam.held_out[bank.root] = torch.from_numpy(np.floor(draw * FOLDS) == fold)
         return exam
 
     def training(self, column: str) -> tuple[np.ndarray, Tensor]:
@@ -327,6 +329,33 @@ def over_draws(scores: Sequence[Score]) -> dict:
     spread = statistics.stdev(each.value for each in scores)
     error = math.sqrt(value * (1 - value) / count)
     return {"value": value, "standard_error": error, "count": count, "draws": len(scores), "spread": spread}
+
+
+def over_folds(results: Sequence[dict]) -> dict:
+    """What Exam.sit returned of each fold, as one exam of all images: its standard error is that of their number."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    scores = {
+        test: {
+            column: {
+                probe: _pooled([each["scores"][test][column][probe] for each in results])
+                for probe in probes
+                if all(probe in each["scores"][test][column] for each in results)  # few of a class, and one has none
+            }
+            for column, probes in columns.items()
+        }
+        for test, columns in first["scores"].items()
+    }  # fmt: skip
+    leading = [each["leading"] for each in results]
+    name = f"{first['leading_name']} in {len(results)} folds"
+    return {**first, "scores": scores, "leading": _pooled(leading) if all(leading) else None, "leading_name": name}
+
+
+def _pooled(parts: Sequence[dict]) -> dict:
+    count = sum(part["count"] for part in parts)
+    value = sum(part["value"] * part["count"] for part in parts) / count
+    return {**parts[0], "value": value, "standard_error": math.sqrt(value * (1 - value) / count), "count": count}
 
 
 def mean_score(parts: list[dict]) -> dict:

@@ -143,6 +143,8 @@ class Finetune(Recipe):
     """Store with labels to train on; default: the run's own."""
     tests: tuple[Path, ...] = ()
     """Stores to score on; default: the run's own, or else a fifth of --data held out."""
+    fold: int = 0
+    """Without tests: which fifth of --data is held out, from 0 to 4."""
     overlap: bool = False
     """Tests may hold pictures that are trained on with their labels, as the run's own may where that was declared."""
     label: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -303,11 +304,22 @@ def clsa_vitb16_in1k_multi() -> Run:
     return replace(PRESETS["clsa-vitb16-in1k-200"](), method=several)
 
 
-@preset("simclr-tiny-weak")
-def simclr_tiny_weak() -> Run:
-    """AdaInf's weaker augmentation, for generated images beside real ones: half the colour changes, half as often."""
-    gentle = replace(SMALL_SIMCLR, area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.4)
-    return replace(PRESETS["simclr-tiny"](), method=gentle)
+def _weaker(name: str, size: str) -> None:
+    """AdaInf's weaker augmentation (Wang et al. 2024, arXiv 2403.12448), for generated images beside real ones: crops
+    from a fifth up, and half the colour changes, half as often; BYOL's, weaker to begin with, half as often alone."""
+    strong = PRESETS[f"{name}-{size}"]
+    halved = {} if name == "byol" else {"jitter": (0.4, 0.4, 0.4, 0.1)}
+
+    def recipe() -> Run:
+        run = strong()
+        return replace(run, method=replace(run.method, area=(0.2, 1.0), jitter_p=0.4, **halved))
+
+    recipe.__doc__ = f"{name}-{size} with AdaInf's weaker augmentation, for generated images beside real ones."
+    preset(f"{name}-{size}-weak")(recipe)
+
+
+for _name, _size in itertools.product(("simclr", "mocov2", "byol"), ("tiny", "vits16")):
+    _weaker(_name, _size)
 
 
 def open_preset(name: str) -> Run:

@@ -22,7 +22,7 @@ from torch import Tensor
 from model.classifier import Classifier, branch_scales
 from model.network import Network
 from pipeline.augment import erase, rand_augment
-from pipeline.errors import NumericsError, Preempted, ResourceError
+from pipeline.errors import NumericsError, Preempted, ResourceError, UsageError
 from pipeline.loader import Backend, Loader, choose_backend, open_loader
 from pipeline.sampling import View, key
 from pipeline.staging import claimed, write_whole
@@ -35,7 +35,7 @@ from train.command import plain
 from train.config import Run
 from train.device import autocast, choose_device, choose_precision, device_name
 from train.evaluate import centre_share, percent
-from train.exam import Exam, mean_score
+from train.exam import FOLDS, Exam, mean_score
 from train.features import one_pass
 from train.finetune import Finetune, Recipe
 from train.journal import Journal, duration, environment
@@ -55,7 +55,12 @@ def finetune(flags: Finetune) -> dict:
     data = flags.data or run.data
     assert data is not None
     overlap = flags.overlap or run.watch.overlap
-    exam = Exam.prepare(data, flags.tests or run.watch.tests, flags.label or run.watch.label, overlap)
+    tests = flags.tests or run.watch.tests
+    if not 0 <= flags.fold < FOLDS or (flags.fold and tests):
+        raise UsageError(
+            f"--fold {flags.fold}: one of 0 to {FOLDS - 1} fifths of --data, and none where there are tests."
+        )
+    exam = Exam.prepare(data, tests, flags.label or run.watch.label, overlap, fold=flags.fold)
     recipe = flags.recipe().of_size(run.model)
     recipe.check()
     device = choose_device(flags.device)
@@ -63,8 +68,8 @@ def finetune(flags: Finetune) -> dict:
     classifier, start = starting_point(flags, run, recipe, len(exam.bank.columns[exam.leading]))
     backend = choose_backend(exam.bank, device) if flags.loader == "auto" else flags.loader
     settings = {
-        **plain(recipe), "start": weights_digest(classifier.encoder), "label": exam.leading, "device": str(device),
-        "precision": precision, "loader": backend,
+        **plain(recipe), "start": weights_digest(classifier.encoder), "label": exam.leading, "fold": flags.fold,
+        "device": str(device), "precision": precision, "loader": backend,
     }  # fmt: skip
     with (
         Stop(quiet=flags.quiet) as stop,
