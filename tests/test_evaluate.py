@@ -289,7 +289,7 @@ def test_where_tests_are_by_other_makers_each_maker_of_the_bank_is_left_out_in_t
     assert asked[0].tolist() == Store.open(stores["bank"]).label("source")[0].tolist()
     assert [len(part) for part in probes.folds(24, asked[0], 0)] == [8, 8, 8]
     # Held out of the bank itself, the test is by the same makers.
-    assert Exam.prepare(stores["bank"], (), "kind")._fold_groups("kind") is None
+    assert Exam.prepare(stores["bank"], (), "kind").fold_groups("kind") is None
 
 
 def test_mean_of_two_tests_and_its_error():

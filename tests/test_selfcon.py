@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -28,7 +29,9 @@ from tests.test_model import view
 from tests.test_objectives import LABEL, batch, views_of
 from tests.test_pretrain import flags
 from tests.test_step import CPU, batch_of, small_run, stepper_of
+from train import evaluate, exits, folder, probes
 from train.config import Optim
+from train.exam import Exam
 from train.optim import make_optimizer
 from train.presets import VIT_B, open_preset
 from train.pretrain import main
@@ -248,3 +251,33 @@ def test_formula_counts_what_torch_multiplies(monkeypatch, size, gmac):
         network(views, LABEL[:8])
     assert counter.get_total_flops() / 2 / 8 == pytest.approx(method.macs(shape), rel=0.01)
     assert SelfCon(size=size).macs(VIT_B) / 1e9 == pytest.approx(gmac, rel=0.002)
+
+
+def test_exit_trunk_and_their_ensemble_are_scored(store_path, tmp_path, capsys):
+    """The ensemble answers by the mean of the two classifiers' softmaxes, redone here from the features."""
+    assert main(flags("selfcon-tiny", store_path, tmp_path / "a", "--steps", "3")) == 0
+    capsys.readouterr()
+    asked = [str(tmp_path / "a"), "--protocols", "logistic", "--exits", "--no-baselines", "--no-cache", "--json"]
+    assert evaluate.main(asked) == 0
+    result = json.loads(capsys.readouterr().out)
+    (found,) = result["exits"].values()
+    assert set(found) == {"trunk", "exit", "ensemble"}
+    count = found["trunk"]["count"]
+    # The same features and probe as --protocols logistic, but for float16 in between: a picture at most.
+    assert found["trunk"]["value"] == pytest.approx(result["leading"]["value"], abs=1.01 / count)
+
+    settings, sitting = folder.run_settings(tmp_path / "a"), Exam.prepare(store_path, (), "class")
+    network = Network(settings.method, settings.model, settings.seed)
+    network.load_state_dict(folder.chosen_checkpoint(tmp_path / "a", None, print).scored())
+    (ids, label), (asked_ids, truth) = sitting.training("class"), sitting.questions("held-out", "class")
+    bank, query = (exits._features(network, settings, sitting.bank, each, CPU) for each in (ids, asked_ids))
+    assert not torch.equal(query["exit"], query["trunk"])
+    answers = [probes.logistic(bank[part], label, query[part], classes=4).shares for part in ("trunk", "exit")]
+    right = (torch.stack(answers).mean(dim=0).argmax(dim=1) == truth).double().mean().item()
+    assert found["ensemble"]["value"] == pytest.approx(right)
+
+
+def test_exits_are_asked_of_a_method_that_has_some(store_path, tmp_path):
+    assert main(flags("mae-tiny", store_path, tmp_path / "a", "--steps", "1")) == 0
+    with pytest.raises(UsageError, match="--exits: method mae has none"):
+        evaluate.main([str(tmp_path / "a"), "--exits"])

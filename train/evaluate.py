@@ -58,6 +58,8 @@ class Evaluate:
     """How many vote in kNN, each a score of its own; InstDisc and DINO report 10 20 100 200."""
     label_share: tuple[float, ...] = ()
     """Also probe with so few of the labels, such as 0.01 0.1: class-balanced, the mean of three draws."""
+    exits: bool = False
+    """Of a method with exits (SelfCon): also score each exit, and all together, on the leading column."""
     agreement: float | None = None
     """Also tell how far features agree with those of the same pictures at this share of the side, such as 0.5."""
     checkpoint: str | None = None
@@ -114,6 +116,10 @@ def main(argv: list[str]) -> int:
             result["agreement"] = sizes_agree(
                 network, settings, device, flags.feature, flags.agreement, exams[0], cache
             )
+        if flags.exits:
+            from train.exits import score_exits
+
+            result["exits"] = score_exits(network, settings, exams[0], device)
     result["sentence"] = sentence(result)
     if flags.checkpoint is None:
         write_whole(flags.run / EVALUATION, json.dumps(result, indent=1))
@@ -290,6 +296,8 @@ def show(result: dict) -> None:
                 table.add_row(test, label, probe, *cells, f"{score['count']:,}")
     Console().print(table)
     print(result["sentence"])
+    for test, parts in result.get("exits", {}).items():
+        print(f"{test}, logistic: {', '.join(f'{name} {percent(each)}' for name, each in parts.items())}.")
     for test, one in result.get("agreement", {}).get("encoder", {}).items():
         before = result["agreement"]["untrained"][test]
         print(

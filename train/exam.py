@@ -174,7 +174,7 @@ class Exam:
 
         return np.flatnonzero(np.any([store.label(column)[0] >= 0 for column in columns], axis=0))
 
-    def _fold_groups(self, column: str) -> Tensor | None:
+    def fold_groups(self, column: str) -> Tensor | None:
         """(N,) which pictures of the bank stay together when a penalty is chosen; None where any may part.
 
         The folds ask what the test asks. Where the tests are by other makers, each maker of the bank is left out in
@@ -213,7 +213,7 @@ class Exam:
         if column != self.leading and not all(len(ids) for ids, _ in asked.values()):
             return {name: {} for name in asked}  # another column of the same name, with other classes
         ids, label = self.training(column)
-        bank, groups = encoded[self.bank.root].of(ids), self._fold_groups(column)
+        bank, groups = encoded[self.bank.root].of(ids), self.fold_groups(column)
         queries = [encoded[self.tests[name].root].of(questions) for name, (questions, _) in asked.items()]
         query = torch.cat([each.to(bank.device) for each in queries])
         truths = {name: truth for name, (_, truth) in asked.items()}

@@ -114,6 +114,7 @@ class Tuned:
     predicted: Tensor  # (Q,) int64
     penalty: float  # the one chosen, relative to the mean variance of a feature
     bank_score: float  # its cross-validated accuracy on the bank, by which it was chosen
+    shares: Tensor | None = None  # (Q, C) float64, how likely each class is, where the probe tells
 
 
 def ridge(
@@ -278,10 +279,10 @@ def logistic(
         for penalty in sorted(penalties, reverse=True):
             # A hundredth of the derivatives that weights of zero have: whoever is right by then stays so.
             weight = fit.weights(others, answers, penalty, start=weight, tolerance=0.01 / classes)
-            right[penalty] += int((fit.predict(bank[part], weight) == label[part]).sum())
+            right[penalty] += int((fit.shares(bank[part], weight).argmax(dim=1) == label[part]).sum())
     penalty = max(penalties, key=lambda each: (right[each], each))
-    predicted = fit.predict(query, fit.weights(bank, label, penalty)).to(query.device)
-    return Tuned(predicted, penalty, right[penalty] / sum(map(len, parts)))
+    shares = fit.shares(query, fit.weights(bank, label, penalty)).to(query.device)
+    return Tuned(shares.argmax(dim=1), penalty, right[penalty] / sum(map(len, parts)), shares)
 
 
 class _Logistic:
@@ -333,9 +334,10 @@ class _Logistic:
         slope[:-1] += penalty * weight[:-1]
         return value + penalty / 2 * weight[:-1].square().sum(), slope
 
-    def predict(self, query: Tensor, weight: Tensor) -> Tensor:
+    def shares(self, query: Tensor, weight: Tensor) -> Tensor:
+        """(Q, C) float64 of each class, summing to 1."""
         parts = [
-            torch.addmm(weight[-1], self.standard(rows), weight[:-1]).argmax(dim=1)
+            torch.addmm(weight[-1], self.standard(rows), weight[:-1]).softmax(dim=1)
             for rows in _blocks(query, self.widest)
         ]
         return torch.cat(parts)

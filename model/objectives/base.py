@@ -66,6 +66,10 @@ class Objective(ABC):
         (code,) = net.encoder(view)
         return code
 
+    def exits(self, net: Network, view: Patches) -> dict[str, Tensor]:
+        """(B, D) features of the encoder's end ("trunk") and of each exit, for methods that train exits."""
+        return {}
+
     def before_step(self, net: Network, done: float) -> None:  # noqa: B027
         """Before every optimizer step. done: share of the run's steps taken so far, 0 before the first."""
 

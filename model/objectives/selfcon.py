@@ -91,6 +91,13 @@ class SelfCon(Objective):
         contrast = sup_con(torch.stack([early, late]), label, temperature=self.temperature)
         return Outcome({"contrast": contrast}, pair_health(early, late, label) | exit_health(early, late, label))
 
+    def exits(self, net: Network, view: Patches) -> dict[str, Tensor]:
+        from model.vit import patch_mean
+
+        before, _ = self.exit_depths(net.encoder.depth)
+        code, tapped = net.encoder(view, after=before)
+        return {"trunk": patch_mean(code), "exit": net.parts["exit"](tapped)}
+
     def macs(self, shape: Shape) -> int:
         _, own = self.exit_depths(shape.depth)
         head = head_macs(shape.width, self.head_hidden or shape.width, self.head_out)
