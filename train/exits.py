@@ -41,15 +41,22 @@ def score_exits(network: Network, settings: Run, exam: Exam, device: torch.devic
         raise UsageError(f"--exits: method {settings.objective} has none; selfcon has.")
     ids, label = exam.training(exam.leading)
     bank, groups = _features(network, settings, exam.bank, ids, device), exam.fold_groups(exam.leading)
-    known = {"classes": len(exam.bank.columns[exam.leading]), "groups": None if groups is None else groups[ids]}
+    classes, groups = len(exam.bank.columns[exam.leading]), None if groups is None else groups[ids]
     found: dict[str, dict[str, dict]] = {}
     for name, store in exam.tests.items():
         asked, truth = exam.questions(name, exam.leading)
         query = _features(network, settings, store, asked, device)
-        shares = {part: probes.logistic(bank[part], label, query[part], **known).shares for part in bank}
+        shares = {part: _shares(bank[part], label, query[part], classes=classes, groups=groups) for part in bank}
         shares[ENSEMBLE] = torch.stack(list(shares.values())).mean(dim=0)
         found[name] = {part: asdict(probes.accuracy(each.argmax(dim=1).cpu(), truth)) for part, each in shares.items()}
     return found
+
+
+def _shares(bank: Tensor, label: Tensor, query: Tensor, *, classes: int, groups: Tensor | None) -> Tensor:
+    """(Q, C): how likely logistic regression holds each class."""
+    shares = probes.logistic(bank, label, query, classes=classes, groups=groups).shares
+    assert shares is not None
+    return shares
 
 
 def _features(
