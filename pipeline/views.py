@@ -166,6 +166,7 @@ def make_views(
     Raises UsageError where a batch cannot be cut into the groups that a view wants.
     """
     made, ids = {}, batch.id.numpy()
+    there = batch.id.to(next(iter(batch.images.values())).device, non_blocking=True)
     for name, view in views.items():
         images = batch.images[name]
         drawn = colours(view, name, seed, batch.epoch, ids) if view.coloured else None
@@ -180,7 +181,6 @@ def make_views(
             pixels = images.float().div_(255)
             patches = patchify(normalise(pixels if drawn is None else recolour(pixels, drawn)), patch)
         grid = view.side // patch
-        there = batch.id.to(patches.device, non_blocking=True)
         keep = hidden = noise = sigma = None
         if view.mask_ratio > 0:
             if len(batch.id) % view.group:
