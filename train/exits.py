@@ -21,7 +21,7 @@ from pipeline.views import Patches
 from train import probes
 from train.device import autocast
 from train.evaluate import centre_share
-from train.exam import Exam
+from train.exam import Exam, mark
 from train.features import one_pass
 
 if TYPE_CHECKING:
@@ -42,14 +42,16 @@ def score_exits(network: Network, settings: Run, exam: Exam, device: torch.devic
     ids, label = exam.training(exam.leading)
     bank, groups = _features(network, settings, exam.bank, ids, device), exam.fold_groups(exam.leading)
     classes, groups = len(exam.bank.columns[exam.leading]), None if groups is None else groups[ids]
-    found: dict[str, dict[str, dict]] = {}
-    for name, store in exam.tests.items():
-        asked, truth = exam.questions(name, exam.leading)
-        query = _features(network, settings, store, asked, device)
-        shares = {part: _shares(bank[part], label, query[part], classes=classes, groups=groups) for part in bank}
-        shares[ENSEMBLE] = torch.stack(list(shares.values())).mean(dim=0)
-        found[name] = {part: asdict(probes.accuracy(each.argmax(dim=1).cpu(), truth)) for part, each in shares.items()}
-    return found
+    asked = {name: exam.questions(name, exam.leading) for name in exam.tests}
+    queries = [_features(network, settings, exam.tests[name], wanted, device) for name, (wanted, _) in asked.items()]
+    shares = {  # one fit for all tests
+        part: _shares(bank[part], label, torch.cat([each[part] for each in queries]), classes=classes, groups=groups)
+        for part in bank
+    }
+    shares[ENSEMBLE] = torch.stack(list(shares.values())).mean(dim=0)
+    answers = {part: each.argmax(dim=1) for part, each in shares.items()}
+    marks = mark(answers, {name: truth for name, (_, truth) in asked.items()})
+    return {name: {part: asdict(score) for part, score in one.items()} for name, one in marks.items()}
 
 
 def _shares(bank: Tensor, label: Tensor, query: Tensor, *, classes: int, groups: Tensor | None) -> Tensor:
