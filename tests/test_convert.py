@@ -764,6 +764,19 @@ def test_json_is_one_object(tmp_path, capsys):
     assert result["bytes"] == sum(facts["bytes"] for facts in Store.open(tmp_path / "s").manifest["files"].values())
 
 
+def test_folders_that_are_splits_and_no_classes_are_said(tmp_path, capsys):
+    make_folder(tmp_path / "in", 4, classes=2)
+    for split, folder in zip(
+        ("train", "val"), sorted(each for each in (tmp_path / "in").iterdir() if each.is_dir()), strict=True
+    ):
+        folder.rename(tmp_path / "in" / split)
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].strip() == (
+        "The classes train and val look like splits: convert each of these folders into a store of its own."
+    )
+
+
 def test_without_ffcv_shards_are_written_unless_ffcv_was_asked_for(tmp_path, capsys, monkeypatch):
     make_folder(tmp_path / "in", 2)
     genuine = importlib.util.find_spec

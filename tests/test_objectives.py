@@ -12,6 +12,7 @@ from model.objectives import OBJECTIVES
 from model.objectives.clsa import CLSA
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
+from pipeline.errors import UsageError
 from pipeline.sampling import View
 from pipeline.views import Batch, Patches, make_views
 from tests.conftest import SMALL
@@ -128,6 +129,27 @@ def test_contrastive_only_has_no_decoder():
     network = Network(DAAE(reconstruct_weight=0.0), SMALL, 0)
     assert "decoder" not in network.parts
     assert list(network(views_of(DAAE()), LABEL).terms) == ["contrast"]
+
+
+def test_shares_that_leave_nothing_to_do_are_refused():
+    for objective, words in (
+        (MAE(mask_ratio=0.0), r"--method.mask-ratio 0: lies between 0 and 1"),
+        (MAE(mask_ratio=1.0), r"--method.mask-ratio 1: lies"),
+        (DAAE(mask_ratio=-0.5), r"--method.mask-ratio -0.5: lies"),
+        (MAE(decoded_share=0.0), r"--method.decoded-share 0: a share above 0, at most 1"),
+        (DAAE(decoded_share=1.5), r"--method.decoded-share 1.5: a share"),
+        (DAAE(reconstruct_weight=0.0, feature="asym"), r"--method.reconstruct-weight 0 leaves none"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            objective.check(16)
+
+
+def test_without_a_decoder_nothing_need_be_hidden():
+    objective = DAAE(reconstruct_weight=0.0, mask_ratio=0.0)
+    objective.check(16)
+    terms = Network(objective, SMALL, 0)(views_of(objective), LABEL).terms
+    assert list(terms) == ["contrast"]
+    assert terms["contrast"].isfinite()
 
 
 def test_a_masked_patch_is_a_target_and_never_an_input():  # T-M4, L11

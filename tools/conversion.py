@@ -37,6 +37,7 @@ from tools.progress import LINE_SECONDS, Progress
 
 BAD_FILES, STATS = "bad_files.jsonl", "stats.json"
 TASK = 8  # files that a worker takes at once
+SPLITS = {"train", "val", "valid", "validation", "test", "training", "testing"}
 
 
 def convert(flags: Convert, dst: Path) -> dict:
@@ -380,6 +381,7 @@ def _result(dst: Path, seconds: float, *, done: str) -> dict:
         "bad": manifest["bad"],
         "skipped": manifest["skipped"],
         "columns": {name: len(classes) for name, classes in store.columns.items()},
+        "splits": [each for each in store.columns.get("class", ()) if each.lower() in SPLITS],
         "backends": manifest["encode"]["backends"],
         "fingerprint": store.fingerprint,
     }

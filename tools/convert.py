@@ -115,10 +115,13 @@ def _sentence(dst: Path, result: dict) -> str:
     skipped = sum(result["skipped"].values())
     labels = ", ".join(f"{name} ({count})" for name, count in result["columns"].items()) or "none"
     bad = f"{result['bad']} bad (listed in {dst / 'bad_files.jsonl'})" if result["bad"] else "none bad"
-    return (
+    sentence = (
         f"Converted {result['images']:,} images into {dst}: {result['bytes'] / 1e6:,.1f} MB in "
         f"{result['seconds']:.1f} s; {bad}, {skipped} skipped; labels: {labels}."
     )
+    if splits := " and ".join(result["splits"]):
+        sentence += f"\n  The classes {splits} look like splits: convert each of these folders into a store of its own."
+    return sentence
 
 
 if __name__ == "__main__":

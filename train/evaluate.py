@@ -90,6 +90,8 @@ def main(argv: list[str]) -> int:
     tests, label = flags.tests or settings.watch.tests, flags.label or settings.watch.label
     if flags.folds and (tests or flags.label_share):
         raise UsageError("--folds is for a store whose own images are held out: without --tests and --label-share.")
+    if flags.folds and (flags.exits or flags.agreement is not None):
+        raise UsageError("--folds scores the probes alone: ask for --exits and --agreement in a call without it.")
     overlap = flags.overlap or settings.watch.overlap
     exams = [Exam.prepare(data, tests, label, overlap, fold=fold) for fold in range(FOLDS if flags.folds else 1)]
 

@@ -23,6 +23,7 @@ TRAINING = PARTS[:7]  # what the training clock counts; "other" is the rest of i
 INSIDE = {
     "encoder": "encoder",
     "momentum_encoder": "encoder",
+    "exit": "encoder",
     "decoder": "decoder",
 }  # modules of a network that are parts of their own
 

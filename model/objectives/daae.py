@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.objectives.base import Objective, Outcome
-from model.objectives.mae import build_decoder, decoded_count, repaint_loss, scored_patches
+from model.objectives.mae import build_decoder, check_shares, decoded_count, repaint_loss, scored_patches
 from model.shape import Shape, decoder_macs, encoder_macs, head_macs
 from pipeline.errors import UsageError
 
@@ -66,6 +66,12 @@ class DAAE(Objective):
     head_norm: Literal["batch", "batch_apart", "layer"] = "batch"
     """Norm in the heads: over the batches of all processes, each over its own, or over a vector's own values."""
 
+    def check(self, batch: int, images: int | None = None) -> None:
+        if self.reconstruct_weight > 0:
+            check_shares(self.mask_ratio, self.decoded_share)
+        elif self.feature == "asym":
+            raise UsageError("--method.feature asym is the decoder's, and --method.reconstruct-weight 0 leaves none.")
+
     def views(self, shape: Shape) -> dict[str, View]:
         from pipeline.sampling import View
 
@@ -86,8 +92,6 @@ class DAAE(Objective):
             return Projector(width, self.head_hidden, self.head_out, self.head_norm)
 
         parts = {}
-        if self.feature == "asym" and self.reconstruct_weight == 0:
-            raise UsageError("--method.feature asym is the decoder's, and --method.reconstruct-weight 0 leaves none.")
         if self.reconstruct_weight > 0:
             parts["decoder"] = build_decoder(shape)
         parts["projector"] = projector(shape.width)
@@ -106,10 +110,10 @@ class DAAE(Objective):
         from model.vit import patch_mean
 
         holed, small = views["holed"], views["small"]
-        assert holed.hidden is not None
         code, seen_small = self._encode(net, holed, small)
         terms, feature = {}, patch_mean(code)
         if self.reconstruct_weight > 0:
+            assert holed.hidden is not None
             hidden = scored_patches(holed.hidden, self.decoded_share)
             predicted, tokens = net.parts["decoder"](code, holed, hidden)
             terms["reconstruct"] = self.reconstruct_weight * repaint_loss(predicted, holed, hidden, self.norm_pix)

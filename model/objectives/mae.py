@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from model.objectives.base import Objective, Outcome
 from model.shape import Shape, decoder_macs, encoder_macs
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,14 @@ def decoded_count(shape: Shape, mask_ratio: float, share: float) -> tuple[int, i
     return kept, max(1, round(share * (shape.patches - kept)))
 
 
+def check_shares(mask_ratio: float, decoded_share: float) -> None:
+    """Raises UsageError where nothing would be hidden, seen or decoded."""
+    if not 0 < mask_ratio < 1:
+        raise UsageError(f"--method.mask-ratio {mask_ratio:g}: lies between 0 and 1, MAE's is 0.75.")
+    if not 0 < decoded_share <= 1:
+        raise UsageError(f"--method.decoded-share {decoded_share:g}: a share above 0, at most 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MAE(Objective):
     """Encode a quarter of the patches, predict the pixels of the others with a light decoder."""
@@ -51,6 +60,9 @@ class MAE(Objective):
     """Strength of brightness, contrast, saturation and hue changes; MAE uses none."""
     gray: float = 0.0
     """Probability of grayscale; MAE uses none."""
+
+    def check(self, batch: int, images: int | None = None) -> None:
+        check_shares(self.mask_ratio, self.decoded_share)
 
     def views(self, shape: Shape) -> dict[str, View]:
         from pipeline.sampling import View
