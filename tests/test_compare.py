@@ -354,6 +354,14 @@ def test_seconds_become_steps_once_and_together(store_path, tmp_path):
         assert joined["mae-tiny"]["seconds_per_step"] == 2000.0
         assert 500 < joined["daae-tiny"]["seconds_per_step"] < 20_000
         assert not (plan.out / ".pace.json").exists()
+        # Before a further seed all are measured once more; what seconds are divided by stays.
+        assert compare.measured_paces(plan, stop, times=2, quiet=True) == {
+            arm: each["seconds_per_step"] for arm, each in joined.items()
+        }
+        again = json.loads((plan.out / "pace.json").read_text())
+        assert {arm: len(each["measured"]) for arm, each in again.items()} == {"mae-tiny": 3, "daae-tiny": 2}
+        assert again["daae-tiny"]["measured"][0] == joined["daae-tiny"]["seconds_per_step"]
+        assert again["daae-tiny"]["measured"][1] < 1
     for pace, steps in ((4 / 7.4, "7"), (100.0, "1")):
         words = plan.pretrain_words(Cell("mae-tiny", 0), pace)
         assert words[words.index("--seconds") :][:4] == ["--seconds", "4", "--steps", steps]

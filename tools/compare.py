@@ -33,6 +33,7 @@ from tools.records import (
     Study,
     cell_of,
     deciding,
+    measured,
     read_lines,
     read_object,
     read_run,
@@ -48,6 +49,7 @@ from tools.verdict import (
     seconds_words,
     target_words,
     verdict,
+    warnings,
 )
 from train.command import parse, read_yaml, run
 from train.config import as_values, flat
@@ -104,8 +106,8 @@ def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> lis
     diverged: list[Cell] = []
     if finished >= set(plan.order()):
         return diverged
-    paces = measured_paces(plan, stop, quiet=flags.quiet)
     for waiting in rounds(plan, finished):
+        paces = measured_paces(plan, stop, times=1 + plan.seeds.index(waiting[0].seed), quiet=flags.quiet)
         for cell in take_turns(plan, waiting, paces, stop, diverged, quiet=flags.quiet):
             record = make_record(plan, cell)
             check_bench(record, records)
@@ -114,18 +116,19 @@ def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> lis
     return diverged
 
 
-def measured_paces(plan: Plan, stop: Stop, *, quiet: bool) -> dict[str, float]:
+def measured_paces(plan: Plan, stop: Stop, *, times: int = 1, quiet: bool) -> dict[str, float]:
     """arm -> seconds of a step, which its seconds are divided by, for every arm whose budget is seconds.
 
     All are measured in one go, in turns, so that the machine's mood cannot favour one. An arm that joins later is
-    measured together with an earlier one, and gets that one's pace times the ratio of the two.
+    measured together with an earlier one, and gets that one's pace times the ratio of the two. Seconds are divided by
+    what was measured first; until all were measured so many `times` they are measured again, for the record alone.
     """
     wishes = {arm: plan.wish(arm) for arm in plan.arms}
     wishes = {arm: wish for arm, wish in wishes.items() if wish.budget.seconds is not None}
     keys = {arm: digest(unhurried(flat(as_values(wish)))) for arm, wish in wishes.items()}
     known = read_object(plan.out / PACE)
     known = {arm: known[arm] for arm, key in keys.items() if known.get(arm, {}).get("digest") == key}
-    if known.keys() < wishes.keys():
+    if known.keys() < wishes.keys() or any(len(measured(each)) < times for each in known.values()):
         if not quiet:
             print(f"measuring a step of {', '.join(wishes)}, in turns", file=sys.stderr, flush=True)
         question = plan.out / f".{PACE}"
@@ -134,8 +137,12 @@ def measured_paces(plan: Plan, stop: Stop, *, quiet: bool) -> dict[str, float]:
         now = read_object(question)["seconds_per_step"]
         question.unlink()
         scale = next((each["seconds_per_step"] / now[arm] for arm, each in known.items()), 1.0)
-        new = {arm: {"digest": keys[arm], "seconds_per_step": now[arm] * scale} for arm in wishes if arm not in known}
-        known |= new
+        for arm, key in keys.items():
+            if arm in known:
+                known[arm] = {**known[arm], "measured": [*measured(known[arm]), now[arm]]}
+            else:
+                first = now[arm] * scale
+                known[arm] = {"digest": key, "seconds_per_step": first, "measured": [first]}
         write_whole(plan.out / PACE, json.dumps({**read_object(plan.out / PACE), **known}, indent=1))
     return {arm: known[arm]["seconds_per_step"] for arm in wishes}
 
@@ -158,8 +165,8 @@ def take_turns(
 ) -> Iterator[Cell]:
     """Train runs side by side, each to its next score and then the next one. Yields who has finished.
 
-    A slow hour of the machine is then an hour of every arm. A run whose numbers fail goes to `diverged`, and the others
-    go on: hours of theirs are not lost by it.
+    A slow hour of the machine is then an hour of every arm, where runs are scored on their way. A run whose numbers
+    fail goes to `diverged`, and the others go on: hours of theirs are not lost by it.
     """
     places = {cell: place for place, cell in enumerate(plan.order(), 1)}
     while waiting:
@@ -235,7 +242,7 @@ def differs(plan: Plan, arm: str) -> dict[str, Any]:
 
 def summary(study: Study) -> dict[str, dict]:
     """What --json prints of each arm; scores are shares of 1."""
-    contrasts, rows = study.contrasts(), {}
+    contrasts, paced, rows = study.contrasts(), study.paced_contrasts(), {}
     for group in study.groups:
         done = group.finished
         baselines = {name: baseline_score(done, name) for name in BASELINES}
@@ -250,16 +257,15 @@ def summary(study: Study) -> dict[str, dict]:
             "leading": [None if trial.final is None else trial.final["value"] for trial in done],
             **{name: None if score is None else score.mean for name, score in baselines.items()},
             "against_baseline": _plain(contrasts[group.arm]) if group.arm in contrasts else None,
+            "at_measured_pace": _plain(paced[group.arm]) if group.arm in paced else None,
         }
     return rows
 
 
 def _plain(versus: Contrast) -> dict:
-    bound = versus.bound
     return {
         "difference": None if versus.difference is None else dataclasses.asdict(versus.difference),
         "time_ratio": None if versus.ratio is None else dataclasses.asdict(versus.ratio),
-        "time_ratio_bound": None if bound is None else {"is": bound.words.strip(), "number": bound.number},
         "epochs_factor": versus.epochs,
         "seconds_per_epoch_factor": versus.seconds_per_epoch,
         "target_never_reached": versus.never,
@@ -315,6 +321,8 @@ def show(study: Study) -> None:
     print("± is between seeds: standard deviation; with one seed, and for pixels, the test set's standard error.")
     answer = verdict(study)
     print(f"{answer.sentence} {answer.meaning}")
+    for each in warnings(study):
+        print(f"Before you believe it: {each}")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -3,7 +3,7 @@
     OUT of `daae compare`:  experiment.yaml   arms, data, budget, seeds, target: `daae compare --experiment` takes it
                             arms/NAME.yaml    settings of an arm that its preset does not have
                             runs/NAME-seedK/  a run folder each
-                            pace.json         seconds of a step of each arm, measured in turns
+                            pace.json         seconds of a step of each arm, measured in turns before each seed
                             records.jsonl     one object per finished run
 
 Everything here tolerates what is missing: a run that has just begun has neither scores nor pictures.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,6 +72,7 @@ class Trial:
     evaluations: list[dict]
     evaluation: dict | None  # evaluation.json
     gallery: Path | None
+    pace: float | None = None  # seconds of a step of its arm, measured in turns with the other arms
 
     @property
     def arm(self) -> str:
@@ -149,6 +151,15 @@ class Trial:
     def rate(self) -> float | None:
         """Images per second, the first 50 steps left out where the run is long enough."""
         return steady_rate(self.metrics)
+
+    def at_pace(self) -> Trial:
+        """The same run as if each of its steps had taken what one takes in turns with the other arms'."""
+        assert self.pace is not None
+
+        def timed(rows: list[dict]) -> list[dict]:
+            return [{**row, "train_seconds": row["step"] * self.pace} for row in rows]
+
+        return replace(self, metrics=timed(self.metrics), evaluations=timed(self.evaluations))
 
     @property
     def outcome(self) -> Outcome:
@@ -240,6 +251,16 @@ class Study:
             if each.seeds:
                 found[group.arm] = each
         return found
+
+    def paced_contrasts(self) -> dict[str, Contrast]:
+        """As contrasts(), by a clock that no slow hour of the machine touches: every step takes what it takes in turns
+        with the other arms' steps. Empty where some arm's pace is not known."""
+        if any(trial.pace is None for trial in self.trials if trial.done):
+            return {}
+        groups = [Group(each.arm, [t.at_pace() for t in each.trials if t.done]) for each in self.groups]
+        return replace(
+            self, groups=[group for group in groups if group.trials or group.arm == self.base.arm]
+        ).contrasts()
 
     @property
     def missing(self) -> list[Cell]:
@@ -358,6 +379,7 @@ def read_comparison(folder: Path) -> tuple[list[Trial], dict]:
     """Every run of a comparison, finished or not, and its experiment."""
     experiment = read_yaml(folder / EXPERIMENT) if (folder / EXPERIMENT).exists() else {}
     records = {cell_of(record): record for record in read_lines(folder / RECORDS)}
+    paces = {arm: statistics.median(measured(each)) for arm, each in read_object(folder / PACE).items()}
     trials = []
     for cell, record in records.items():
         where = folder / RUNS / cell.folder
@@ -366,7 +388,12 @@ def read_comparison(folder: Path) -> tuple[list[Trial], dict]:
         where = folder / RUNS / cell.folder
         if cell not in records and (where / CONFIG).exists():
             trials.append(read_run(where, cell))
-    return trials, experiment
+    return [replace(trial, pace=paces.get(trial.arm)) for trial in trials], experiment
+
+
+def measured(pace: Mapping[str, Any]) -> list[float]:
+    """Seconds of a step in an entry of pace.json: at the start, and before each further seed."""
+    return pace.get("measured") or [pace["seconds_per_step"]]  # older ones were measured once
 
 
 def cell_of(record: Mapping[str, Any]) -> Cell:

@@ -154,14 +154,14 @@ def _tiles(study: Study) -> str:
         spread = _range(gap.low, gap.high, points) or "one seed, no interval"
         tiles.append((points(gap.mean), "points at the end of training", spread))
     if study.targeted and each.pairs:
-        if each.ratio is not None:
-            spread = _range(each.ratio.low, each.ratio.high, "{:.2f}".format) or "one seed, no interval"
-            tiles.append((f"{each.ratio.mean:.2f}x", "as fast to the target score", spread))
+        ratio = each.ratio
+        if ratio is None:
+            tiles.append(("–", "as fast to the target score", "seeds are bounds both ways"))
         else:
-            sign = ">" if each.bound is not None and each.bound.low else "≤"
-            number = "–" if each.bound is None else f"{sign} {each.bound.number:.2f}x"
-            why = "target not reached" if each.never else "a bound only"
-            tiles.append((number, "as fast to the target score", why))
+            sign = {"": "", "at least": "≥ ", "at most": "≤ "}[ratio.side]
+            spread = _range(ratio.low, ratio.high, "{:.2f}".format)
+            spread = spread or ("one seed, no interval" if ratio.count == 1 else f"95 %: {ratio_words(each)}")
+            tiles.append((f"{sign}{ratio.mean:.2f}x", "as fast to the target score", spread))
     if each.epochs is not None:
         tiles.append((f"{each.epochs:.2f}x", "epochs factor", "what the method saves"))
     if each.pace is not None:
@@ -373,23 +373,30 @@ def _speed(study: Study, colours: dict[str, str]) -> str:
 
 
 def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, str]) -> str:
-    rows = [[_chip(study.base.arm, colours), target_words(study, study.base.arm) or "–", "1", "1", "1", "1"]]
+    rows = [[_chip(study.base.arm, colours), target_words(study, study.base.arm) or "–", "1", "1", "1", "1", "1"]]
+    paced = study.paced_contrasts()
     for arm, each in contrasts.items():
         rows.append([
             _chip(arm, colours), escape(target_words(study, arm) or "–"),
             escape(ratio_words(each)) if study.targeted and each.pairs else "–",
+            escape(ratio_words(paced[arm])) if study.targeted and arm in paced and paced[arm].pairs else "–",
             "–" if each.epochs is None else f"{each.epochs:.2f}",
             "–" if each.seconds_per_epoch is None else f"{each.seconds_per_epoch:.2f}",
             "–" if each.pace is None else f"{each.pace:.2f}",
         ])  # fmt: skip
-    headings = ["arm", "time to target", "times as fast", "= epochs", "× seconds per epoch", "s/epoch, whole run"]
+    headings = [
+        "arm", "time to target", "times as fast", "at measured pace", "epochs", "× seconds per epoch",
+        "s/epoch, whole run",
+    ]  # fmt: skip
     head = f"<p>Target: {escape(target_name(study))}" + (", seed by seed" if study.target is None else "") + ". "
     return (
         (head if study.targeted else "<p>No target was asked for. ")
         + "Every factor is baseline over arm: above 1 the arm needs less. <em>Epochs</em> is what the method saves, "
         "<em>seconds per epoch</em> what a pass costs on the same loader, machine, precision and batch; their product "
-        "is the ratio. Times lie between two scores, linear in the logarithm of the seconds. Brackets: 95 % interval "
-        f"of the paired log ratios (Student's t). {_how_scored(study)}</p>"
+        "is the ratio by the clock. <em>At measured pace</em> every step takes what it takes in turns with the other "
+        "arms' steps, measured before each seed: no slow hour of the machine is in it. Times lie between two scores, "
+        "linear in the logarithm of the seconds. Brackets: 95 % interval of the paired log ratios (Student's t); where "
+        f"some seeds are bounds, the end that bounds leave. {_how_scored(study)}</p>"
         + table(headings, rows)
         + _by_seed(contrasts)
     )

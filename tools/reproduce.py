@@ -11,7 +11,7 @@ from tools.children import Stop
 from tools.commands import DATA_SETS, PATIENCE_SECONDS, Commands
 from tools.compare import summary
 from tools.records import read_study
-from tools.verdict import verdict
+from tools.verdict import verdict, warnings
 from train.command import parse, run
 
 NAME = "emoji"
@@ -48,9 +48,10 @@ def main(argv: list[str]) -> int:
     found = read_study([study])
     answer = verdict(found)
     if flags.json:
-        print(json.dumps({"report": str(page), **asdict(answer), "arms": summary(found)}))
+        facts = {**asdict(answer), "warnings": warnings(found), "arms": summary(found)}
+        print(json.dumps({"report": str(page), **facts}))
     else:
-        print(f"{answer.sentence} {answer.meaning}\nThe report is {page}.")
+        print("\n".join([f"{answer.sentence} {answer.meaning}", *warnings(found), f"The report is {page}."]))
     return 0
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import DataError
 from pipeline.staging import write_whole
 from tools.compare import HEADINGS, rows
 from tools.records import RECORDS, read_study
-from tools.verdict import leading_name, verdict
+from tools.verdict import leading_name, verdict, warnings
 from train.command import parse, run
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,8 @@ def markdown(folder: Path) -> str:
     lines = [f"{leading_name(study)}, %:", "", _row(HEADINGS), _row(["---", *["---:"] * (len(HEADINGS) - 1)])]
     lines += [_row([f"`{cells[0].strip()}`" if own else cells[0].strip(), *cells[1:]]) for own, cells in rows(study)]
     answer = verdict(study)
-    return "\n".join([*lines, "", f"{answer.sentence} {answer.meaning}", ""])
+    caveats = [f"- {each}" for each in warnings(study)]
+    return "\n".join([*lines, "", f"{answer.sentence} {answer.meaning}", "", *caveats, *[""] * bool(caveats)])
 
 
 def _row(cells: Iterable[str]) -> str:
