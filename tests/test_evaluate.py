@@ -308,6 +308,8 @@ def test_what_cannot_be_scored_is_refused(run_path, store_path, unlabelled_path,
         evaluate.main([str(run_path), "--label", "colour"])
     with pytest.raises(UsageError, match="is the training set itself"):
         evaluate.main([str(run_path), "--tests", str(store_path)])
+    with pytest.raises(UsageError, match="two stores are called val, and scores go by that name"):
+        evaluate.main([str(run_path), "--tests", "a/val", "b/val"])
     with pytest.raises(UsageError, match="--label-share wants shares"):
         evaluate.main([str(run_path), "--label-share", "0"])
     with pytest.raises(UsageError, match="--neighbours wants numbers"):

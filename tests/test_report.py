@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipeline.errors import UsageError
 from tests.study_folders import write_run
 from tools import report
 from tools.records import Cell, read_study
-from tools.verdict import Score, baseline_score, verdict
+from tools.verdict import Score, baseline_score, verdict, warnings
 
 MAE = ((50, 0.28), (100, 0.31), (200, 0.34))
 DAAE = ((50, 0.31), (100, 0.34), (200, 0.37))
@@ -82,7 +83,7 @@ def test_one_seed_gives_a_ratio_and_refuses_an_interval(pair, capsys):
     page, said, _ = page_of(pair, capsys)
     assert said["verdict"] == (
         "After 200 s of training each, daae-tiny scores 37.0 ± 1.0 % and mae-tiny 34.0 ± 1.0 % (+3.0 points); "
-        "daae-tiny reaches mae-tiny's final score of 34.0 ± 1.0 % 2.00 times as fast, from one seed and so without an "
+        "daae-tiny reaches mae-tiny's final score of 34.0 ± 1.0 % 2.00 times as fast, from one seed and without an "
         "interval."
     )
     assert said["tone"] == "open"
@@ -101,11 +102,14 @@ def test_three_seeds_give_an_interval(tmp_path, capsys):
         curve = [(at, value + shift) for at, value in DAAE]
         folders.append(write_run(tmp_path / f"daae{seed}", preset="daae-tiny", seed=seed, rate=480.0, curve=curve))
     page, said, html = page_of(folders, capsys)
-    found = re.search(r"([\d.]+) times as fast \(95 % interval ([\d.]+) to ([\d.]+), 3 seeds\)", said["verdict"])
+    found = re.search(
+        r"([\d.]+) times as fast \(95 % interval ([\d.]+) to ([\d.]+); 2.05 or more in (\d) of 3 seeds\)",
+        said["verdict"],
+    )
     assert found is not None
-    mean, low, high = map(float, found.groups())
+    mean, low, high = map(float, found.groups()[:3])
     assert 1 < low < mean < high
-    assert said["tone"] == "good"
+    assert said["tone"] == ("good" if low > 1.5 and mean >= 2.05 else "open" if high >= 2.05 else "bad")
     scores = html[html.index("Score against") : html.index("What the speed")]
     marks = [chunk for chunk in scores.split("<g ") if "line2d" in chunk and "stroke: #" in chunk]
     assert sum("stroke-width: 2" in mark for mark in marks) == 6  # a line for each run
@@ -209,11 +213,109 @@ def test_a_target_never_reached_is_shown_as_such(tmp_path, capsys):
     ]
     page, said, _ = page_of(folders, capsys)
     assert (
-        "daae-tiny did not reach mae-tiny's final score of 37.0 ± 1.0 %: at most 1.00 times as fast" in said["verdict"]
+        "daae-tiny reaches mae-tiny's final score of 37.0 ± 1.0 % at most 1.00 times as fast, from one seed and "
+        "without an interval, since daae-tiny did not get there." in said["verdict"]
     )
     assert "not reached in 200 s" in page.text
     assert "≤ 1.00x" in page.text
-    assert "2.05x is not shown here" in said["meaning"]
+
+
+def raced(folder: Path, ratios: Sequence[float], **settings) -> list[Path]:
+    """A pair of runs of each ratio: MAE is at 34 % after its 200 s, DAAE after 200 s over the ratio."""
+    found = []
+    for seed, ratio in enumerate(ratios):
+        at = 200 / ratio
+        found.append(write_run(folder / f"mae{seed}", seed=seed, curve=MAE, gallery=None))
+        curve = ((at / 2, 0.32), (at, 0.34), (400.0, 0.36))
+        found.append(
+            write_run(
+                folder / f"daae{seed}",
+                preset="daae-tiny",
+                seed=seed,
+                seconds=400.0,
+                curve=curve,
+                gallery=None,
+                **settings,
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ratios", "tone", "meaning"),
+    [
+        (
+            (2.2, 2.4, 2.3),
+            "good",
+            "The claim of 2.05x holds on these images and at this size: the ratio is no less, and",
+        ),
+        ((2.0, 2.1, 2.2), "good", "The claim of 2.05x holds"),  # 2.10, from 1.86
+        (
+            (1.2, 1.3, 1.4),
+            "bad",
+            "does not hold on these images and at this size: it lies above the interval. Faster bey",
+        ),
+        ((0.7, 0.75, 0.72), "bad", "it lies above the interval. Slower beyond chance."),
+        ((0.9, 1.0, 1.1), "bad", "it lies above the interval. No gain in speed can be told from chance."),
+        ((1.5, 2.5, 3.5), "open", "cannot be told: it lies inside the interval. No gain in speed"),
+        ((1.7, 2.0, 2.2), "open", "cannot be told: it lies inside the interval. Faster beyond chance."),
+        ((2.3,), "open", "One seed cannot tell a gain from chance, nor whether 2.05x is real"),
+    ],
+)
+def test_the_claim_is_answered_by_the_rule_set_beforehand(tmp_path, ratios, tone, meaning):
+    found = verdict(read_study(raced(tmp_path, ratios)))
+    assert (found.tone, meaning in found.meaning) == (tone, True), found
+
+
+def test_arms_that_are_there_at_once_or_never_leave_one_end(tmp_path):
+    early, never = tmp_path / "early", tmp_path / "never"
+    folders = []
+    for seed in range(3):
+        folders.append(write_run(early / f"mae{seed}", seed=seed, curve=MAE, gallery=None))
+        curve = ((40 + seed, 0.35), (200, 0.37))
+        folders.append(write_run(early / f"d{seed}", preset="daae-tiny", seed=seed, curve=curve, gallery=None))
+    found = verdict(read_study(folders))
+    assert "at least 4.88 times as fast (95 % interval from 4.59; 2.05 or more in 3 of 3 seeds), since daae-tiny was there by its first score in 3 of 3 seeds" in found.sentence  # fmt: skip  # noqa: E501
+    assert found.tone == "good"
+    folders = []
+    for seed in range(3):
+        folders.append(write_run(never / f"mae{seed}", seed=seed, curve=MAE, gallery=None))
+        curve = ((50, 0.30), (200, 0.335))
+        folders.append(write_run(never / f"d{seed}", preset="daae-tiny", seed=seed, curve=curve, gallery=None))
+    found = verdict(read_study(folders))
+    assert "at most 1.00 times as fast (95 % interval up to 1.00; 2.05 or more in 0 of 3 seeds), since daae-tiny did not get there in 3 of 3 seeds" in found.sentence  # fmt: skip  # noqa: E501
+    assert found.tone == "bad"
+
+
+def test_failed_runs_and_missing_baselines_keep_a_claim_open(tmp_path):
+    folders = raced(tmp_path / "a", (2.2, 2.4, 2.3))
+    how = {"preset": "daae-tiny", "seconds": 400.0, "gallery": None}
+    failed = write_run(tmp_path / "a" / "failed", seed=3, state="failed", **how)
+    study = read_study([*folders, failed])
+    found = verdict(study)
+    assert found.tone == "open"
+    assert "One run failed, and what is left of their arms and seeds was not chosen." in found.meaning
+    assert any(line.startswith("daae-tiny seed 3 failed: means are over the seeds") for line in warnings(study))
+    found = verdict(read_study(raced(tmp_path / "b", (2.2, 2.4, 2.3), baselines=None)))
+    assert found.tone == "open"
+    assert "An arm was scored without its baselines." in found.meaning
+
+
+def test_no_other_arm_stands_in_for_one_that_failed(tmp_path):
+    folders = raced(tmp_path, (2.2,))
+    folders[1] = write_run(tmp_path / "failed", preset="daae-tiny", curve=DAAE, state="failed", gallery=None)
+    folders.append(write_run(tmp_path / "other", preset="contrast-tiny", curve=DAAE, gallery=None))
+    found = verdict(read_study(folders))
+    assert "daae-tiny has finished no seed that mae-tiny has" in found.meaning
+
+
+def test_runs_of_different_code_or_torch_are_said(tmp_path):
+    folders = raced(tmp_path, (2.2,))
+    env = json.loads((folders[1] / "env.json").read_text())
+    (folders[1] / "env.json").write_text(json.dumps({**env, "code": "ffff+changes", "versions": {"torch": "2.11.0"}}))
+    said = warnings(read_study(folders))
+    assert any("code that differs or was never committed (0123456789ab and ffff+changes)" in line for line in said)
+    assert any("different versions of torch (2.11.0 and 2.15.0)" in line for line in said)
 
 
 def test_different_seconds_are_said(tmp_path, capsys):
@@ -369,6 +471,21 @@ def test_runs_of_several_lengths_count_at_their_own_ends(tmp_path, capsys):
     assert [pair.arm.seconds.low for pair in contrast.pairs] == pytest.approx([50 * 2**0.5] * 2)
     assert contrast.ratio is not None
     assert contrast.ratio.mean == pytest.approx(4 / 2**0.5)
+    # Both take 0.2 s a step by the clock; measured in turns a step of DAAE takes 1.5 times as long as MAE's.
+    assert study.paced_contrasts() == {}
+    paces = {"mae": [0.2, 0.1, 0.3], "daae": [0.3, 0.3, 0.9]}
+    (tmp_path / "pace.json").write_text(
+        json.dumps({arm: {"digest": "", "seconds_per_step": each[0], "measured": each} for arm, each in paces.items()})
+    )
+    study = read_study([tmp_path])
+    paced = study.paced_contrasts()["daae"]
+    assert paced.ratio is not None
+    assert paced.ratio.mean == pytest.approx(4 / 2**0.5 / 1.5)
+    assert paced.epochs == pytest.approx(contrast.epochs)
+    assert paced.seconds_per_epoch == pytest.approx(1 / 1.5)
+    assert any("2.83 (2.83 to 2.83) times as fast by the clock and 1.89 (1.89" in line for line in warnings(study))
+    assert verdict(study).tone == "bad"  # by the lesser of the two
+    assert "with steps at the pace measured in turns that is 1.89 (1.89 to 1.89)" in verdict(study).sentence
     page, said, _ = page_of([tmp_path], capsys)
     assert "daae reaches mae's final score of 34.1 ± 0.1 % 2.83 times as fast" in said["verdict"]
     assert "each point is a run of its own" in page.text

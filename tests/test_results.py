@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,5 +40,7 @@ def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path
     assert "| `daae-tiny` | 0 | 200 s | 640 | 2 | 36.0 ± 1.0 | 100 s | 2.00 (one seed) |" in page
     assert "| untrained encoder |  |  |  |  | 24.0 ± 1.0 |  |  |" in page
     assert results.filled(page) == page
+    shutil.rmtree(kept / "runs")  # a record alone gives the same table
+    assert results.filled(before) == page
     with pytest.raises(DataError, match="nowhere holds no comparison"):
         results.filled(before.replace("pair", "nowhere"))

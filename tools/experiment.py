@@ -20,7 +20,7 @@ from pipeline.limits import affinity
 from tools.records import ARMS, RUNS, UNITS, Cell, cells, target_score
 from train.command import coerce, nearest, plain, read_yaml
 from train.config import Budget, Run, as_values, flat, with_values
-from train.exam import check_apart
+from train.exam import apart, check_apart
 from train.presets import PRESETS, open_preset
 
 EVALUATIONS = 6
@@ -190,7 +190,7 @@ def make_plan(flags: Compare) -> Plan:
     common = {**values["settings"], **_pairs(flags.settings)}
     if flags.device is not None:
         common["device"] = flags.device
-    store, stores = Store.open(data), {path: Store.open(path) for path in tests}
+    store, stores = Store.open(data), {path: Store.open(path) for path in apart(tests)}
     for each in [store, *stores.values()]:
         if label is not None:
             each.label(label)

@@ -72,7 +72,7 @@ class Exam:
         from pipeline.sampling import uniform
         from pipeline.store import Store
 
-        bank, stores = Store.open(data), {path.name: Store.open(path) for path in tests}
+        bank, stores = Store.open(data), {path.name: Store.open(path) for path in apart(tests)}
         for store in (bank, *stores.values()):
             store.check_real("evaluation")
         if not bank.columns:
@@ -356,6 +356,15 @@ def _pooled(parts: Sequence[dict]) -> dict:
     count = sum(part["count"] for part in parts)
     value = sum(part["value"] * part["count"] for part in parts) / count
     return {**parts[0], "value": value, "standard_error": math.sqrt(value * (1 - value) / count), "count": count}
+
+
+def apart(tests: Sequence[Path]) -> Sequence[Path]:
+    """Test stores go by the names of their folders. Raises UsageError where two share one."""
+    names = [path.name for path in tests]
+    for path in tests:
+        if names.count(path.name) > 1:
+            raise UsageError(f"--tests: two stores are called {path.name}, and scores go by that name. Rename one.")
+    return tests
 
 
 def mean_score(parts: list[dict]) -> dict:
