@@ -14,10 +14,11 @@ from tools.commands import Commands
 from tools.experiment import Compare, make_plan
 from train.command import parse
 
-OWN_IMAGES = ("standard", "quick", "small-view", "slides-ablations")
+# emoji names stores of its own, and what adainf needs is made by another command: both are tested where they are used.
+ANY_IMAGES = sorted({path.stem for path in reproduce.EXPERIMENTS.glob("*.yaml")} - {"emoji", "adainf"})
 
 
-@pytest.mark.parametrize("name", OWN_IMAGES)
+@pytest.mark.parametrize("name", ANY_IMAGES)
 def test_declared_experiments_are_ones_that_can_be_run(name, store_path, tmp_path):
     file = str(reproduce.EXPERIMENTS / f"{name}.yaml")
     words = ["--experiment", file, "--data", str(store_path), "--label", "class", "--out", str(tmp_path / "out")]

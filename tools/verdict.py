@@ -13,6 +13,7 @@ from tools.records import Group, Study, Trial
 SAME_SECONDS = 0.05  # two arms trained for the same time if their seconds differ by less than this share
 CLAIM = 2.05  # the slides' ratio on ImageNet-1K, asked about and never ours
 SURELY = 1.5  # the claim holds here if the ratio is CLAIM or more and its interval stays above this: set beforehand
+NAMED = 6  # runs that are missing, by name; of more the number is told
 QUIET = 0.1  # the share by which a ratio by the clock may differ from the one at the pace measured in turns
 BASELINES = {"pixels": "raw 32 px pixels", "untrained": "untrained encoder"}
 
@@ -391,8 +392,9 @@ def missing(study: Study) -> list[str]:
         elif trial.folder is None:
             found.append(f"{trial.name}: its run folder is gone, so there is no loss curve and no picture.")
     if study.missing:
-        names = listed([cell.words for cell in study.missing])
-        found.append(f"Not started yet: {names}. The same `daae compare` goes on.")
+        names = [cell.words for cell in study.missing[:NAMED]]
+        names += [f"{len(study.missing) - NAMED} more"] if len(study.missing) > NAMED else []
+        found.append(f"Not started yet: {listed(names)}. The same `daae compare` goes on.")
     finished = [trial for trial in study.trials if trial.done]
     if finished and all(trial.final is None for trial in finished):
         found.append(
