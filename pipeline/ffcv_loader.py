@@ -20,9 +20,11 @@ from pipeline.store import Store
 class FFCVSource(JpegSource):
     """The pictures of a .beton, which the converter has filled with the JPEGs of the shards, byte for byte."""
 
-    def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int):
+    def __init__(
+        self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int, ahead: int
+    ):
         files = [(part.beton, part.count) for part in store.parts if part.beton is not None]
         offsets = np.concatenate([picture_offsets(path, count) for path, count in files])
         which = np.repeat(np.arange(len(files)), [count for _, count in files])
         jpegs = StoredJpegs(store, [path for path, _ in files], which, offsets)
-        super().__init__(jpegs, views, device=device, workers=workers)
+        super().__init__(jpegs, views, device=device, workers=workers, ahead=ahead)

@@ -5,6 +5,9 @@ A batch is one call into the decoder, which reads, checks, decodes and crops eve
 
 from __future__ import annotations
 
+import math
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,12 +22,46 @@ from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 
 
+class Blocks:
+    """Host memory that is used again once nobody refers to it: pages new from the kernel cost more than small crops do.
+
+    Whatever shows a part of a block, array or tensor, refers to it. Such references may go at any time in any thread,
+    and new ones come from old ones alone: a block that nobody but the pool refers to stays unused until it is taken.
+    """
+
+    def __init__(self, most: int):
+        self.most = most  # blocks that are kept; whoever holds on to more has the others to himself
+        self._kept: list[np.ndarray] = []
+        self._lock = threading.Lock()  # two that take at once must not find the same block
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Of uint8, not initialised."""
+        size = math.prod(shape)
+        with self._lock:
+            for block, count in zip(self._kept, _references(self._kept), strict=True):
+                if block.size == size and count == UNUSED:
+                    return block.reshape(shape)
+            block = np.empty(size, np.uint8)
+            if len(self._kept) < self.most:
+                self._kept.append(block)
+            return block.reshape(shape)
+
+
+def _references(blocks: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(block) for block in blocks]
+
+
+UNUSED = _references([np.empty(0, np.uint8)])[0]  # what is counted of a block that is in a list and nowhere else
+
+
 class JpegSource:
     """Crops of every view from the JPEGs of an address book."""
 
-    def __init__(self, jpegs: StoredJpegs, views: dict[str, View], *, device: torch.device, workers: int):
+    def __init__(self, jpegs: StoredJpegs, views: dict[str, View], *, device: torch.device, workers: int, ahead: int):
         self.jpegs, self.device = jpegs, device
         self.sides = {name: view.side for name, view in views.items()}
+        # Of each view `ahead` wait, one is filled, and the caller has one and the one before it.
+        self.blocks = {name: Blocks(ahead + 3) for name in views}
         self.decoder = open_decoder(workers)
         self._asked: np.ndarray | None = None  # the ids that the decoder is at
 
@@ -49,10 +86,10 @@ class JpegSource:
 
     def room(self, count: int) -> dict[str, Tensor]:
         """Memory on the host for the crops of a batch: page-locked where it is to leave for a GPU meanwhile."""
-        return {
-            name: torch.empty(count, side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-            for name, side in self.sides.items()
-        }
+        shapes = {name: (count, side, side, 3) for name, side in self.sides.items()}
+        if self.device.type == "cuda":
+            return {name: torch.empty(shape, dtype=torch.uint8, pin_memory=True) for name, shape in shapes.items()}
+        return {name: torch.from_numpy(self.blocks[name].take(shape)) for name, shape in shapes.items()}
 
     def doing(self) -> str:
         ids = self._asked
@@ -75,5 +112,7 @@ def send(images: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 class ShardSource(JpegSource):
     """WebDataset shards, at any place in any order."""
 
-    def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int):
-        super().__init__(StoredJpegs.in_shards(store), views, device=device, workers=workers)
+    def __init__(
+        self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int, ahead: int
+    ):
+        super().__init__(StoredJpegs.in_shards(store), views, device=device, workers=workers, ahead=ahead)

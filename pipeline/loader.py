@@ -111,9 +111,9 @@ class Loader:
 
     def where(self, epoch: int, ids: np.ndarray) -> dict[str, Geometry]:
         """Boxes and flips of every view of these samples in this epoch."""
-        cuts = dict.fromkeys(view.same_crop_as or name for name, view in self.views.items())
-        sizes = self.sizes[ids]
-        drawn = {name: sampling.geometry(self.views[name], name, self.seed, epoch, ids, sizes) for name in cuts}
+        cuts = {view.same_crop_as or name for name, view in self.views.items()}
+        cut = {name: view for name, view in self.views.items() if name in cuts}
+        drawn = sampling.geometries(cut, self.seed, epoch, ids, self.sizes[ids])
         return {name: drawn[view.same_crop_as or name] for name, view in self.views.items()}
 
     def _make(self, epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
@@ -250,10 +250,11 @@ def open_loader(
     device = torch.device(device)
     if backend == "auto":
         backend = choose_backend(store, device)
-    options = {"hw_decoder_load": hw_decoder_load} if backend == "dali" else {}
+    of_jpegs = {"ahead": ahead}
+    options = {"ffcv": of_jpegs, "shards": of_jpegs, "dali": {"hw_decoder_load": hw_decoder_load}, "resident": {}}
     threads = decoding_threads(workers, device, ranks_here)
     source = _source_class(store, backend)(
-        store, views, device=device, workers=threads, batch=batch // ranks, **options
+        store, views, device=device, workers=threads, batch=batch // ranks, **options[backend]
     )
     return Loader(
         store, source, views, batch=batch, seed=seed, device=device, label=label, shuffle=shuffle,

@@ -71,8 +71,18 @@ def uniform(seed: int, epoch: int, purpose: str, ids: np.ndarray, count: int, fi
 
     first: where in the row's endless stream the count begins.
     """
+    return _numbers(_rows(np.array(key(seed, epoch, purpose), np.uint64), ids), count, first)
+
+
+def _rows(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """uint64, of the shape that keys and ids make together: the beginning of each one's endless stream."""
     with np.errstate(over="ignore"):
-        rows = mix(np.uint64(key(seed, epoch, purpose)) + np.asarray(ids, np.uint64) * np.uint64(GOLDEN))
+        return mix(keys + np.asarray(ids, np.uint64) * np.uint64(GOLDEN))
+
+
+def _numbers(rows: np.ndarray, count: int, first: int = 0) -> np.ndarray:
+    """(B, count) float64 in [0, 1) from the streams of B rows."""
+    with np.errstate(over="ignore"):
         place = np.arange(first + 1, first + count + 1, dtype=np.uint64)
         words = mix(rows[:, None] + place * np.uint64(GOLDEN))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -130,36 +140,63 @@ class Geometry:
 
 
 def geometry(view: View, name: str, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> Geometry:
-    """Crop boxes and flips of a view for the samples `ids` whose stored sizes are `sizes`, (B, 2) height, width.
+    """Crop boxes and flips of a view for the samples `ids` whose stored sizes are `sizes`, (B, 2) height, width."""
+    return geometries({name: view}, seed, epoch, ids, sizes)[name]
 
-    The crop rule is torchvision's RandomResizedCrop: ten tries at an area and an aspect, and if none fits the
+
+def geometries(
+    views: dict[str, View], seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray
+) -> dict[str, Geometry]:
+    """The same of several views in one pass: each call of numpy costs more than what it does for one of them."""
+    sizes = sizes.astype(np.int64)
+    central = {name: _central(view.centre, sizes) for name, view in views.items() if view.centre is not None}
+    others = {name: view for name, view in views.items() if view.centre is None}
+    return central | (_random(others, seed, epoch, ids, sizes) if others else {})
+
+
+def _central(share: float, sizes: np.ndarray) -> Geometry:
+    heights, widths = sizes.T
+    side = np.maximum(1, np.round(np.minimum(heights, widths) * share).astype(np.int64))
+    boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
+    return Geometry(boxes, np.zeros(len(sizes), bool))
+
+
+def _random(views: dict[str, View], seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> dict[str, Geometry]:
+    """The crop rule is torchvision's RandomResizedCrop: ten tries at an area and an aspect, and if none fits the
     largest central crop with the nearest aspect allowed.
+
+    All arrays have R = V B rows, the B samples of one view after those of another.
     """
-    heights, widths = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
-    if view.centre is not None:
-        side = np.maximum(1, np.round(np.minimum(heights, widths) * view.centre).astype(np.int64))
-        boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
-        return Geometry(boxes, np.zeros(len(ids), bool))
-    boxes, flip = np.empty((len(ids), 4), np.int64), _draw(seed, epoch, name, ids, 4 * TRIES, 1)[:, 0] < view.flip
-    left_over = np.arange(len(ids))
+    area, aspect, flip = (
+        np.repeat([getattr(view, what) for view in views.values()], len(ids), axis=0)
+        for what in ("area", "aspect", "flip")
+    )
+    heights, widths = np.tile(sizes.T, len(views))
+    keys = np.array([key(seed, epoch, f"crop {name}") for name in views], np.uint64)
+    rows = _rows(keys[:, None], ids).reshape(-1)
+    boxes, flip = np.empty((len(rows), 4), np.int64), _numbers(rows, 1, 4 * TRIES)[:, 0] < flip
+    left = np.arange(len(rows))
     # Most fit at the first try; those that do not get all their other tries at once, and take the first that fits.
     for first, tries in ((0, 1), (1, TRIES - 1)):
-        draw = _draw(seed, epoch, name, ids[left_over], 4 * first, 4 * tries).reshape(-1, tries, 4)
-        tried, fits = _try_crops(view, draw, heights[left_over, None], widths[left_over, None])
+        draw = _numbers(rows[left], 4 * tries, 4 * first).reshape(-1, tries, 4)
+        tried, fits = _try_crops(area[left], aspect[left], draw, heights[left, None], widths[left, None])
         found, which = fits.any(axis=1), fits.argmax(axis=1)
-        boxes[left_over[found]] = tried[found, which[found]]
-        left_over = left_over[~found]
-    boxes[left_over] = _largest_central(view, heights[left_over], widths[left_over])
-    return Geometry(boxes, flip)
+        boxes[left[found]] = tried[found, which[found]]
+        left = left[~found]
+    boxes[left] = _largest_central(aspect[left], heights[left], widths[left])
+    boxes, flip = boxes.reshape(len(views), -1, 4), flip.reshape(len(views), -1)
+    return {name: Geometry(boxes[place], flip[place]) for place, name in enumerate(views)}
 
 
-def _try_crops(view: View, draw: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes of some tries for each of B samples, (B, tries, 4), and which lie inside the picture, (B, tries).
+def _try_crops(
+    area: np.ndarray, aspect: np.ndarray, draw: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of some tries for each of R rows, (R, tries, 4), and which lie inside the picture, (R, tries).
 
-    draw: (B, tries, 4) in [0, 1): area, aspect, top, left.
+    area, aspect: (R, 2), from and to. draw: (R, tries, 4) in [0, 1): area, aspect, top, left. heights, widths: (R, 1).
     """
-    area = heights * widths * _between(draw[..., 0], *view.area)
-    aspect = np.exp(_between(draw[..., 1], *np.log(view.aspect).tolist()))
+    area = heights * widths * _between(draw[..., 0], area[:, :1], area[:, 1:])
+    aspect = np.exp(_between(draw[..., 1], np.log(aspect[:, :1]), np.log(aspect[:, 1:])))
     wide, high = (np.round(np.sqrt(side)).astype(np.int64) for side in (area * aspect, area / aspect))
     top = np.floor(draw[..., 2] * (heights - high + 1)).astype(np.int64)
     left = np.floor(draw[..., 3] * (widths - wide + 1)).astype(np.int64)
@@ -167,18 +204,14 @@ def _try_crops(view: View, draw: np.ndarray, heights: np.ndarray, widths: np.nda
     return np.stack([top, left, high, wide], axis=-1), fits
 
 
-def _draw(seed: int, epoch: int, name: str, ids: np.ndarray, first: int, count: int) -> np.ndarray:
-    return uniform(seed, epoch, f"crop {name}", ids, count, first)
-
-
 def _between(unit: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
     return low + unit * (high - low)
 
 
-def _largest_central(view: View, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    ratio = widths / heights
-    wide = np.where(ratio > view.aspect[1], np.round(heights * view.aspect[1]), widths).astype(np.int64)
-    high = np.where(ratio < view.aspect[0], np.round(widths / view.aspect[0]), heights).astype(np.int64)
+def _largest_central(aspect: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    (narrowest, widest), ratio = aspect.T, widths / heights
+    wide = np.where(ratio > widest, np.round(heights * widest), widths).astype(np.int64)
+    high = np.where(ratio < narrowest, np.round(widths / narrowest), heights).astype(np.int64)
     wide, high = np.clip(wide, 1, widths), np.clip(high, 1, heights)
     return np.stack([(heights - high) // 2, (widths - wide) // 2, high, wide], axis=1)
 

@@ -109,6 +109,17 @@ def test_plain_arithmetic_threads_and_company_change_no_bit():
     assert np.array_equal(fast[0][5], part[0][0])
 
 
+def test_height_and_width_whose_filters_have_one_place_get_one_each():
+    """377 is a Fibonacci number: multiplied by the golden ratio, lengths that far apart lie beside one another."""
+    files = [jpeg(60, 440, 3)] * 60
+    rows, _alive = in_memory(files)
+    boxes = np.array([(60 - high, 3, high, high + 377) for high in range(1, 61)])
+    where = Geometry(boxes, np.arange(60) % 2 == 0)
+    (out,), failed = views(rows, [where], [24], threads=1)
+    assert failed.size == 0
+    assert psnr(out, by_pillow(files, where, 24)).min() > 45
+
+
 def test_what_is_wrong_with_a_picture_is_said_of_that_one_alone(tmp_path: Path):
     files = [jpeg(120, 160, seed) for seed in range(7)]
     rows, alive = in_memory(files)

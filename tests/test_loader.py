@@ -20,6 +20,7 @@ from pipeline import sampling
 from pipeline.beton import picture_offsets
 from pipeline.errors import DataError, StalledError, UsageError
 from pipeline.jpeg import StoredJpegs, picture
+from pipeline.jpeg_loader import Blocks
 from pipeline.loader import Loader, open_loader
 from pipeline.sampling import View
 from pipeline.store import Store
@@ -131,6 +132,37 @@ def test_an_epoch_repeats_itself_and_resumes_anywhere(loader):
         assert torch.equal(batch.id, ids)
         assert torch.equal(batch.images["holed"], pixels)
     assert len({int(i) for ids, _ in whole for i in ids}) == BATCH * len(whole)
+
+
+def test_batches_and_parts_of_them_are_the_callers_to_keep(shards):
+    kept, copies = [], []
+    for batch in shards.epoch(5):
+        kept.append(batch)
+        copies.append({name: pixels.clone() for name, pixels in batch.images.items()})
+    for batch, copy in zip(kept, copies, strict=True):
+        assert all(torch.equal(batch.images[name], copy[name]) for name in VIEWS)
+    part = kept[0].images["small"][3:5]
+    del kept, batch
+    places = set()
+    for _ in range(4):
+        for batch, copy in zip(shards.epoch(5), copies, strict=True):
+            assert all(torch.equal(batch.images[name], copy[name]) for name in VIEWS)
+            assert torch.equal(part, copies[0]["small"][3:5])
+            places.add(batch.images["small"].data_ptr())
+    assert len(places) <= shards.ahead + 3
+
+
+def test_memory_is_used_again_once_nothing_shows_a_part_of_it():
+    blocks, shape = Blocks(1), (8, 4, 4, 3)
+    whole = torch.from_numpy(blocks.take(shape))
+    place, part = whole.data_ptr(), whole.numpy()[3:5]
+    del whole
+    assert blocks.take(shape).ctypes.data != place
+    del part
+    others = [np.empty(shape, np.uint8) for _ in range(20)]  # memory that had been given back would be theirs
+    assert all(other.ctypes.data != place for other in others)
+    assert blocks.take((7, 4, 4, 3)).ctypes.data != place
+    assert blocks.take(shape).ctypes.data == place
 
 
 def test_a_sample_has_the_same_pixels_at_any_batch_size_and_worker_count(shards, store):

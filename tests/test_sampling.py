@@ -57,6 +57,9 @@ def test_known_values_stay_what_they_are():
     assert mixed == [[7, 1, 6, 5, 0, 3, 2], [1, 2, 9, 0, 3, 8, 4]]
     draw = sampling.uniform(1, 2, "crop", np.array([5]), 2)[0]
     assert draw.tolist() == pytest.approx([0.9323233838531452, 0.7314397211179702], abs=1e-15)
+    cut = sampling.geometry(View(side=32), "full", 1, 2, np.arange(3), np.array([[90, 120], [300, 200], [40, 400]]))
+    assert cut.boxes.tolist() == [[4, 19, 79, 87], [61, 61, 148, 114], [0, 173, 40, 53]]  # nothing fitted the last one
+    assert cut.flip.tolist() == [False, False, True]
 
 
 @settings(deadline=None, max_examples=60)
@@ -136,6 +139,26 @@ def test_crops_lie_inside_the_picture_and_obey_the_aspect_where_they_can(height,
         ratio = wide / high
         assert (ratio > 0.75 * 0.97).all()
         assert (ratio < 4 / 3 * 1.03).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**63), epoch=st.integers(0, 1000), count=st.integers(1, 40), low=st.integers(1, 300),
+    widest=st.integers(0, 900),
+)  # fmt: skip
+def test_views_drawn_together_are_what_each_is_alone(seed, epoch, count, low, widest):
+    views = {
+        "full": View(side=64), "tight": View(side=32, area=(0.05, 0.2), flip=0.0),
+        "eval": View(side=64, centre=0.875), "square": View(side=32, aspect=(1.0, 1.0), flip=0.9),
+    }  # fmt: skip
+    draw = np.random.default_rng(seed)
+    ids, shapes = draw.integers(0, 10**7, count), draw.integers(low, low + widest + 1, (count, 2))
+    together = sampling.geometries(views, seed, epoch, ids, shapes)
+    assert together.keys() == views.keys()
+    for name, view in views.items():
+        alone = sampling.geometry(view, name, seed, epoch, ids, shapes)
+        assert np.array_equal(together[name].boxes, alone.boxes)
+        assert np.array_equal(together[name].flip, alone.flip)
 
 
 def test_crop_areas_follow_the_same_law_as_torchvision():

@@ -1,6 +1,7 @@
 """Contenders that are timed against one another, each in a process of its own, set up as its documentation does it.
 
 Rounds are interleaved: one works while the others wait, so that whatever disturbs the machine disturbs all of them.
+Batches that a contender has made in advance are not part of its round, and it makes none on another one's time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ResourceError, StalledError
 
+if TYPE_CHECKING:
+    import psutil
+
 ROUNDS = 5
 READY_SECONDS = 300.0
+DRAIN_SECONDS = 0.5  # of a round, not counted: full queues are emptied, and from then on what is taken is made
+SETTLED_SECONDS = 0.25  # of rest, after which a contender's queues are full
+SETTLED_CORES = 0.05  # that rest uses at most: a clock tick of one worker
+SETTLE_LIMIT_SECONDS = 20.0  # then the next one begins beside whatever never rests
 
 # --- a peer's own process ---
 
@@ -35,24 +43,51 @@ def serve(open_peer: Callable[[], Iterator[int]]) -> None:
     batches = open_peer()
     for _ in range(3):  # compiles, starts workers, fills queues
         next(batches)
-    print(json.dumps({"ready": True}), file=tell, flush=True)
-    for line in sys.stdin:
-        limit, images = float(line), 0
-        cpu, start = cpu_seconds(), time.perf_counter()
-        while (now := time.perf_counter() - start) < limit:
-            images += next(batches)
-        used = cpu_seconds() - cpu
-        print(json.dumps({"images": images, "seconds": now, "cpu_seconds": used}), file=tell, flush=True)
+    told: dict[str, Any] = {"ready": True}
+    while True:
+        settle()
+        print(json.dumps(told), file=tell, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        take(batches, DRAIN_SECONDS)
+        told = take(batches, float(line))
     os._exit(0)  # none of the libraries ends its threads in time by itself
 
 
-def cpu_seconds() -> float:
-    """User and system seconds of this process and of its workers."""
+def take(batches: Iterator[int], limit: float) -> dict[str, float]:
+    """Batches for so many seconds, and at least one; what was taken, and what that took."""
+    images, cpu, start = 0, cpu_seconds(workers()), time.perf_counter()
+    while True:
+        images += next(batches)
+        seconds = time.perf_counter() - start
+        if seconds >= limit:
+            return {"images": images, "seconds": seconds, "cpu_seconds": cpu_seconds(workers()) - cpu}
+
+
+def settle() -> None:
+    """Wait until queues are full and nothing is made any more."""
+    there, end = workers(), time.perf_counter() + SETTLE_LIMIT_SECONDS
+    while time.perf_counter() < end:
+        before = cpu_seconds(there)
+        time.sleep(SETTLED_SECONDS)
+        if cpu_seconds(there) - before <= SETTLED_CORES * SETTLED_SECONDS:
+            return
+
+
+def workers() -> list[psutil.Process]:
+    """The processes that this one has started. Looking for them takes milliseconds of its own."""
     import psutil
 
-    own = psutil.Process()
-    total = 0.0
-    for process in (own, *own.children(recursive=True)):
+    return psutil.Process().children(recursive=True)
+
+
+def cpu_seconds(workers: list[psutil.Process]) -> float:
+    """User and system seconds of this process, exactly, and of its workers, in ticks of a hundredth."""
+    import psutil
+
+    total = time.process_time()
+    for process in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             total += times.user + times.system
@@ -120,9 +155,17 @@ def measure(commands: dict[str, list[str]], seconds: float, say: Callable[[str],
 
 
 def rates(rounds: list[dict]) -> dict:
+    """Medians and extremes over the rounds, and the figures of each round for `ratio`."""
     per_cpu = [each["images"] / each["cpu_seconds"] for each in rounds]
     per_second = [each["images"] / each["seconds"] for each in rounds]
     return {
         "images_per_cpu_second": statistics.median(per_cpu), "least": min(per_cpu), "most": max(per_cpu),
         "images_per_second": statistics.median(per_second), "slowest": min(per_second), "fastest": max(per_second),
+        "rounds": {"images_per_cpu_second": per_cpu, "images_per_second": per_second},
     }  # fmt: skip
+
+
+def ratio(one: dict, other: dict, figure: str) -> float:
+    """How many times the other's figure is one's: the median of the rounds' ratios, since a round meets one machine."""
+    pairs = zip(one["rounds"][figure], other["rounds"][figure], strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)

@@ -1,8 +1,9 @@
 """`daae profile --peers`: our loader beside torchvision's, FFCV's and DALI's own, on the very same JPEG bytes.
 
 Each peer is a process of its own, set up as its documentation does it, with as many workers as ours has threads. Rounds
-are interleaved: one peer works while the others wait with full queues. What counts is images per CPU-second, user and
-system, of a peer and its workers: it hardly moves when others use the machine, and predicts what more cores bring.
+are interleaved: one peer works while the others wait with full queues, which are emptied before its round counts. What
+counts is images per CPU-second, user and system, of a peer and its workers: it hardly moves when others use the
+machine, and predicts what more cores bring. Ratios are medians of each round's own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from pipeline.jpeg import StoredJpegs
 from pipeline.loader import check_batch
 from pipeline.store import Store
-from tools.peer_process import measure, serve
+from tools.peer_process import measure, ratio, serve
 from train.command import run
 
 MOST_IMAGES = 4096  # of the store, written out as files for torchvision
@@ -242,27 +243,24 @@ def show_peers(results: dict[str, dict[str, dict]], costs: dict[str, dict], scal
     for heading in ("views", "loader", "images/CPU-s", "min to max", "CPU-ms/image", "images/s", "ours is"):
         table.add_column(heading, justify="left" if heading in ("views", "loader") else "right", no_wrap=True)
     for views, peers in results.items():
-        best = max(each["images_per_cpu_second"] for name, each in peers.items() if name.startswith("DAAE"))
+        mine = [each for name, each in peers.items() if name.startswith("DAAE")]
+        best = max(mine, key=lambda each: each["images_per_cpu_second"])
         for place, (name, each) in enumerate(peers.items()):
             rate = each["images_per_cpu_second"]
             table.add_row(
                 views if place == 0 else "", name, f"{rate:,.0f}", f"{each['least']:,.0f} to {each['most']:,.0f}",
                 f"{1000 / rate:.2f}", f"{each['images_per_second']:,.0f}",
-                "" if name.startswith("DAAE") else f"{best / rate:.2f}x",
+                "" if name.startswith("DAAE") else f"{ratio(best, each, 'images_per_cpu_second'):.2f}x",
             )  # fmt: skip
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     out.print(table)
-    one = costs["224"]["images_per_cpu_second"]
     out.print(f"\nWhat views cost ours ({OURS}), in CPU-seconds of one 224 px view:")
     for views, each in costs.items():
-        out.print(f"  {views}: {one / each['images_per_cpu_second']:.2f}")
-    one = scaled[1]["images_per_second"]
+        out.print(f"  {views}: {ratio(costs['224'], each, 'images_per_cpu_second'):.2f}")
     out.print(f"\nOurs with more threads ({', '.join(SCALED)}):")
     for threads, each in scaled.items():
-        rate = each["images_per_second"]
-        out.print(
-            f"  {threads} threads: {rate:,.0f} images/s, {rate / one / threads:.0%} of {threads} times one thread's"
-        )
+        rate, share = each["images_per_second"], ratio(each, scaled[1], "images_per_second") / threads
+        out.print(f"  {threads} threads: {rate:,.0f} images/s, {share:.0%} of {threads} times one thread's")
 
 
 def main(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from tools.peer_process import measure, serve
+from tools.peer_process import measure, ratio, serve
 from train.command import run
 
 if TYPE_CHECKING:
@@ -194,12 +194,12 @@ def show(found: dict[str, dict], gflop: float, ceiling: float) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for heading in ("", "images/s", "min to max", "ours is", "MFU"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    mine = found[OURS]["images_per_second"]
     for name, each in found.items():
         rate = each["images_per_second"]
         same = "DAAE" not in name.removeprefix("DAAE project") and not name.startswith(" ")
         table.add_row(
-            name, f"{rate:,.3g}", f"{each['slowest']:,.3g} to {each['fastest']:,.3g}", f"{mine / rate:.2f}x",
+            name, f"{rate:,.3g}", f"{each['slowest']:,.3g} to {each['fastest']:,.3g}",
+            f"{ratio(found[OURS], each, 'images_per_second'):.2f}x",
             f"{rate * gflop * 1e9 / ceiling:.0%}" if same else "",
         )  # fmt: skip
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

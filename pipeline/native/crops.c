@@ -34,6 +34,7 @@
 enum { DONE = 0, DAMAGED = 1, OTHER_PICTURE = 2, NO_MEMORY = 3, UNREADABLE = 4, CHANGED = 5 };
 enum { IDLE = 0, READING = 1, DECODING = 2, CUTTING = 3 }; /* what a thread is at, for a watchdog */
 enum { PIXEL = 4, ROWS = 4, MARGIN = 2, MOST_VIEWS = 16 }; /* ROWS output rows are made together */
+enum { FILTER_BITS = 9, FILTERS = 1 << FILTER_BITS };      /* that a thread keeps: of a few kilobytes each */
 
 typedef struct {
     int32_t top, left, high, wide, flip; /* a view's box in the stored picture, and whether it is mirrored */
@@ -69,7 +70,7 @@ typedef struct {
     size_t pixels_cap;
     int16_t *line; /* four output rows before the horizontal filter, pixel by pixel: RGBX of each row */
     size_t line_cap;
-    filter_t down, across;
+    filter_t filters[FILTERS];
     vertical_fn *vertical;
     horizontal_fn *horizontal;
     atomic_int stage, place; /* what the thread is at, and at which picture of the batch */
@@ -89,10 +90,7 @@ static int grow(void **memory, size_t *cap, size_t bytes) {
 static void release(scratch_t *s) {
     jpeg_destroy_decompress(&s->jpeg);
     free(s->bytes), free(s->pixels), free(s->line);
-    for (filter_t *f = &s->down;; f = &s->across) {
-        free(f->first), free(f->taps);
-        if (f == &s->across) break;
-    }
+    for (filter_t *f = s->filters; f < s->filters + FILTERS; f++) free(f->first), free(f->taps);
 }
 
 /* ------------------------------------------------------------------------------------------------ filters */
@@ -139,6 +137,13 @@ static int make_filter(filter_t *f, int length, int side) {
     return 1;
 }
 
+/* The filter for an axis: a picture before may have left it in its place. `taken`, the other axis', stays as it is. */
+static filter_t *find_filter(scratch_t *s, int length, int side, const filter_t *taken) {
+    uint32_t place = ((uint32_t)length * 0x9E3779B1u + (uint32_t)side * 0x85EBCA6Bu) >> (32 - FILTER_BITS);
+    if (s->filters + place == taken && taken->length != length) place ^= 1;
+    return make_filter(s->filters + place, length, side) ? s->filters + place : NULL;
+}
+
 static inline int16_t product(int16_t a, int16_t b) { return (int16_t)((a * b + 16384) >> 15); }
 
 /* Hundreds of products, each rounded up, could pass 255: the sum stops there. */
@@ -176,9 +181,10 @@ static void horizontal_plain(const int16_t *line, const filter_t *f, int flip, u
 #define AVX2 __attribute__((target("avx2")))
 #define INLINE static inline __attribute__((always_inline, target("avx2")))
 
-/* Four pixels of four rows at a time. `reach` is a constant where it is small: then no loop is left. */
+/* Four pixels of four rows at a time. `reach` is a constant where it is small: then no loop is left. `line` overlaps
+ * nothing that is read: then taps are fetched once and not for each pixel. */
 INLINE void vertical_by(const uint8_t *const *rows, size_t stride, const int16_t *const *taps, const int reach,
-                        int pixels, int16_t *line) {
+                        int pixels, int16_t *restrict line) {
     for (int x = 0; x < pixels; x += 4, line += 4 * ROWS * PIXEL) {
         __m256i row[ROWS];
         for (int r = 0; r < ROWS; r++) {
@@ -207,6 +213,9 @@ AVX2 static void vertical_avx2(const uint8_t *const *rows, size_t stride, const 
         case 3: vertical_by(rows, stride, taps, 3, pixels, line); break;
         case 4: vertical_by(rows, stride, taps, 4, pixels, line); break;
         case 5: vertical_by(rows, stride, taps, 5, pixels, line); break;
+        case 6: vertical_by(rows, stride, taps, 6, pixels, line); break;
+        case 7: vertical_by(rows, stride, taps, 7, pixels, line); break;
+        case 8: vertical_by(rows, stride, taps, 8, pixels, line); break;
         default: vertical_by(rows, stride, taps, reach, pixels, line);
     }
 }
@@ -215,13 +224,19 @@ AVX2 static void vertical_avx2(const uint8_t *const *rows, size_t stride, const 
 INLINE void horizontal_by(const int16_t *line, const filter_t *f, const int reach, int flip, uint8_t *const *outs) {
     const __m256i to_rgb = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,
                                             0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
-    for (int done = 0; done < f->side; done += 4) {
+    /* Copies: for all that a compiler knows the bytes that are written could be those of the filter. */
+    const int side = f->side;
+    const int32_t *first = f->first;
+    const int16_t *taps = f->taps;
+    uint8_t *to[ROWS];
+    memcpy(to, outs, sizeof to);
+    for (int done = 0; done < side; done += 4) {
         __m256i sum[4];
         for (int j = 0; j < 4; j++) {
-            int i = done + j < f->side ? done + j : f->side - 1;
-            if (flip) i = f->side - 1 - i;
-            const __m256i *pixel = (const __m256i *)line + f->first[i];
-            const int16_t *tap = f->taps + (size_t)i * reach;
+            int i = done + j < side ? done + j : side - 1;
+            if (flip) i = side - 1 - i;
+            const __m256i *pixel = (const __m256i *)line + first[i];
+            const int16_t *tap = taps + (size_t)i * reach;
             sum[j] = _mm256_set1_epi16(64);
             for (int k = 0; k < reach; k++)
                 sum[j] = _mm256_adds_epi16(sum[j], _mm256_mulhrs_epi16(pixel[k], _mm256_set1_epi16(tap[k])));
@@ -234,13 +249,13 @@ INLINE void horizontal_by(const int16_t *line, const filter_t *f, const int reac
         const __m128i row[ROWS] = {_mm256_castsi256_si128(even), _mm256_castsi256_si128(odd),
                                    _mm256_extracti128_si256(even, 1), _mm256_extracti128_si256(odd, 1)};
         for (int r = 0; r < ROWS; r++) {
-            uint8_t *out = outs[r] + (size_t)done * 3;
-            if (done + 6 <= f->side) { /* the last four bytes are written again */
+            uint8_t *out = to[r] + (size_t)done * 3;
+            if (done + 6 <= side) { /* the last four bytes are written again */
                 _mm_storeu_si128((__m128i *)out, row[r]);
             } else {
                 uint8_t bytes[16];
                 _mm_storeu_si128((__m128i *)bytes, row[r]);
-                memcpy(out, bytes, 3 * (f->side - done < 4 ? f->side - done : 4));
+                memcpy(out, bytes, 3 * (side - done < 4 ? side - done : 4));
             }
         }
     }
@@ -252,6 +267,9 @@ AVX2 static void horizontal_avx2(const int16_t *line, const filter_t *f, int fli
         case 3: horizontal_by(line, f, 3, flip, outs); break;
         case 4: horizontal_by(line, f, 4, flip, outs); break;
         case 5: horizontal_by(line, f, 5, flip, outs); break;
+        case 6: horizontal_by(line, f, 6, flip, outs); break;
+        case 7: horizontal_by(line, f, 7, flip, outs); break;
+        case 8: horizontal_by(line, f, 8, flip, outs); break;
         default: horizontal_by(line, f, f->reach, flip, outs);
     }
 }
@@ -262,9 +280,9 @@ static int make_view(scratch_t *s, const uint8_t *region, size_t stride, int top
                      uint8_t *out) {
     /* Behind the line: up to three pixels that are written and not read, and a row of output that nobody wants. */
     size_t line = ((size_t)box->wide + 4) * ROWS * PIXEL * sizeof(int16_t), spare = (size_t)side * 3 + 16;
-    if (!make_filter(&s->down, box->high, side) || !make_filter(&s->across, box->wide, side) ||
-        !grow((void **)&s->line, &s->line_cap, line + spare))
-        return NO_MEMORY;
+    const filter_t *down = find_filter(s, box->high, side, NULL);
+    const filter_t *across = down ? find_filter(s, box->wide, side, down) : NULL;
+    if (!across || !grow((void **)&s->line, &s->line_cap, line + spare)) return NO_MEMORY;
     const uint8_t *corner = region + (size_t)(box->top - top) * stride + (size_t)(box->left - left) * PIXEL;
     for (int i = 0; i < side; i += ROWS) {
         const uint8_t *rows[ROWS];
@@ -272,12 +290,12 @@ static int make_view(scratch_t *s, const uint8_t *region, size_t stride, int top
         uint8_t *outs[ROWS];
         for (int r = 0; r < ROWS; r++) {
             int row = i + r < side ? i + r : side - 1;
-            rows[r] = corner + (size_t)s->down.first[row] * stride;
-            taps[r] = s->down.taps + (size_t)row * s->down.reach;
+            rows[r] = corner + (size_t)down->first[row] * stride;
+            taps[r] = down->taps + (size_t)row * down->reach;
             outs[r] = i + r < side ? out + (size_t)row * side * 3 : (uint8_t *)s->line + line;
         }
-        s->vertical(rows, stride, taps, s->down.reach, box->wide, s->line);
-        s->horizontal(s->line, &s->across, box->flip, outs);
+        s->vertical(rows, stride, taps, down->reach, box->wide, s->line);
+        s->horizontal(s->line, across, box->flip, outs);
     }
     return DONE;
 }
