@@ -65,24 +65,20 @@ class Predictor(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Unit vectors that embeddings are compared with; in the first steps they stay where they are (SwAV)."""
+    """Unit vectors that embeddings are compared with (SwAV)."""
 
-    steps: Tensor  # () int64, taken so far
     queued = False  # earlier embeddings take part: told by the method before each step, so that no checkpoint needs it
 
-    def __init__(self, count: int, width: int, freeze_steps: int):
+    def __init__(self, count: int, width: int):
         super().__init__()
-        self.freeze_steps = freeze_steps
         self.prototypes = nn.Parameter(nn.functional.normalize(torch.randn(count, width), dim=1))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(B, D), any scale -> (B, K) cosines, in float32 whatever autocast says."""
-        # A gradient of 0, not none: processes wait for one another's.
-        prototypes = torch.where(self.steps < self.freeze_steps, self.prototypes.detach(), self.prototypes)
         with torch.autocast(embedding.device.type, enabled=False):
             exact = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-            return nn.functional.normalize(exact, dim=1) @ prototypes.T
+            # Divided among processes, weights may come as bfloat16.
+            return nn.functional.normalize(exact, dim=1) @ self.prototypes.to(exact.dtype).T
 
     @torch.no_grad()
     def renormalise(self) -> None:

@@ -42,16 +42,18 @@ class MomentumCopy(nn.Module):
 class Queue(nn.Module):
     """The last `length` keys, unit rows, the oldest overwritten first (He et al. 2020, MoCo, section 3.2).
 
-    It begins with random directions. What a loss offers goes in with the next push, after the optimizer's step, so
-    that no part of a batch meets another part's keys. Rows and place are buffers: a checkpoint holds them.
+    It begins with random directions, or empty, with rows of 0. What a loss offers goes in with the next push, after the
+    optimizer's step, so that no part of a batch meets another part's keys. Rows and place are buffers: a checkpoint
+    holds them.
     """
 
     rows: Tensor  # (length, width)
     oldest: Tensor  # the row that the next key takes
 
-    def __init__(self, length: int, width: int):
+    def __init__(self, length: int, width: int, *, empty: bool = False):
         super().__init__()
-        self.register_buffer("rows", F.normalize(torch.randn(length, width), dim=1))
+        rows = torch.zeros(length, width) if empty else F.normalize(torch.randn(length, width), dim=1)
+        self.register_buffer("rows", rows)
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
         self._offered: list[Tensor] = []
 
@@ -59,6 +61,14 @@ class Queue(nn.Module):
         """(B, width), any scale. What is only looked at, in evaluation mode, is not kept."""
         if self.training:
             self._offered.append(keys.detach())
+
+    def forget(self) -> None:
+        """Drop what was offered and not pushed, by a loss that no step followed. To be called before every step."""
+        self._offered.clear()
+
+    def full(self) -> Tensor:
+        """() bool, on the device: no row is empty any more."""
+        return self.rows.any(dim=1).all()
 
     @torch.no_grad()
     def push(self) -> None:

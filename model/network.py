@@ -16,7 +16,7 @@ class Network(nn.Module):
     def __init__(self, objective: Objective, shape: Shape, seed: int):
         """Weights are a pure function of (shape, objective, seed); the caller's generator is left as it was.
 
-        The encoder is drawn first: every objective starts from the same encoder under one seed.
+        The encoder is drawn first: under one seed every objective is given the same one.
         """
         super().__init__()
         shape.check()
@@ -25,8 +25,8 @@ class Network(nn.Module):
             self.encoder = build_encoder(shape)
             self.parts = nn.ModuleDict(objective.parts(shape))
         self.objective = objective
-        self.follow(0.0)
         objective.prepare(self)
+        self.follow(0.0)
 
     def follow(self, momentum: float) -> None:
         """Every part that is a momentum copy, named momentum_X, moves towards X; with momentum 0 it becomes X."""

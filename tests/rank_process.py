@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from model.losses import sup_con
+from model.memory import Queue
 from model.network import Network
 from model.objectives import Objective
 from model.objectives.byol import BYOL
@@ -65,9 +66,13 @@ METHODS: dict[str, Objective] = {
 }
 
 
-STEPS = 5  # taken with each of these: momentum copies, and an encoder that is called twice
-STEPPED = {"ema": replace(METHODS["daae"], target="ema"), "twice": replace(METHODS["daae"], small=0.25)}
-TAKEN = [("ema", torch.float64), ("twice", torch.float32)]
+STEPS = 5  # taken with each of these: momentum copies, an encoder that is called twice, and what is frozen at first
+STEPPED = {
+    "ema": replace(METHODS["daae"], target="ema"),
+    "twice": replace(METHODS["daae"], small=0.25),
+    "frozen": replace(METHODS["swav-queue"], queue=32, queue_from=0.0, freeze_steps=2, head_norm="layer"),
+}
+TAKEN = [("ema", torch.float64), ("twice", torch.float32), ("frozen", torch.float64)]
 APART = "daae-apart"  # the one whose loss depends on how many ranks there are
 CASES = [
     *itertools.product([name for name in METHODS if name not in BASES], (torch.float64, torch.float32)),
@@ -98,7 +103,11 @@ def gradients(name: str, rank: int, ranks: int, dtype: torch.dtype) -> dict[str,
     wrapped = network if ranks == 1 else torch.nn.parallel.DistributedDataParallel(network)
     share = ROWS // ranks
     rows = slice(rank * share, (rank + 1) * share)
-    method.before_step(network, 0.5)
+    for queue in (each for each in network.modules() if isinstance(each, Queue)):
+        # SwAV's begins empty, and would count for nothing.
+        drawn = torch.randn(queue.rows.shape, generator=torch.Generator().manual_seed(2))
+        queue.rows.copy_(torch.nn.functional.normalize(drawn, dim=1))
+    method.before_step(network, 0.5, 5)
     outcome = wrapped(fixed_views(method, rows, dtype), torch.arange(ROWS)[rows] % 5)
     loss = torch.stack(list(outcome.terms.values())).sum()
     loss.backward()

@@ -12,6 +12,7 @@ from model.memory import Queue, rising_momentum
 from model.network import Network
 from model.objectives import OBJECTIVES, Objective
 from model.objectives.byol import BYOL
+from model.objectives.clsa import CLSA
 from model.objectives.mocov2 import MoCoV2
 from model.objectives.mocov3 import MoCoV3
 from model.objectives.simclr import SimCLR
@@ -23,7 +24,7 @@ from pipeline.sampling import View
 from pipeline.store import Store
 from pipeline.views import Patches
 from tests.conftest import SMALL
-from tests.rank_process import BASES
+from tests.rank_process import BASES, METHODS
 from tests.test_objectives import views_of
 from tests.test_pretrain import flags
 from train.config import Optim
@@ -107,6 +108,23 @@ def test_the_weaker_augmentation_is_adainfs(name, size, jitter):
     assert (weak.optim, weak.model, weak.budget) == (base.optim, base.model, base.budget)
 
 
+def test_moco_v3_begins_as_its_code_does_and_the_copy_with_it():
+    shape = replace(SMALL, width=64)
+    network, other = Network(BASES["mocov3"], shape, 0), Network(BASES["simclr"], shape, 0)
+    mine, theirs = network.encoder.state_dict(), other.encoder.state_dict()
+    bound = math.sqrt(6 / (2 * 64))  # Xavier's of a matrix of 64 x 64, and not of 64 x 192
+    for block in range(SMALL.depth):
+        weight = mine[f"blocks.{block}.attn.qkv.weight"]
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert mine["cls_token"].std().item() == pytest.approx(1e-6, rel=0.3)
+    changed = {name for name, value in mine.items() if not torch.equal(value, theirs[name])}
+    assert changed == {"cls_token", *(f"blocks.{block}.attn.qkv.weight" for block in range(SMALL.depth))}
+    for source, copy in ((network.encoder, "momentum_encoder"), (network.parts["projector"], "momentum_projector")):
+        followed = network.parts[copy].state_dict()
+        assert all(torch.equal(value, followed[f"module.{name}"]) for name, value in source.state_dict().items())
+
+
 # --- what is trained and what is not ----------------------------------------------------------------------------------
 
 
@@ -147,7 +165,7 @@ def test_momentum_copies_move_at_their_moment_at_the_rate_of_the_step(name, befo
     start = copy.clone()
     with torch.no_grad():
         network.encoder.cls_token.add_(1.0)
-    BASES[name].before_step(network, 0.5)
+    BASES[name].before_step(network, 0.5, 5)
     assert torch.allclose(copy - start, torch.full_like(copy, before), atol=1e-6)
     loss_of(network, views_of(BASES[name]))
     BASES[name].after_step(network, 0.5)
@@ -164,7 +182,7 @@ def test_momentum_rises_to_one_along_half_a_cosine():  # T-B4
     start = copy.clone()
     with torch.no_grad():
         network.encoder.cls_token.add_(1.0)
-    network.objective.before_step(network, 1.0)
+    network.objective.before_step(network, 1.0, 10)
     assert torch.equal(copy, start)
 
 
@@ -213,6 +231,18 @@ def test_moco_v2_remembers_the_keys_of_the_step_as_the_loss_saw_them():
     assert torch.equal(queue.rows[16:], old[16:])
 
 
+@pytest.mark.parametrize("name", ["mocov2", "clsa", "swav-queue"])
+def test_a_loss_that_no_step_follows_leaves_nothing_in_a_queue(name):
+    method = METHODS[name]
+    network = Network(method, SMALL, 0).train()
+    for _ in range(2):  # as where a refused step is taken again to be looked at
+        method.before_step(network, 0.0, 0)
+        network(views_of(method), PAIRS)
+    method.after_step(network, 0.1)
+    queues = [each for each in network.modules() if isinstance(each, Queue)]
+    assert [queue.oldest.item() for queue in queues] == [16] * (2 if name == "swav-queue" else 1)
+
+
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +289,7 @@ def test_thirty_steps_on_one_batch_halve_the_loss_of_an_encoder_that_knows_nothi
         group["lr"] = 5e-3
     views, loss = views_of(method), torch.zeros(())
     for step in range(30):
-        method.before_step(network, step / 30)
+        method.before_step(network, step / 30, step)
         loss = loss_of(network, views)
         optimizer.zero_grad()
         loss.backward()
@@ -281,6 +311,12 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_made(store_path,
     with pytest.raises(UsageError, match=words):
         main([*flags(preset, store_path, tmp_path / "run", "--steps", "2"), *more])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", [MoCoV2(queue=32), CLSA(queue=32)])
+def test_a_queue_of_more_than_a_quarter_of_the_images_is_warned_of(method):
+    assert method.warnings(16) == method.warnings(16, 128) == []
+    assert "--method.queue 32 holds keys of more than a quarter of the 127 images" in method.warnings(16, 127)[0]
 
 
 @pytest.mark.parametrize("name", ["supcon", "selfcon"])
@@ -334,6 +370,12 @@ def test_a_collapse_is_said_once_and_in_words(store_path, tmp_path):
     assert "1 is chance" in str(method.alarm({"of_uniform": 0.9995, "spread": 0.9}))
     assert method.alarm({"of_uniform": 0.99, "spread": 0.9}) is None
     assert method.alarm({"of_uniform": 0.99, "spread": 0.01}) is not None
+
+
+@pytest.mark.parametrize(("method", "least"), [(SimCLR(), 0.1), (BYOL(), 0.5)])
+def test_without_negatives_half_of_the_spread_gone_is_a_collapse(method, least):
+    assert method.alarm({"spread": least + 0.01}) is None
+    assert f"(spread {least - 0.01:.3f};" in str(method.alarm({"spread": least - 0.01}))
 
 
 def test_whole_runs_with_labels_and_without(store_path, unlabelled_path, tmp_path):

@@ -253,7 +253,7 @@ def test_thirty_steps_on_one_batch_halve_the_contrast_and_bring_the_strong_view_
         group["lr"] = 5e-3
     views, watched = views_of(method), []
     for step in range(30):
-        method.before_step(network, step / 30)
+        method.before_step(network, step / 30, step)
         outcome = network(views, LABEL)
         optimizer.zero_grad()
         torch.stack(list(outcome.terms.values())).sum().backward()

@@ -287,6 +287,7 @@ def test_a_killed_command_goes_on(real_path, tmp_path):
         (["--side", "20"], "--side is a multiple of 16 up to 256, not 20"),
         (["--width", "48"], "--width is a multiple of 32"),
         (["--count", "0"], "--count is at least 1"),
+        (["--steps", "0"], "--steps is at least 1, not 0"),
     ],
 )
 def test_another_wish_is_refused_and_the_store_left_alone(real_path, generated_path, more, message):
@@ -510,7 +511,7 @@ def test_a_comparison_knows_which_images_were_generated(real_path, generated_pat
     experiment.check_records(plan, [{**made_anew, "arm": "earlier"}])  # another arm's images may be others
 
 
-def test_the_four_arms_of_the_ready_experiment_are_adainfs(real_path, generated_path, tmp_path):
+def test_the_arms_of_the_ready_experiment_are_adainfs_and_its_augmentation_alone(real_path, generated_path, tmp_path):
     """T-I4, on the file that is there to be run."""
     text = (Path(experiment.__file__).parent / "experiments" / "adainf.yaml").read_text()
     values = yaml.safe_load(text.replace("demo/stores/emoji-generated", str(generated_path)))
@@ -519,6 +520,8 @@ def test_the_four_arms_of_the_ready_experiment_are_adainfs(real_path, generated_
     wishes = [plan.wish(arm) for arm in plan.arms]
     assert {wish.budget for wish in wishes} == {Budget(steps=values["steps"])}
     assert [wish.inflate.data for wish in wishes] == [None, generated_path, None, generated_path]
+    # Generated images as they come repeat no real one; AdaInf does.
+    assert [wish.inflate.real_repeat for wish in wishes if wish.inflate.data] == [1, 2]
     strong, weak = ({repr(wish.method) for wish in wishes[at : at + 2]} for at in (0, 2))
     assert len(strong) == len(weak) == 1
     changed = {"method.area": [0.2, 1.0], "method.jitter": [0.4, 0.4, 0.4, 0.1], "method.jitter_p": 0.4}

@@ -118,11 +118,15 @@ def test_each_token_has_48_of_its_kind():  # T-X4
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])  # T-X5: with a group of one every other token is a positive
-def test_homologous_contrast_matches_the_printed_formula(group):
+def test_homologous_contrast_matches_the_printed_formula(group):  # L12
     tokens = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
     source = sources(8, group, tokens.device)
     expected = sum(textbook.homologous_contrast(each, source.tolist(), temperature=0.25) for each in tokens) / 2
     assert homologous_contrast(tokens, source, temperature=0.25).item() == pytest.approx(expected, abs=1e-5)
+    for batch_of_two in (tokens.double(), tokens.double().flip(0)):
+        exact = homologous_contrast(batch_of_two, source, temperature=0.25)
+        assert exact.dtype == torch.float64
+        assert exact.item() == pytest.approx(expected, abs=1e-12)
     with torch.autocast("cpu", torch.bfloat16):
         half = homologous_contrast(3 * tokens, source, temperature=0.25)
     assert half.item() == pytest.approx(expected, abs=1e-5)
@@ -193,13 +197,19 @@ def test_recognition_is_measured_in_the_encoder():  # T-X6
     assert after > before + 0.3
 
 
-def test_thirty_steps_on_one_batch_lower_the_loss_by_a_fifth():
-    objective = MixedAE()
+def test_thirty_steps_on_one_batch_lower_the_loss_by_a_fifth_and_patches_find_their_kind():  # T-X6
+    objective = MixedAE(homologous_weight=1.0)
     network = Network(objective, SMALL, 0)
     optimizer = make_optimizer(network, Optim(), torch.device("cpu"))
     for group in optimizer.param_groups:
         group["lr"] = 5e-3
-    views, losses = views_of(objective), []
+    declared = objective.views(SMALL)
+    pictures = batch(views=declared)
+    # Each has a colour of its own: patches that have nothing in common are told apart by their marks alone.
+    colour = 255 * torch.rand(16, 1, 1, 3, generator=torch.Generator().manual_seed(1))
+    images = {"mixed": (0.7 * colour + 0.3 * pictures.images["mixed"]).to(torch.uint8)}
+    views = make_views(replace(pictures, images=images), declared, patch=SMALL.patch, seed=0)
+    losses, recognition = [], []
     for _ in range(30):
         outcome = network(views, LABEL)
         loss = torch.stack(list(outcome.terms.values())).sum()
@@ -207,7 +217,9 @@ def test_thirty_steps_on_one_batch_lower_the_loss_by_a_fifth():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        recognition.append(outcome.watched["recognition"].item())
     assert losses[-1] < 0.8 * losses[0]
+    assert sum(recognition[-10:]) / 10 > recognition[0] + 0.05
 
 
 def test_recomputed_activations_choose_the_same_keys():
@@ -241,6 +253,12 @@ def test_a_batch_that_no_whole_groups_make_is_refused(ranks, accumulate, words):
         return
     with pytest.raises(UsageError, match=words):
         check_data(run, store, ranks)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_that_decodes_nothing_or_more_than_there_is_is_refused(share):
+    with pytest.raises(UsageError, match=f"--method.decoded-share {share:g}: a share above 0, at most 1"):
+        MixedAE(decoded_share=share).check(16)
 
 
 def test_groups_that_fit_no_grid_or_no_batch_are_refused():

@@ -223,6 +223,10 @@ def test_view_and_presets_are_the_papers_and_the_specified_ones():
     published, small, tiny = (open_preset(f"selfcon-{size}") for size in ("vitb16-in1k-800", "vits16", "tiny"))
     assert published.method == SelfCon()
     assert (published.optim.batch, published.optim.peak_lr(), published.optim.weight_decay) == (2048, 2e-3, 0.05)
+    # 5e-4 per 256 images, 2e-3 at most.
+    of_batch = [replace(published.optim, batch=batch).peak_lr() for batch in (512, 1024, 4096)]
+    assert of_batch == pytest.approx([1e-3, 2e-3, 2e-3])
+    assert replace(published.optim, lr=3e-3).peak_lr() == 3e-3
     assert small.optim.lr == tiny.optim.lr == 5e-4
     for run in (published, small, tiny):
         run.check()

@@ -11,24 +11,25 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import attend_by_products
-from model.heads import Projector, feature_spread, prototype_use
+from model.heads import Projector, Prototypes, feature_spread, prototype_use
 from model.losses import sinkhorn, swapped_prediction
 from model.network import Network
 from model.objectives.swav import CODED, SwAV
 from model.shape import Shape
 from model.vit import patch_mean
 from pipeline.errors import UsageError
+from pipeline.sampling import View
 from pipeline.views import make_views
 from tests import textbook
 from tests.conftest import SMALL
 from tests.test_objectives import LABEL, batch, views_of
-from tests.test_pretrain import flags, weights
+from tests.test_pretrain import flags, moments, weights
 from tests.test_step import CPU, batch_of, small_run, stepper_of
 from train import checkpoint
 from train.config import Optim
 from train.journal import read_rows
 from train.optim import make_optimizer
-from train.presets import TINY, VIT_B
+from train.presets import TINY, VIT_B, open_preset
 from train.pretrain import main
 from train.schedule import weight_decay
 from train.step import Stepper
@@ -153,27 +154,30 @@ def test_prototypes_are_unit_before_each_step_and_stay_where_they_are_while_froz
         stepper(pictures, 1e-2, (step / 4, (step + 1) / 4))
         moved = (prototypes.prototypes.detach() - start).abs().max()
         assert moved < 1e-6 if step < 2 else moved > 1e-3
-        assert prototypes.steps.item() == step + 1
+        # The first free step is AdamW's first: frozen ones must not shrink its correction of young moments.
+        counted = stepper.optimizer.state.get(prototypes.prototypes, {}).get("step", torch.zeros(()))
+        assert counted.item() == max(0, step - 1)
     assert all(torch.allclose(norm, torch.ones(24), atol=1e-6) for norm in seen)
     assert stepper.refused.read() == (0, 0)
 
 
 def test_the_queue_joins_late_and_holds_the_newest_embeddings_of_its_view():
-    method = replace(SMALL_SWAV, queue=40, queue_from=0.5)
+    method = replace(SMALL_SWAV, queue=48, queue_from=0.5, freeze_steps=2)
     run = small_run(method)
     stepper, pictures = stepper_of(run), batch_of(run)
     network = stepper.network
     made = []
     network.parts["projector"].register_forward_hook(lambda _, __, out: made.append(out.detach()))
-    for done, queued in ((0.0, False), (0.49, False), (0.5, True), (0.9, True)):
+    # Not before its share of the run, nor while the prototypes are frozen.
+    for step, (done, queued) in enumerate(((0.5, False), (0.9, False), (0.49, False), (0.5, True))):
         made.clear()
         stepper(pictures, 0.0, (done, done))
         assert network.parts["prototypes"].queued is queued
         for view, name in enumerate(CODED):
             rows = network.parts[f"queue_{name}"].rows
             unit = torch.nn.functional.normalize(made[view], dim=1)
-            assert any(torch.allclose(rows.roll(-at, 0)[:16], unit, atol=1e-6) for at in range(40))
-            assert torch.allclose(rows.norm(dim=1), torch.ones(40), atol=1e-5)
+            assert any(torch.allclose(rows.roll(-at, 0)[:16], unit, atol=1e-6) for at in range(48))
+            assert rows.norm(dim=1).count_nonzero() == min(48, 16 * (step + 1))
     network.eval()
     views = make_views(pictures, method.views(SMALL), patch=SMALL.patch, seed=run.seed)
     with torch.no_grad():
@@ -181,9 +185,16 @@ def test_the_queue_joins_late_and_holds_the_newest_embeddings_of_its_view():
         scores = [prototypes(project(patch_mean(each))) for each in network.encoder(*views.values())]
         earlier = [network.parts[f"queue_{name}"].rows @ prototypes.prototypes.T for name in CODED]
     joint = [torch.cat(pair) for pair in zip(earlier, scores, strict=False)]
-    codes = [textbook.sinkhorn(each, epsilon=0.05, rounds=3)[40:] for each in joint]
+    codes = [textbook.sinkhorn(each, epsilon=0.05, rounds=3)[48:] for each in joint]
     expected = textbook.swapped_prediction(scores, codes, temperature=0.1)
     assert network(views, LABEL).terms["swapped"].item() == pytest.approx(expected, rel=1e-4)
+    # One row that no embedding has taken yet, and the batch is shared out by itself.
+    for name in CODED:
+        network.parts[f"queue_{name}"].rows[7] = 0
+    codes = [textbook.sinkhorn(each, epsilon=0.05, rounds=3) for each in scores[:2]]
+    by_itself = textbook.swapped_prediction(scores, codes, temperature=0.1)
+    assert network(views, LABEL).terms["swapped"].item() == pytest.approx(by_itself, rel=1e-5)
+    assert by_itself != pytest.approx(expected, rel=1e-4)
 
 
 def test_a_step_after_a_checkpoint_is_the_step_without_one():
@@ -198,13 +209,14 @@ def test_a_step_after_a_checkpoint_is_the_step_without_one():
     whole = go_on(stepper_of(run), range(4))
     before = go_on(stepper_of(run), range(3))
     after = Stepper(run, CPU)
+    after.taken = before.taken
     after.network.load_state_dict({name: value.clone() for name, value in before.network.state_dict().items()})
     moments = checkpoint.optimizer_tensors(before.network, before.optimizer)
     checkpoint.load_optimizer(after.network, after.optimizer, {name: each.clone() for name, each in moments.items()})
     after.prepare()
     go_on(after, range(3, 4))
     state = after.network.state_dict()
-    assert {"parts.prototypes.steps", "parts.queue_global0.rows", "parts.queue_global1.oldest"} <= state.keys()
+    assert {"parts.queue_global0.rows", "parts.queue_global1.oldest"} <= state.keys()
     assert all(torch.equal(value, state[name]) for name, value in whole.network.state_dict().items())
 
 
@@ -219,8 +231,8 @@ def test_thirty_steps_on_one_batch_lower_the_loss_below_half_of_uniform():
         name: pictures.images["global0"][:, :: 32 // view.side, :: 32 // view.side] for name, view in declared.items()
     }
     views, watched = make_views(replace(pictures, images=images), declared, patch=8, seed=0), []
-    for _ in range(30):
-        objective.before_step(network, 0.0)
+    for step in range(30):
+        objective.before_step(network, 0.0, step)
         outcome = network(views, LABEL)
         optimizer.zero_grad()
         outcome.terms["swapped"].backward()
@@ -253,12 +265,54 @@ def test_prototype_use_counts_where_images_lie():
     assert prototype_use(torch.eye(24)[:1].expand(9, -1)).item() == pytest.approx(1 / 24, rel=1e-6)
 
 
-def test_a_batch_below_the_prototypes_is_warned_of_and_one_above_the_queue_refused():
+def test_a_batch_below_the_prototypes_is_warned_of():
     assert SwAV().warnings(4096) == []
     assert "256 images at once are few for 3,000 prototypes" in SwAV().warnings(256)[0]
     assert SwAV(queue=3840).warnings(256) == []
-    with pytest.raises(UsageError, match=r"--method\.queue 128 holds less than one batch of 256"):
-        SwAV(queue=128).check(256)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"queue": 128}, r"--method\.queue 128 is no multiple of --batch 256: .* Use 256\."),
+    ({"queue": 3840 + 128}, r"--method\.queue 3968 is no multiple of --batch 256: .* Use 3840\."),
+    ({"queue": 1024}, r"--method\.queue 1024 holds more embeddings than there are images \(1,000\)\. Use at most 768"),
+    ({"queue": -256}, r"--method\.queue -256: at least 0, which is none\."),
+    ({"prototypes": 1}, r"--method\.prototypes 1: at least 2, or there is nothing to predict\."),
+])  # fmt: skip
+def test_a_queue_or_prototypes_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        SwAV(**options).check(256, 1000)
+
+
+def test_presets_for_small_sets_can_leave_the_uniform_state():
+    """From there what tells images apart must grow where it agrees between views as much as strong changes leave it."""
+    shared, *own = torch.randn(3, 512, 64, generator=torch.Generator().manual_seed(0)).double()
+    scores = [1e-3 * (0.4**0.5 * shared + 0.6**0.5 * each) for each in own]
+
+    def growth(epsilon: float) -> float:
+        """Of the scores, along a step against their gradient."""
+        learned = [each.clone().requires_grad_() for each in scores]
+        codes = [sinkhorn(each, epsilon=epsilon, rounds=3) for each in learned]
+        swapped_prediction(learned, codes, temperature=0.1).backward()
+        return -sum((each.grad * (each - each.mean(dim=0))).sum().item() for each in learned if each.grad is not None)
+
+    for name in ("tiny", "vits16"):
+        run = open_preset(f"swav-{name}")
+        run.check()
+        assert isinstance(run.method, SwAV)
+        assert run.method.temperature == 0.1
+        assert growth(run.method.epsilon) > 0 > growth(SwAV().epsilon)
+    assert open_preset("swav-tiny").method.views(TINY)["local0"] == View(
+        side=32, area=(0.2, 0.5), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2
+    )
+
+
+def test_cosines_are_float32_where_weights_come_as_bfloat16():
+    prototypes, embedding = Prototypes(24, 16).bfloat16(), torch.randn(5, 16)
+    cosines = prototypes(embedding)
+    assert cosines.dtype == torch.float32
+    expected = torch.nn.functional.normalize(embedding, dim=1) @ prototypes.prototypes.float().T
+    assert torch.equal(cosines, expected)
+    assert prototypes(embedding.bfloat16()).dtype == torch.float32
 
 
 def test_the_last_norm_of_a_projector_can_be_left_out():
@@ -292,13 +346,18 @@ def test_weight_decay_goes_up_along_a_cosine_and_reaches_the_optimizer():
 
 def test_a_run_resumes_to_the_bit_and_says_what_is_few(store_path, tmp_path):
     def command(name: str, *more: str) -> list[str]:
-        small = "--method.head-hidden 32 --method.head-out 16 --method.prototypes 24 --method.queue 0".split()
-        return flags("swav-tiny", store_path, tmp_path / name, "--steps", "5", *small, *more)
+        # Stopped while the prototypes are frozen; the last steps have them free, and the queue.
+        small = "--method.head-hidden 32 --method.head-out 16 --method.prototypes 64 --method.queue 32".split()
+        late = ("--method.freeze-steps", "4", "--steps", "6")
+        return flags("swav-tiny", store_path, tmp_path / name, *small, *late, *more)
 
     assert main(command("whole")) == 0
     assert main(command("parts", "--limit-steps", "3")) == 0
     assert main(command("parts")) == 0
-    whole, parts = (weights(tmp_path / name, 5) for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert "16 images at once are few for 24 prototypes" in (tmp_path / "whole" / "train.log").read_text()
+    for kind in (weights, moments):
+        whole, parts = (kind(tmp_path / name, 6) for name in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert whole["parts.prototypes.prototypes/step"].item() == 2
+    assert "16 images at once are few for 64 prototypes" in (tmp_path / "whole" / "train.log").read_text()
     assert 0 < read_rows(tmp_path / "whole" / "metrics.jsonl")[-1]["of_uniform"] < 1.5

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 def _check_flags(flags: Inflate) -> None:
     for name, value, low in (
-        ("count", flags.count, 1), ("steps", flags.steps or 1, 1), ("batch", flags.batch, 1),
+        ("count", flags.count, 1), ("steps", 1 if flags.steps is None else flags.steps, 1), ("batch", flags.batch, 1),
         ("sampling-steps", flags.sampling_steps, 1), ("seconds", flags.seconds, 1), ("lr", flags.lr, 0),
     ):  # fmt: skip
         if value < low:

@@ -29,6 +29,8 @@ class Optim:
     """Images per optimizer step, over all devices."""
     base_lr: float = 1.5e-4
     """Learning rate per 256 images, as papers quote it."""
+    max_lr: float | None = None
+    """What base-lr comes to at most, however large the batch."""
     lr: float | None = None
     """Peak learning rate itself; overrides base-lr."""
     min_lr: float = 0.0
@@ -63,7 +65,10 @@ class Optim:
             raise UsageError("--optim.layer-decay lies above 0 and up to 1, --optim.ema from 0 to below 1.")
 
     def peak_lr(self) -> float:
-        return self.lr if self.lr is not None else self.base_lr * self.batch / 256
+        if self.lr is not None:
+            return self.lr
+        scaled = self.base_lr * self.batch / 256
+        return scaled if self.max_lr is None else min(scaled, self.max_lr)
 
 
 @dataclass(frozen=True, kw_only=True)

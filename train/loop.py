@@ -119,7 +119,7 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
             if isinstance(store, Inflated):
                 facts["inflated"] = {**store.artificial.manifest["generated"], "images": store.artificial.count}
             write_whole(out / "env.json", json.dumps(facts, indent=1))
-        for words in run.method.warnings(run.optim.batch // run.optim.accumulate):
+        for words in run.method.warnings(run.optim.batch // run.optim.accumulate, store.per_epoch):
             journal.say(words)
         if point is not None:
             trainer.resume(point)

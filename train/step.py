@@ -99,7 +99,7 @@ class Stepper:
         Raises ResourceError where the batch does not fit the memory, with how many images would.
         """
         with self.ledger("optimizer"):
-            self.run.method.before_step(self.network, done[0])
+            self.run.method.before_step(self.network, done[0], self.taken)
             for group in self.optimizer.param_groups:
                 if group["decayed"]:
                     group["weight_decay"] = weight_decay(self.run.optim, done[0])
@@ -133,6 +133,7 @@ class Stepper:
                     self.scaler.scale(loss).backward()
             outcomes.append(outcome)
         with ledger("optimizer"):
+            self.run.method.before_update(self.network, self.taken)
             self.norm = update(self.network, self.optimizer, self.scaler, self.refused, self.run.optim.clip_grad)
         return outcomes
 

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from pipeline.views import Patches
 
 
-COLLAPSED = 0.1  # spread of embeddings below which all images look alike
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a loss returns."""
@@ -39,6 +36,7 @@ class Objective(ABC):
     idea: ClassVar[str]
     paper: ClassVar[str]
     supervised: ClassVar[bool] = False
+    collapsed: ClassVar[float] = 0.1  # spread of embeddings below which all images look alike
 
     def check(self, batch: int, images: int | None = None) -> None:  # noqa: B027 (most have nothing to say)
         """Whether the options fit one another, the batch of all processes, and the number of images once it is known.
@@ -59,7 +57,8 @@ class Objective(ABC):
         """label: (B,) int64, -1 where unknown."""
 
     def prepare(self, net: Network) -> None:  # noqa: B027
-        """Once, when the network has been drawn: what is not to be trained is frozen here."""
+        """Once, when the network has been drawn, and before momentum copies become equal: here is frozen what is not to
+        be trained, and scaled what is to begin otherwise."""
 
     def code(self, net: Network, view: Patches) -> Tensor:
         """(B, 1 + K, D): what a decoder is given of a masked view."""
@@ -70,14 +69,18 @@ class Objective(ABC):
         """(B, D) features of the encoder's end ("trunk") and of each exit, for methods that train exits."""
         return {}
 
-    def before_step(self, net: Network, done: float) -> None:  # noqa: B027
-        """Before every optimizer step. done: share of the run's steps taken so far, 0 before the first."""
+    def before_step(self, net: Network, done: float, taken: int) -> None:  # noqa: B027
+        """Before every optimizer step. taken: steps of the run so far; done: their share of all, 0 before the first."""
+
+    def before_update(self, net: Network, taken: int) -> None:  # noqa: B027
+        """When gradients are there, before the optimizer sees them: a parameter whose gradient is set to None stays
+        where it is, and its moments with it."""
 
     def after_step(self, net: Network, done: float) -> None:  # noqa: B027
-        """After every optimizer step: momentum updates, queues, counters. done: 1 after the last."""
+        """After every optimizer step: momentum updates, queues. done: 1 after the last."""
 
-    def warnings(self, batch: int) -> list[str]:
-        """What to say of options that will not learn well where a loss sees `batch` images at once."""
+    def warnings(self, batch: int, images: int | None = None) -> list[str]:
+        """What to say of options that will not learn well where a loss sees `batch` images at once, of `images`."""
         return []
 
     def alarm(self, means: Mapping[str, float]) -> str | None:
@@ -85,7 +88,7 @@ class Objective(ABC):
 
         means: of what the loss watched, over the steps since the last row.
         """
-        if means.get("spread", 1.0) < COLLAPSED:
+        if means.get("spread", 1.0) < self.collapsed:
             return (
                 f"the embeddings of different images are nearly one and the same (spread {means['spread']:.3f}; 1 is "
                 "spread out, 0 a point): they have collapsed, or not come apart yet. A lower --lr may help."

@@ -22,6 +22,7 @@ class BYOL(TwoViews):
 
     idea: ClassVar[str] = "each view predicts the other one's projection by a momentum encoder"
     paper: ClassVar[str] = "Grill et al. 2020, arXiv 2006.07733"
+    collapsed: ClassVar[float] = 0.5  # nothing but the predictor keeps images apart: half of the spread gone is a sign
 
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     blur: tuple[float, float] = (1.0, 0.1)

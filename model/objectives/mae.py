@@ -37,6 +37,11 @@ def check_shares(mask_ratio: float, decoded_share: float) -> None:
     """Raises UsageError where nothing would be hidden, seen or decoded."""
     if not 0 < mask_ratio < 1:
         raise UsageError(f"--method.mask-ratio {mask_ratio:g}: lies between 0 and 1, MAE's is 0.75.")
+    check_decoded(decoded_share)
+
+
+def check_decoded(decoded_share: float) -> None:
+    """Raises UsageError where nothing would be decoded."""
     if not 0 < decoded_share <= 1:
         raise UsageError(f"--method.decoded-share {decoded_share:g}: a share above 0, at most 1.")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from model.objectives.base import Objective, Outcome
-from model.objectives.mae import build_decoder, decoded_count, reconstruction
+from model.objectives.mae import build_decoder, check_decoded, decoded_count, reconstruction
 from model.shape import Shape, decoder_macs, encoder_macs
 from pipeline.errors import UsageError
 
@@ -41,6 +41,9 @@ class MixedAE(Objective):
     """Share of the hidden patches that are decoded and scored, drawn anew each step; MixedAE decodes all."""
     area: tuple[float, float] = (0.2, 1.0)
     """Range of the crop's share of the image."""
+
+    def check(self, batch: int, images: int | None = None) -> None:
+        check_decoded(self.decoded_share)
 
     def views(self, shape: Shape) -> dict[str, View]:
         from pipeline.sampling import View

@@ -45,16 +45,20 @@ class MoCoV2(TwoViews):
     head_norm: Literal["batch", "batch_apart", "layer", "none"] = "none"
 
     def check(self, batch: int, images: int | None = None) -> None:
-        if self.queue < 1 or self.queue % batch:
-            raise UsageError(
-                f"--method.queue {self.queue} is no multiple of --batch {batch}: keys go in and out by whole batches. "
-                f"Use {max(1, self.queue // batch) * batch}."
-            )
+        check_queue(self.queue, batch)
         if images is not None and self.queue > images:
             raise UsageError(
                 f"--method.queue {self.queue} holds more keys than there are images ({images:,}): each would meet its "
                 f"own. A quarter is enough: --method.queue {max(1, images // 4 // batch) * batch}."
             )
+
+    def warnings(self, batch: int, images: int | None = None) -> list[str]:
+        if images is None or 4 * self.queue <= images:
+            return []
+        return [
+            f"--method.queue {self.queue} holds keys of more than a quarter of the {images:,} images: many a view is "
+            "told from an earlier key of its own image. A shorter one may learn more."
+        ]
 
     def parts(self, shape: Shape) -> dict:
         from model.heads import Projector
@@ -69,9 +73,10 @@ class MoCoV2(TwoViews):
             "momentum_encoder": MomentumCopy(build_encoder(shape)), "momentum_projector": MomentumCopy(projector()),
         }  # fmt: skip
 
-    def before_step(self, net: Network, done: float) -> None:
+    def before_step(self, net: Network, done: float, taken: int) -> None:
         from model.memory import rising_momentum
 
+        queue_of(net).forget()
         net.follow(rising_momentum(self.momentum, done) if self.momentum_rises else self.momentum)
 
     def loss(self, net: Network, views: dict[str, Patches], label: Tensor) -> Outcome:
@@ -92,6 +97,15 @@ class MoCoV2(TwoViews):
         head = head_macs(shape.width, self.head_hidden or shape.width, self.head_out)
         trained = encoder_macs(shape, shape.patches) + head
         return trained + trained // 3
+
+
+def check_queue(length: int, batch: int) -> None:
+    """Raises UsageError where whole batches do not fill it."""
+    if length < 1 or length % batch:
+        raise UsageError(
+            f"--method.queue {length} is no multiple of --batch {batch}: keys go in and out by whole batches. "
+            f"Use {max(1, length // batch) * batch}."
+        )
 
 
 def queue_of(net: Network) -> Queue:

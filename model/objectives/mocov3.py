@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -47,7 +48,19 @@ class MoCoV3(TwoViews):
             "momentum_projector": MomentumCopy(head(shape.width, 3)),
         }  # fmt: skip
 
-    def before_step(self, net: Network, done: float) -> None:
+    def prepare(self, net: Network) -> None:
+        """MoCo v3's code draws a ViT otherwise than MAE's: queries, keys and values are matrices of their own, uniform
+        within sqrt(6 / 2D) and not sqrt(6 / 4D), and the class token has a deviation of 1e-6 and not 0.02."""
+        import torch
+
+        super().prepare(net)
+        with torch.no_grad():  # what the seed has drawn is scaled
+            for name, weight in net.encoder.named_parameters():
+                if name.endswith("qkv.weight"):
+                    weight.mul_(math.sqrt(2))
+            net.encoder.cls_token.mul_(1e-6 / 0.02)
+
+    def before_step(self, net: Network, done: float, taken: int) -> None:
         from model.memory import rising_momentum
 
         net.follow(rising_momentum(self.momentum, done))

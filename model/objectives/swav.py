@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.objectives.base import Objective, Outcome
+from model.objectives.mocov2 import check_queue
 from model.shape import Shape, encoder_macs, head_macs
 from pipeline.errors import UsageError
 
@@ -58,9 +59,11 @@ class SwAV(Objective):
     rounds: int = 3
     """Of Sinkhorn's algorithm."""
     queue: int = 0
-    """Embeddings of earlier batches that each batch is shared out with, where a batch alone is small."""
+    """Embeddings of earlier batches that each batch is shared out with, where a batch alone is small: a multiple of the
+    batch, and no more than there are images."""
     queue_from: float = 0.075
-    """Share of the run after which they are; before it, embeddings age within a few steps."""
+    """Share of the run after which they are; before it, embeddings age within a few steps. Nor are they before the
+    queue is full and the prototypes learn."""
     freeze_steps: int = 313
     """First steps in which the prototypes stay where they are."""
     head_hidden: int = 2048
@@ -69,10 +72,19 @@ class SwAV(Objective):
     """Norm in the head: over the batches of all processes, each over its own, or over a vector's own values."""
 
     def check(self, batch: int, images: int | None = None) -> None:
-        if 0 < self.queue < batch:
-            raise UsageError(f"--method.queue {self.queue} holds less than one batch of {batch}; 0 is no queue.")
+        if self.prototypes < 2:
+            raise UsageError(f"--method.prototypes {self.prototypes}: at least 2, or there is nothing to predict.")
+        if self.queue < 0:
+            raise UsageError(f"--method.queue {self.queue}: at least 0, which is none.")
+        if self.queue:
+            check_queue(self.queue, batch)
+        if images is not None and self.queue > images:
+            raise UsageError(
+                f"--method.queue {self.queue} holds more embeddings than there are images ({images:,}). "
+                f"Use at most {images // batch * batch}."
+            )
 
-    def warnings(self, batch: int) -> list[str]:
+    def warnings(self, batch: int, images: int | None = None) -> list[str]:
         if batch + self.queue >= self.prototypes:
             return []
         return [
@@ -96,8 +108,8 @@ class SwAV(Objective):
 
         return {
             "projector": Projector(shape.width, self.head_hidden, self.head_out, self.head_norm, last_norm=False),
-            "prototypes": Prototypes(self.prototypes, self.head_out, self.freeze_steps),
-            **{f"queue_{name}": Queue(self.queue, self.head_out) for name in CODED if self.queue},
+            "prototypes": Prototypes(self.prototypes, self.head_out),
+            **{f"queue_{name}": Queue(self.queue, self.head_out, empty=True) for name in CODED if self.queue},
         }
 
     def loss(self, net: Network, views: dict[str, Patches], label: Tensor) -> Outcome:
@@ -133,17 +145,28 @@ class SwAV(Objective):
         prototypes, earlier = _prototypes(net), scores[:0]
         if prototypes.queued:
             rank, ranks = place()  # every process holds the whole queue, and brings its share of it
-            earlier = prototypes(_queue(net, name).rows.tensor_split(ranks)[rank])
+            queue = _queue(net, name)
+            earlier = prototypes(queue.rows.tensor_split(ranks)[rank])
+            # Scores of -inf take nothing of any prototype, as if they were not there; nobody has to ask the device.
+            earlier = earlier.masked_fill(~queue.full(), -math.inf)
         joint = torch.cat([earlier, scores])
         return sinkhorn(joint, epsilon=self.epsilon, rounds=self.rounds)[len(earlier) :]
 
-    def before_step(self, net: Network, done: float) -> None:
+    def before_step(self, net: Network, done: float, taken: int) -> None:
         prototypes = _prototypes(net)
         prototypes.renormalise()
-        prototypes.queued = self.queue > 0 and done >= self.queue_from
+        prototypes.queued = self.queue > 0 and done >= self.queue_from and taken >= self.freeze_steps
+        if self.queue:
+            for name in CODED:
+                _queue(net, name).forget()
+
+    def before_update(self, net: Network, taken: int) -> None:
+        if taken < self.freeze_steps:
+            # None, not 0, by which AdamW would count steps and make the first free ones too long. Only now: until the
+            # backward pass is over processes wait for one another's gradient.
+            _prototypes(net).prototypes.grad = None
 
     def after_step(self, net: Network, done: float) -> None:
-        _prototypes(net).steps += 1
         if self.queue:
             for name in CODED:
                 _queue(net, name).push()
