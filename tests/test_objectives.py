@@ -131,6 +131,14 @@ def test_contrastive_only_has_no_decoder():
     assert list(network(views_of(DAAE()), LABEL).terms) == ["contrast"]
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_seed_gives_every_method_the_same_encoder_unless_it_says_otherwise(name):
+    """Scores of the untrained encoder are handed from one arm of a comparison to the next by this."""
+    objective = OBJECTIVES[name]()
+    one, other = (Network(each, SMALL, 0).encoder.state_dict() for each in (MAE(), objective))
+    assert all(torch.equal(one[key], other[key]) for key in one) is not objective.own_start
+
+
 def test_shares_that_leave_nothing_to_do_are_refused():
     for objective, words in (
         (MAE(mask_ratio=0.0), r"--method.mask-ratio 0: lies between 0 and 1"),

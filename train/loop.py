@@ -400,6 +400,7 @@ class Trainer:
             "seed": self.run.seed, "model": dataclasses.asdict(self.run.model), "precision": self.run.precision,
             "label": self.exam.leading, "bank": self.exam.bank.fingerprint,
             "tests": {name: store.fingerprint for name, store in self.exam.tests.items()},
+            **({"objective": self.run.objective} if self.run.method.own_start else {}),
         }  # fmt: skip
         for known in (path, self.baselines_from and self.baselines_from / BASELINE_SCORES):
             found = folder.read_json(known) if known else {}

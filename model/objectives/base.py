@@ -36,6 +36,7 @@ class Objective(ABC):
     idea: ClassVar[str]
     paper: ClassVar[str]
     supervised: ClassVar[bool] = False
+    own_start: ClassVar[bool] = False  # `prepare` changes what the seed draws: its untrained encoder is another one
     collapsed: ClassVar[float] = 0.1  # spread of embeddings below which all images look alike
 
     def check(self, batch: int, images: int | None = None) -> None:  # noqa: B027 (most have nothing to say)

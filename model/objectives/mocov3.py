@@ -23,6 +23,7 @@ class MoCoV3(TwoViews):
 
     idea: ClassVar[str] = "both views find one another's key, by a momentum encoder, in the batch"
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2104.02057"
+    own_start: ClassVar[bool] = True
 
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     blur: tuple[float, float] = (1.0, 0.1)
