@@ -18,6 +18,7 @@ from train.command import parse
 
 
 def test_every_table_on_a_page_is_what_its_records_give():
+    assert results.BLOCK.search((results.ROOT / "README.md").read_text()), "README shows no kept comparison"
     for page in results.pages():
         assert results.filled(page.read_text()) == page.read_text(), f"{page}: run `python -m tools.results --write`"
 
