@@ -369,7 +369,9 @@ def warnings(study: Study) -> list[str]:
     codes = {str(trial.env["code"]) for trial in study.trials if trial.done and trial.env.get("code")}
     if len(codes) > 1 or any(code.endswith("+changes") for code in codes):
         found.append(f"The runs are of code that differs or was never committed ({listed(sorted(codes))}).")
-    versions = {(t.env.get("versions") or {}).get("torch") for t in study.trials if t.done} - {None}
+    versions = {
+        str(t.env["versions"]["torch"]) for t in study.trials if t.done and "torch" in t.env.get("versions", {})
+    }
     if len(versions) > 1:
         found.append(f"The runs were trained with different versions of torch ({listed(sorted(versions))}).")
     machines = {(t.env.get("device"), t.env.get("cores")) for t in study.trials if t.done and t.env.get("device")}
