@@ -146,7 +146,8 @@ def test_training_lowers_the_loss_and_the_mean_follows(real_path, tmp_path, monk
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6, 12, 18, 24]
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
-    far = [(live - mean).abs().max() for live, mean in zip(training.live.parameters(), training.mean.parameters())]  # noqa: B905
+    pairs = zip(training.live.parameters(), training.mean.parameters(), strict=True)
+    far = [(live - mean).abs().max() for live, mean in pairs]
     assert 0 < max(far) < 0.1
 
 

@@ -275,7 +275,10 @@ def test_arms_that_are_there_at_once_or_never_leave_one_end(tmp_path):
         curve = ((40 + seed, 0.35), (200, 0.37))
         folders.append(write_run(early / f"d{seed}", preset="daae-tiny", seed=seed, curve=curve, gallery=None))
     found = verdict(read_study(folders))
-    assert "at least 4.88 times as fast (95 % interval from 4.59; 2.05 or more in 3 of 3 seeds), since daae-tiny was there by its first score in 3 of 3 seeds" in found.sentence  # fmt: skip  # noqa: E501
+    assert (
+        "at least 4.88 times as fast (95 % interval from 4.59; 2.05 or more in 3 of 3 seeds), since daae-tiny was "
+        "there by its first score in 3 of 3 seeds"
+    ) in found.sentence
     assert found.tone == "good"
     folders = []
     for seed in range(3):
@@ -283,7 +286,10 @@ def test_arms_that_are_there_at_once_or_never_leave_one_end(tmp_path):
         curve = ((50, 0.30), (200, 0.335))
         folders.append(write_run(never / f"d{seed}", preset="daae-tiny", seed=seed, curve=curve, gallery=None))
     found = verdict(read_study(folders))
-    assert "at most 1.00 times as fast (95 % interval up to 1.00; 2.05 or more in 0 of 3 seeds), since daae-tiny did not get there in 3 of 3 seeds" in found.sentence  # fmt: skip  # noqa: E501
+    assert (
+        "at most 1.00 times as fast (95 % interval up to 1.00; 2.05 or more in 0 of 3 seeds), since daae-tiny did not "
+        "get there in 3 of 3 seeds"
+    ) in found.sentence
     assert found.tone == "bad"
 
 

@@ -101,9 +101,16 @@ def ratio_words(contrast: Contrast) -> str:
     ratio = contrast.ratio
     if ratio is None:
         return "unknown"
-    ends = {"at least": f"from {ratio.low or 0:.2f}", "at most": f"to {ratio.high or 0:.2f}"}
-    beside = ends.get(ratio.side, f"{ratio.low or 0:.2f} to {ratio.high or 0:.2f}") if ratio.count > 1 else "one seed"
-    return f"{ratio.side} {ratio.mean:.2f} ({beside})".strip()
+    return f"{ratio.side} {ratio.mean:.2f} ({interval_words(ratio) or 'one seed'})".strip()
+
+
+def interval_words(ratio: Ratio) -> str:
+    """The ends of its interval that are known; empty with one seed, which has none."""
+    if ratio.low is not None and ratio.high is not None:
+        return f"{ratio.low:.2f} to {ratio.high:.2f}"
+    if ratio.low is not None:
+        return f"from {ratio.low:.2f}"
+    return "" if ratio.high is None else f"up to {ratio.high:.2f}"
 
 
 def crossings(study: Study, arm: str) -> list[Crossing]:
@@ -275,11 +282,9 @@ def _speed(study: Study, arm: str, contrast: Contrast) -> str:
         return (
             f"{arm} reaches {target} {side}{ratio.mean:.2f} times as fast, from one seed and without an interval{why}"
         )
-    ends = {"at least": f"from {ratio.low or 0:.2f}", "at most": f"up to {ratio.high or 0:.2f}"}
-    interval = ends.get(ratio.side, f"{ratio.low or 0:.2f} to {ratio.high or 0:.2f}")
     return (
-        f"{arm} reaches {target} {side}{ratio.mean:.2f} times as fast (95 % interval {interval}; {CLAIM:g} or more in "
-        f"{contrast.as_fast(CLAIM)} of {len(pairs)} seeds){why}"
+        f"{arm} reaches {target} {side}{ratio.mean:.2f} times as fast (95 % interval {interval_words(ratio)}; {CLAIM:g} "
+        f"or more in {contrast.as_fast(CLAIM)} of {len(pairs)} seeds){why}"
     )
 
 
@@ -289,11 +294,9 @@ def _unseen(study: Study, arm: str, contrast: Contrast) -> str:
     for name, crossings in ((arm, [p.arm for p in pairs]), (study.base.arm, [p.base for p in pairs])):
         early = sum(each.reached and not each.seconds.exact for each in crossings)
         never = sum(not each.reached for each in crossings)
-        where = (lambda n: f" in {n} of {len(pairs)} seeds") if len(pairs) > 1 else (lambda _: "")
-        if early:
-            reasons.append(f"{name} was there by its first score{where(early)}")
-        if never:
-            reasons.append(f"{name} did not get there{where(never)}")
+        for count, what in ((early, "was there by its first score"), (never, "did not get there")):
+            where = f" in {count} of {len(pairs)} seeds" if len(pairs) > 1 else ""
+            reasons += [f"{name} {what}{where}"] if count else []
     return listed(reasons)
 
 

@@ -39,7 +39,7 @@ class Objective(ABC):
     own_start: ClassVar[bool] = False  # `prepare` changes what the seed draws: its untrained encoder is another one
     collapsed: ClassVar[float] = 0.1  # spread of embeddings below which all images look alike
 
-    def check(self, batch: int, images: int | None = None) -> None:  # noqa: B027 (most have nothing to say)
+    def check(self, batch: int, images: int | None = None) -> None:  # noqa: B027 (a hook: most methods have nothing to do)
         """Whether the options fit one another, the batch of all processes, and the number of images once it is known.
 
         Raises UsageError.
@@ -57,7 +57,7 @@ class Objective(ABC):
     def loss(self, net: Network, views: dict[str, Patches], label: Tensor) -> Outcome:
         """label: (B,) int64, -1 where unknown."""
 
-    def prepare(self, net: Network) -> None:  # noqa: B027
+    def prepare(self, net: Network) -> None:  # noqa: B027 (a hook: most methods have nothing to do)
         """Once, when the network has been drawn, and before momentum copies become equal: here is frozen what is not to
         be trained, and scaled what is to begin otherwise."""
 
@@ -70,14 +70,14 @@ class Objective(ABC):
         """(B, D) features of the encoder's end ("trunk") and of each exit, for methods that train exits."""
         return {}
 
-    def before_step(self, net: Network, done: float, taken: int) -> None:  # noqa: B027
+    def before_step(self, net: Network, done: float, taken: int) -> None:  # noqa: B027 (a hook: most methods have nothing to do)
         """Before every optimizer step. taken: steps of the run so far; done: their share of all, 0 before the first."""
 
-    def before_update(self, net: Network, taken: int) -> None:  # noqa: B027
+    def before_update(self, net: Network, taken: int) -> None:  # noqa: B027 (a hook: most methods have nothing to do)
         """When gradients are there, before the optimizer sees them: a parameter whose gradient is set to None stays
         where it is, and its moments with it."""
 
-    def after_step(self, net: Network, done: float) -> None:  # noqa: B027
+    def after_step(self, net: Network, done: float) -> None:  # noqa: B027 (a hook: most methods have nothing to do)
         """After every optimizer step: momentum updates, queues. done: 1 after the last."""
 
     def warnings(self, batch: int, images: int | None = None) -> list[str]:
