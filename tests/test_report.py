@@ -361,7 +361,10 @@ def test_unlabelled_runs_show_loss_speed_and_pictures(tmp_path, capsys):
         write_run(tmp_path / "daae", preset="daae-tiny", rate=480.0, labelled=False),
     ]
     page, said, _ = page_of(folders, capsys)
-    assert said["verdict"] == "No verdict on quality: nothing was scored, since the images have no labels."
+    assert (
+        said["verdict"]
+        == "No verdict on quality: nothing was scored, since the images have no labels or no score was asked for."
+    )
     assert any(line.startswith("Scores:") for line in said["missing"])
     assert "Scores at the end" not in page.text
     assert "Losses" in page.text

@@ -166,7 +166,7 @@ def verdict(study: Study) -> Verdict:
     if all(trial.final is None for trial in finished):
         return Verdict(
             "No verdict on quality: nothing was scored"
-            + (", since the images have no labels." if _unlabelled(finished) else "."),
+            + (", since the images have no labels or no score was asked for." if _unlabelled(finished) else "."),
             "What follows is the loss, the speed and the pictures. "
             + ("" if _unlabelled(finished) else "`daae evaluate RUN` scores a run."),
             "open",
@@ -283,8 +283,8 @@ def _speed(study: Study, arm: str, contrast: Contrast) -> str:
             f"{arm} reaches {target} {side}{ratio.mean:.2f} times as fast, from one seed and without an interval{why}"
         )
     return (
-        f"{arm} reaches {target} {side}{ratio.mean:.2f} times as fast (95 % interval {interval_words(ratio)}; {CLAIM:g} "
-        f"or more in {contrast.as_fast(CLAIM)} of {len(pairs)} seeds){why}"
+        f"{arm} reaches {target} {side}{ratio.mean:.2f} times as fast (95 % interval {interval_words(ratio)}; "
+        f"{CLAIM:g} or more in {contrast.as_fast(CLAIM)} of {len(pairs)} seeds){why}"
     )
 
 
