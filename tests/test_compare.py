@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,32 @@ def test_arms_may_have_epochs_of_their_own(store_path, tmp_path):
     assert "--steps" not in plan.pretrain_words(Cell("long", 0))
     with pytest.raises(UsageError, match="steps is given for all arms, and arm long declares a budget"):
         plan_of("--experiment", str(tmp_path / "e.yaml"), "--out", str(tmp_path / "out"), "--steps", "5")
+
+
+def test_a_dry_run_tells_the_seconds_that_lengths_come_to(store_path, tmp_path, capsys):
+    arms = {"mae": "mae-tiny", "daae": {"preset": "daae-tiny", "also": [60]}}
+    file = experiment(
+        tmp_path / "e.yaml", arms=arms, data=str(store_path), steps=None, seconds=[120, 480], seeds=[0, 1]
+    )
+    assert compare.main(["--experiment", file, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    *commands, daae, mae, total = capsys.readouterr().out.splitlines()
+    assert len(commands) == 10
+    assert all(line.startswith("daae pretrain --preset ") for line in commands)
+    assert (daae, mae) == ("# daae: 6 runs, 22 min", "# mae: 4 runs, 20 min")
+    assert total == "# All together 42 min of training, and evaluation besides."
+
+
+def test_a_dry_run_of_epochs_measures_what_they_take(store_path, tmp_path, capsys):
+    words = [*words_for(store_path, tmp_path / "out", "--epochs", "90", presets=("mae-tiny",)), "--settings", *TINY]
+    assert compare.main([*words, "--dry-run"]) == 0
+    _, line, total = capsys.readouterr().out.splitlines()
+    found = re.fullmatch(r"# mae-tiny: 1 run, (.+) at ([\d,.e+]+) images/s, measured here .*", line)
+    assert found is not None
+    units = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+    seconds = sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+) (\w+)", found[1]))
+    images = 90 * Store.open(store_path).count
+    assert seconds == pytest.approx(images / float(found[2].replace(",", "")), rel=0.02, abs=20)
+    assert total == f"# All together {found[1]} of training, and evaluation besides."
 
 
 @pytest.mark.parametrize(

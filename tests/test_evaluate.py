@@ -244,7 +244,7 @@ def test_tests_that_share_pictures_with_the_bank_are_refused_unless_that_is_decl
         Exam.prepare(stores["bank"], (stores["other"],), "class")
     sitting = Exam.prepare(stores["bank"], (stores["other"],), "class", overlap=True)
     assert len(sitting.questions("other-store", "class")[0]) == 24
-    words = ["--presets", "mae-tiny", "--data", str(stores["bank"]), "--tests", str(stores["other"]), "--steps", "2"]
+    words = ["--presets", "mae-tiny", "--data", str(stores["bank"]), "--tests", str(stores["other"]), "--seconds", "2"]
     words += ["--out", str(tmp_path / "out"), "--dry-run"]
     with pytest.raises(UsageError, match=refusal):
         compare.main(words)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.errors import DataError
 from tests.study_folders import write_run
@@ -32,6 +33,8 @@ def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path
         write_run(plan.folder(Cell(arm, 0)), preset=arm, curve=tuple(zip((50, 100, 200), scores, strict=True)))
         lines.append(json.dumps(make_record(plan, Cell(arm, 0))) + "\n")
     (kept / "records.jsonl").write_text("".join(lines))
+    (kept / "experiment.yaml").write_text(yaml.safe_dump(plan.as_values(), sort_keys=False))
+    (kept / "pace.json").write_text("{}")
     monkeypatch.setattr(results, "KEPT", tmp_path / "records")
     before = "words\n<!-- results of pair -->\nold\n<!-- end of results -->\nmore\n"
     page = results.filled(before)
@@ -43,5 +46,11 @@ def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path
     assert results.filled(page) == page
     shutil.rmtree(kept / "runs")  # a record alone gives the same table
     assert results.filled(before) == page
+    monkeypatch.setattr(results, "KEPT", tmp_path / "again")
+    results.keep(kept)
+    assert results.filled(before) == page  # and so does what is kept of a folder of `daae compare`
+    texts = "".join(path.read_text() for path in (tmp_path / "again/pair").iterdir())
+    assert str(tmp_path) not in texts
+    assert f"--data {store_path.parent.name}/{store_path.name} --out pair/runs/daae-tiny-seed0 " in texts
     with pytest.raises(DataError, match="nowhere holds no comparison"):
         results.filled(before.replace("pair", "nowhere"))

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -53,6 +54,7 @@ from tools.verdict import (
 )
 from train.command import parse, read_yaml, run
 from train.config import as_values, flat
+from train.journal import duration
 
 # ------------------------------------------------------------------------------------------------------- running it
 
@@ -63,6 +65,7 @@ def main(argv: list[str]) -> int:
     if flags.dry_run:
         for cell in plan.order():
             print(shlex.join(["daae", "pretrain", *plan.pretrain_words(cell)]))
+        print(foretold(plan))
         return 0
     with claimed(plan.out, "comparison", (EXPERIMENT, RECORDS), overwrite=flags.overwrite), Stop() as stop:
         records = read_lines(plan.out / RECORDS)
@@ -81,6 +84,25 @@ def main(argv: list[str]) -> int:
             f"{', '.join(cell.words for cell in diverged)}. The others are kept. Declare a lower optim.lr for that arm."
         )
     return 0
+
+
+def foretold(plan: Plan) -> str:
+    """How long the runs of each arm train, and all of them: by what their budgets say, or at a rate measured here."""
+    from train.data import open_store
+    from train.plan import make_plan, measured_rate
+
+    total, lines = 0.0, []
+    for arm, cells in itertools.groupby(sorted(plan.order(), key=lambda cell: cell.arm), key=lambda cell: cell.arm):
+        wishes = [plan.wish(arm, cell.length) for cell in cells]
+        taken, how = [wish.budget.seconds for wish in wishes], ""
+        if None in taken:
+            rate, images = measured_rate(wishes[0]), open_store(wishes[0]).per_epoch
+            taken = [3600 * make_plan(wish, images, rate)["hours"] for wish in wishes]
+            how = f" at {rate:,.4g} images/s, measured here for some seconds on one device"
+        seconds = math.fsum(each or 0.0 for each in taken)
+        total += seconds
+        lines.append(f"# {arm}: {len(wishes)} run{'s' * (len(wishes) > 1)}, {duration(seconds)}{how}")
+    return "\n".join([*lines, f"# All together {duration(total)} of training, and evaluation besides."])
 
 
 def _prepare(plan: Plan) -> None:

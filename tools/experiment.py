@@ -64,7 +64,7 @@ class Compare:
     device: str | None = None
     """auto, cpu, cuda or cuda:N, for every arm."""
     dry_run: bool = False
-    """Check everything, print the commands in their order, and stop."""
+    """Check everything, print the commands in their order and how long they train, and stop."""
     overwrite: bool = False
     """Delete what --out holds and start anew."""
     quiet: bool = False

@@ -1,7 +1,8 @@
 """The tables in README and docs, from the comparisons that are kept: `python -m tools.results [--write]`.
 
-docs/records/NAME holds what `daae compare` left of one: experiment.yaml and records.jsonl. Its table stands between the
-lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page has them.
+docs/records/NAME holds what `daae compare` left of one (`--keep FOLDER` puts it there): experiment.yaml, records.jsonl and
+pace.json. Its table stands between the lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page
+has them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
 from tools.compare import HEADINGS, rows
-from tools.records import RECORDS, read_study
+from tools.records import EXPERIMENT, PACE, RECORDS, read_study
 from tools.verdict import leading_name, verdict, warnings
 from train.command import parse, run
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "docs/records"
+ABSOLUTE = re.compile(r"""(?<=[\s"'])/(?:[^/\s"']+/)*([^/\s"']+/[^/\s"']+)""")
 BLOCK = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -28,18 +30,32 @@ BLOCK = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)",
 class Results:
     """Print the table of every comparison that is kept."""
 
+    keep: Path | None = None
+    """First keep another: a folder of `daae compare`, by its own name."""
     write: bool = False
-    """Put each where README and docs have its place."""
+    """Put each table where README and docs have its place."""
 
 
 def main(argv: list[str]) -> int:
     flags = parse(Results, argv, prog="python -m tools.results")
+    if flags.keep is not None:
+        keep(flags.keep)
     for page in pages() if flags.write else ():
         write_whole(page, filled(page.read_text()))
     if not flags.write:
         for folder in sorted(path.parent for path in KEPT.glob(f"*/{RECORDS}")):
             print(f"{folder.name}\n\n{markdown(folder)}")
     return 0
+
+
+def keep(folder: Path) -> None:
+    """Copy what a comparison left into docs/records, with no more of its paths than tells runs and stores apart."""
+    folder = folder.resolve()
+    read_study([folder])  # what cannot be read is not kept
+    (KEPT / folder.name).mkdir(parents=True, exist_ok=True)
+    for name in (EXPERIMENT, RECORDS, PACE):
+        text = (folder / name).read_text().replace(f"{folder.parent}/", "")
+        write_whole(KEPT / folder.name / name, ABSOLUTE.sub(r"\1", text))
 
 
 def pages() -> Iterator[Path]:
@@ -53,12 +69,16 @@ def filled(text: str) -> str:
 
 
 def markdown(folder: Path) -> str:
-    """A table of a comparison and what it comes to, in words. Raises DataError."""
+    """A table of a comparison; where there is a target, what it comes to in words as well. Raises DataError."""
     if not (folder / RECORDS).exists():
         raise DataError(f"{folder} holds no comparison ({RECORDS}), and a page asks for its table.")
     study = read_study([folder])
-    lines = [f"{leading_name(study)}, %:", "", _row(HEADINGS), _row(["---", *["---:"] * (len(HEADINGS) - 1)])]
-    lines += [_row([f"`{cells[0].strip()}`" if own else cells[0].strip(), *cells[1:]]) for own, cells in rows(study)]
+    columns = len(HEADINGS) if study.targeted else len(HEADINGS) - 2  # the last two are of the target
+    lines = [f"{leading_name(study)}, %:", "", _row(HEADINGS[:columns]), _row(["---", *["---:"] * (columns - 1)])]
+    for own, (first, *others) in rows(study):
+        lines.append(_row([f"`{first.strip()}`" if own else first.strip(), *others[: columns - 1]]))
+    if not study.targeted:
+        return "\n".join([*lines, ""])
     answer = verdict(study)
     caveats = [f"- {each}" for each in warnings(study)]
     return "\n".join([*lines, "", f"{answer.sentence} {answer.meaning}", "", *caveats, *[""] * bool(caveats)])
