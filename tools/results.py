@@ -1,6 +1,6 @@
 """The tables in README and docs, from the comparisons that are kept: `python -m tools.results [--write]`.
 
-docs/records/NAME holds what `daae compare` left of one (`--keep FOLDER` puts it there): experiment.yaml, records.jsonl and
+docs/records/NAME holds what `daae compare` left of one, put there by `--keep`: experiment.yaml, records.jsonl and
 pace.json. Its table stands between the lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page
 has them.
 """
