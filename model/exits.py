@@ -27,18 +27,19 @@ class Exit(nn.Module):
 
 @torch.no_grad()
 def exit_health(early: Tensor, late: Tensor, label: Tensor) -> dict[str, Tensor]:
-    """What exit and trunk know each by itself, and whether they say the same: curves to watch.
+    """What exits and trunk know each by itself, and whether they say the same: curves to watch.
 
-    early, late: (B, D), any scale, of exit and trunk; label: (B,). Accuracies: the share of images whose nearest other
-    image of this process' batch is of their class. Agreement: mean cosine of the two of an image. A trunk that copies
-    its exit agrees with it at 1 and is no more accurate.
+    early: (E, B, D), of the exits, and late: (B, D), of the trunk, any scale; label: (B,). Accuracies: the share of
+    images whose nearest other image of this process' batch is of their class. Agreement: mean cosine of an exit and the
+    trunk. A trunk that copies its exit agrees with it at 1 and is no more accurate. Both are means over the exits.
     """
-    with torch.autocast(early.device.type, enabled=False):
-        early, late = (nn.functional.normalize(each.float(), dim=1) for each in (early, late))
+    with torch.autocast(late.device.type, enabled=False):
+        early, late = (nn.functional.normalize(each.float(), dim=-1) for each in (early, late))
         accuracies = []
-        for each in (early, late):
+        for each in (*early, late):
             nearest = (each @ each.T).fill_diagonal_(-torch.inf).argmax(dim=1)
             accuracies.append((label[nearest] == label).float().mean())
     return {
-        "exit_accuracy": accuracies[0], "trunk_accuracy": accuracies[1], "agreement": (early * late).sum(dim=1).mean()
+        "exit_accuracy": torch.stack(accuracies[:-1]).mean(), "trunk_accuracy": accuracies[-1],
+        "agreement": (early * late).sum(dim=-1).mean(),
     }  # fmt: skip

@@ -104,6 +104,18 @@ def feature_spread(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """In how many directions features lie: exp of the entropy of their singular values as shares of the sum. 1 where
+    all are parallel, n for n of equal length and orthogonal; at most the lesser of rows and width.
+
+    features: (B, D), any scale. A collapse of dimensions shows here where embeddings, behind a norm, still spread.
+    Source: Garrido et al. 2023 (RankMe, arXiv 2210.02885), section 3.
+    """
+    values = torch.linalg.svdvals(features.float())
+    return torch.special.entr(values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).sum().exp()
+
+
+@torch.no_grad()
 def pair_health(one: Tensor, other: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
     """How well the rows of this process' batch find their partners, and whether they still differ: curves to watch.
 

@@ -80,10 +80,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, tokens: Tensor, attend_by: Attend | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        tokens = tokens + self.attn(self.norm1(tokens), attend_by)
-        return tokens + self.mlp(self.norm2(tokens))
+    def forward(self, tokens: Tensor, attend_by: Attend | None = None, branches: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D). branches: (B, 2), what attention and MLP are multiplied by, for each image."""
+        if branches is None:
+            tokens = tokens + self.attn(self.norm1(tokens), attend_by)
+            return tokens + self.mlp(self.norm2(tokens))
+        attention, mlp = branches[:, :, None, None].unbind(1)
+        tokens = tokens + attention * self.attn(self.norm1(tokens), attend_by)
+        return tokens + mlp * self.mlp(self.norm2(tokens))
 
 
 class PatchEmbed(nn.Module):
@@ -129,13 +133,14 @@ class Encoder(nn.Module):
         *views: Patches,
         marks: Tensor | None = None,
         attend_by: Attend | None = None,
-        after: int | None = None,
+        after: tuple[int, ...] = (),
     ) -> list[Tensor]:
         """(B, 1 + K, D) for each view: class token first, after the final norm.
 
         Views with equally many tokens go through the blocks as one batch: fewer calls, larger products.
         marks: (K, D), added to the patch tokens. attend_by: how the blocks attend, where not by softmax over all.
-        after: behind these come, for each view again, the tokens as they are after so many blocks, without the norm.
+        after: behind these come, for each view again, the tokens as they are after so many blocks, without the norm;
+        first those of all views after the first of these numbers.
         """
         tokens = [self.embed(view) for view in views]
         if marks is not None:
@@ -144,19 +149,30 @@ class Encoder(nn.Module):
         for count in dict.fromkeys(one.shape[1] for one in tokens):
             places = [place for place, one in enumerate(tokens) if one.shape[1] == count]
             alike = [tokens[place] for place in places]
-            made = self.encode(torch.cat(alike) if len(alike) > 1 else alike[0], attend_by, after)
-            for first, each in zip((0, len(tokens)), made, strict=False):
+            scales = [scale for place in places if (scale := views[place].branches) is not None]
+            branches = torch.cat(scales) if scales else None  # all of them have some, or none has
+            made = self.encode(torch.cat(alike) if len(alike) > 1 else alike[0], attend_by, after, branches)
+            for order, each in enumerate(made):
                 parts = each.split([len(one) for one in alike])
-                codes.update(zip([first + place for place in places], parts, strict=True))
+                codes.update(zip([order * len(tokens) + place for place in places], parts, strict=True))
         return [codes[place] for place in range(len(codes))]
 
-    def encode(self, tokens: Tensor, attend_by: Attend | None = None, after: int | None = None) -> list[Tensor]:
-        """(B, K, D) -> (B, 1 + K, D) after the final norm, and where it is asked for the same after so many blocks."""
+    def encode(
+        self,
+        tokens: Tensor,
+        attend_by: Attend | None = None,
+        after: tuple[int, ...] = (),
+        branches: Tensor | None = None,
+    ) -> list[Tensor]:
+        """(B, K, D) -> (B, 1 + K, D) after the final norm, and the same without it after so many blocks, rising.
+
+        branches: (B, depth, 2), what each block multiplies its residual branches by; None: nothing is left out.
+        """
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         tapped = []
         for done, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, attend_by)
-            if done == after:
+            tokens = block(tokens, attend_by, None if branches is None else branches[:, done - 1])
+            if done in after:
                 tapped.append(tokens)
         return [self.norm(tokens), *tapped]
 

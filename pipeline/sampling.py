@@ -36,6 +36,7 @@ class View:
     noise: float | None = None  # largest deviation of Gaussian noise on normalised pixels; None: none is drawn
     group: int = 1  # > 1: so many consecutive samples share the patches out among them; mask_ratio is 1 - 1 / group
     same_crop_as: str | None = None  # crop and flip of that other view; area, aspect and flip here mean nothing then
+    drop_path: tuple[float, int] | None = None  # chance that the last of so many blocks is left out; see branch_scales
     centre: float | None = None  # for evaluation: the central square of this share of the shorter side, no chance
 
     @property
@@ -250,6 +251,17 @@ def mask_key(name: str, seed: int, epoch: int) -> int:
 def noise_levels(largest: float, name: str, seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
     """(B,) float64, uniform in [0, largest): the deviation of each sample's noise."""
     return largest * uniform(seed, epoch, f"noise level {name}", ids, 1)[:, 0]
+
+
+def branch_scales(rate: float, depth: int, purpose: str, seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """Stochastic depth: (B, depth, 2) float32, 0 where a residual branch (attention, MLP) of a block is left out for an
+    image, else 1 / (1 - p), so that the mean stays. p rises linearly from 0 in the first block to `rate` in the last.
+
+    Source: Huang et al. 2016, as timm's DropPath.
+    """
+    chance = np.linspace(0, rate, depth)[None, :, None]
+    draw = uniform(seed, epoch, purpose, ids, 2 * depth).reshape(len(ids), depth, 2)
+    return np.where(draw < chance, 0.0, 1 / (1 - chance)).astype(np.float32)
 
 
 def noise_key(name: str, seed: int, epoch: int) -> int:

@@ -17,7 +17,7 @@ from pipeline import kernels
 from pipeline.augment import strengthen
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.errors import UsageError
-from pipeline.sampling import GOLDEN, MASK64, View, colours, mask_key, noise_key, noise_levels
+from pipeline.sampling import GOLDEN, MASK64, View, branch_scales, colours, mask_key, noise_key, noise_levels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ViT here uses
 
@@ -42,6 +42,7 @@ class Patches:
     hidden: Tensor | None = None  # (B, N - K) int64, the others, in random order
     noise: Tensor | None = None  # (B, N, P) float32, on what the encoder sees; pixels are without it
     sigma: Tensor | None = None  # (B,) float32, the deviation of each image's noise
+    branches: Tensor | None = None  # (B, depth, 2) float32, what the encoder multiplies its residual branches by
 
     @property
     def tokens(self) -> int:
@@ -181,7 +182,7 @@ def make_views(
             pixels = images.float().div_(255)
             patches = patchify(normalise(pixels if drawn is None else recolour(pixels, drawn)), patch)
         grid = view.side // patch
-        keep = hidden = noise = sigma = None
+        keep = hidden = noise = sigma = branches = None
         if view.mask_ratio > 0:
             if len(batch.id) % view.group:
                 raise UsageError(f"view {name}: {len(batch.id)} images cannot be cut into groups of {view.group}.")
@@ -192,7 +193,10 @@ def make_views(
             sigma = levels.to(patches.device, non_blocking=True)
             drawn_noise = draw_noise(there, patches[0].numel(), noise_key(name, seed, batch.epoch))
             noise = sigma[:, None, None] * drawn_noise.view_as(patches)
-        made[name] = Patches(patches, grid, keep, hidden, noise, sigma)
+        if view.drop_path is not None:
+            scales = branch_scales(*view.drop_path, f"drop path {name}", seed, batch.epoch, ids)
+            branches = torch.from_numpy(scales).to(patches.device, non_blocking=True)
+        made[name] = Patches(patches, grid, keep, hidden, noise, sigma, branches)
     return made
 
 

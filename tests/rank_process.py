@@ -60,6 +60,7 @@ METHODS: dict[str, Objective] = {
     "mixedae": MixedAE(homologous_weight=1.0),
     "can": CAN(head_out=16, contrast_weight=0.5),
     "selfcon": SelfCon(head_out=16),
+    "selfcon-alone": SelfCon(head_out=16, use_labels=False, drop_path=0.5),
     "clsa": CLSA(head_out=16, queue=32, weak=(1.0, 0.5), strong=(0.5, 0.25)),
     "swav": SwAV(prototypes=24, head_hidden=32, head_out=16, local_views=2, freeze_steps=0),
     "swav-queue": SwAV(prototypes=24, head_hidden=32, head_out=16, local_views=2, freeze_steps=0, queue=20),

@@ -384,3 +384,4 @@ def test_whole_runs_with_labels_and_without(store_path, unlabelled_path, tmp_pat
         (row,) = read_rows(tmp_path / preset / "metrics.jsonl")
         assert {"contrast", "pair_accuracy", "pair_cosine", "other_cosine", "spread"} <= row.keys()
         assert row["loss"] == pytest.approx(row["contrast"])
+        assert 1 < row["effective_rank"] <= 16

@@ -15,6 +15,7 @@ from model.decoder import NoiseLevel
 from model.network import Network
 from model.objectives.can import CAN
 from model.objectives.mae import MAE
+from model.objectives.simclr import SimCLR
 from model.shape import Shape
 from pipeline.errors import UsageError
 from pipeline.sampling import View, noise_levels
@@ -25,7 +26,7 @@ from tests.test_objectives import LABEL, batch, gradients, views_of
 from tests.test_step import CPU
 from train.config import Optim
 from train.optim import make_optimizer
-from train.presets import VIT_B, open_preset
+from train.presets import VIT_B, VIT_L, open_preset
 
 SMALL_CAN = CAN(head_out=16)
 PAIR = ("one", "other")
@@ -229,3 +230,6 @@ def test_formula_counts_what_torch_multiplies(monkeypatch):
     assert counter.get_total_flops() / 2 / 8 == pytest.approx(SMALL_CAN.macs(shape), rel=0.01)
     # Two times 99 tokens in the encoder and 197 in the decoder; hidden patches are not embedded.
     assert CAN().macs(VIT_B) / 1e9 == pytest.approx(28.19 - 2 * 98 * 768**2 / 1e9, rel=0.001)
+    # The paper has SimCLR at 70 % more for ViT-L; of a ViT-B the decoder is a larger part.
+    assert SimCLR().macs(VIT_L) / CAN().macs(VIT_L) == pytest.approx(1.71, abs=0.01)
+    assert SimCLR().macs(VIT_B) / CAN().macs(VIT_B) == pytest.approx(1.25, abs=0.01)

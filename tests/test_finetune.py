@@ -14,10 +14,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from model.classifier import Classifier, branch_scales
+from model.classifier import Classifier
 from model.shape import Shape
 from model.vit import Encoder, patch_mean
 from pipeline.errors import DataError, NumericsError, Preempted, UsageError
+from pipeline.sampling import branch_scales
 from pipeline.views import Patches
 from tests.conftest import SMALL
 from tests.images import encoded
@@ -159,14 +160,15 @@ def test_branches_are_scaled_for_each_image():
 
 def test_stochastic_depth_rises_over_the_blocks_and_keeps_the_mean():
     ids = np.arange(4000)
-    scales = branch_scales(0.3, 4, 0, 0, ids)
+    scales = torch.from_numpy(branch_scales(0.3, 4, "drop path", 0, 0, ids))
     assert scales.shape == (4000, 4, 2)
     dropped = (scales == 0).float().mean(dim=(0, 2))
     assert dropped.tolist() == pytest.approx([0, 0.1, 0.2, 0.3], abs=0.02)
     assert scales.mean(dim=(0, 2)).tolist() == pytest.approx([1, 1, 1, 1], abs=0.03)
     assert (scales[:, 3, 0] == 0).ne(scales[:, 3, 1] == 0).any()  # attention and MLP apart
-    assert torch.equal(branch_scales(0.3, 4, 0, 0, ids[[7, 3]]), scales[[7, 3]])
-    assert not torch.equal(branch_scales(0.3, 4, 0, 1, ids), scales)
+    assert np.array_equal(branch_scales(0.3, 4, "drop path", 0, 0, ids[[7, 3]]), scales[[7, 3]])
+    assert not np.array_equal(branch_scales(0.3, 4, "drop path", 0, 1, ids), scales)
+    assert not np.array_equal(branch_scales(0.3, 4, "drop path one", 0, 0, ids), scales)
 
 
 def test_timms_chance_is_seeded_and_numpys_own_stays_as_it_was():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from model.heads import Predictor, Projector, feature_spread, pair_health
+from model.heads import Predictor, Projector, effective_rank, feature_spread, pair_health
 from model.losses import (
     info_nce,
     masked_mse,
@@ -278,3 +278,21 @@ def test_spread_is_one_for_noise_and_zero_for_a_collapse():
     noise = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     assert feature_spread(noise).item() == pytest.approx(1, abs=0.02)
     assert feature_spread(torch.ones(16, 64)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_effective_rank_counts_directions():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 24, generator=generator)
+    line = torch.randn(40, 1, generator=generator) * one  # embeddings that differ, along one direction only
+    assert effective_rank(line).item() == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.zeros(40, 24)).item() == pytest.approx(1)
+    rows, columns = (torch.linalg.qr(torch.randn(size, 6, generator=generator)).Q for size in (40, 24))
+    for values in (torch.full((6,), 3.0), torch.tensor([8.0, 4, 2, 1, 1, 0])):
+        shares = [value / values.sum().item() for value in values.tolist() if value]
+        expected = math.exp(-sum(share * math.log(share) for share in shares))
+        assert effective_rank(rows * values @ columns.T).item() == pytest.approx(expected, rel=1e-4)
+    assert effective_rank(rows.T).item() == pytest.approx(6, rel=1e-5)
+    # What a norm over the batch hides: a spread of one, along one direction.
+    normed = torch.nn.functional.batch_norm(torch.outer(one, other), None, None, training=True)
+    assert feature_spread(normed).item() > 0.8
+    assert effective_rank(normed).item() == pytest.approx(1, abs=0.01)

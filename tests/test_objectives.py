@@ -195,6 +195,11 @@ def test_terms_are_finite_and_every_trained_part_gets_a_gradient(name):
     outcome = network(views_of(objective), LABEL)
     sum(outcome.terms.values()).backward()
     assert all(torch.isfinite(term) for term in outcome.terms.values())
+    assert (outcome.features is None) == (name in ("mae", "mixedae"))  # nothing goes into a head
+    if outcome.features is not None:
+        assert outcome.features.shape == (16, SMALL.width)
+        assert not outcome.features.requires_grad
+        assert not torch.equal(outcome.features[0], outcome.features[1])
     for parameter_name, parameter in network.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), parameter_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from model.attention import attend_by_products
 from model.heads import Projector, Prototypes, feature_spread, prototype_use
 from model.losses import sinkhorn, swapped_prediction
 from model.network import Network
+from model.objectives.selfcon import SelfCon
 from model.objectives.swav import CODED, SwAV
 from model.shape import Shape
 from model.vit import patch_mean
 from pipeline.errors import UsageError
-from pipeline.sampling import View
+from pipeline.sampling import View, branch_scales
 from pipeline.views import make_views
 from tests import textbook
 from tests.conftest import SMALL
@@ -141,6 +143,26 @@ def test_eight_views_of_two_sizes_are_two_calls_and_each_is_as_it_is_alone(monke
     for one, other in zip(codes, alone, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
     assert [len(code[0]) for code in network.encoder(*mixed_up)] == [5, 17, 5, 17, 5]
+
+
+@pytest.mark.parametrize("method", [SwAV(drop_path=0.5), SelfCon(drop_path=0.5)])
+def test_blocks_are_left_out_in_training_as_sampling_says(method):
+    views = views_of(method)
+    for name, each in views.items():
+        expected = branch_scales(0.5, SMALL.depth, f"drop path {name}", 0, 0, np.arange(16))
+        assert each.branches is not None
+        assert np.array_equal(each.branches.numpy(), expected)
+    assert all(each.branches is None for each in views_of(replace(method, drop_path=0.0)).values())
+    with pytest.raises(UsageError, match=r"--method\.drop-path 1: a chance"):
+        replace(method, drop_path=1.0).check(4096)
+
+
+def test_the_published_recipe_is_dinos():
+    run = open_preset("swav-vits16-in1k-300")
+    run.check()
+    assert run.method == SwAV(drop_path=0.1)
+    assert (run.optim.peak_lr(), run.optim.clip_grad) == (pytest.approx(5e-4 * 16), 3.0)
+    assert (run.optim.weight_decay, run.optim.weight_decay_end) == (0.04, 0.4)
 
 
 def test_prototypes_are_unit_before_each_step_and_stay_where_they_are_while_frozen():  # T-S5
@@ -348,6 +370,7 @@ def test_a_run_resumes_to_the_bit_and_says_what_is_few(store_path, tmp_path):
     def command(name: str, *more: str) -> list[str]:
         # Stopped while the prototypes are frozen; the last steps have them free, and the queue.
         small = "--method.head-hidden 32 --method.head-out 16 --method.prototypes 64 --method.queue 32".split()
+        small += ["--method.drop-path", "0.5"]
         late = ("--method.freeze-steps", "4", "--steps", "6")
         return flags("swav-tiny", store_path, tmp_path / name, *small, *late, *more)
 

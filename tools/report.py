@@ -62,6 +62,7 @@ TERM_NAMES = {
     "reconstruct": "reconstruction loss",
     "info_nce": "contrastive loss, nats",
     "loss": "whole loss",
+    "effective_rank": "effective rank of features",
 }
 
 

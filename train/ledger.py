@@ -51,7 +51,7 @@ class Ledger:
     def watch(self, network: nn.Module) -> None:
         """Have the network's encoder and decoder enter themselves. A compiled network would break at these hooks."""
         for name, module in network.named_modules():
-            part = INSIDE.get(name.removeprefix("parts."))
+            part = INSIDE.get(name.removeprefix("parts.").rstrip("0123456789"))  # there may be several exits
             if part is not None:
                 module.register_forward_pre_hook(lambda *_, part=part: self._turn(part, opens=True))
                 module.register_forward_hook(lambda *_: self._turn(None, opens=False), always_call=True)

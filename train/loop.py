@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.heads import effective_rank
 from model.network import Network
 from model.objectives import Outcome
 from pipeline import native
@@ -149,6 +150,7 @@ def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks) -> Bud
     return budget
 
 
+RANKED = 256  # rows, at most, whose effective rank a row of metrics has: milliseconds, beside the steps between two
 BASELINE_SCORES = "baselines.json"
 WORTH_A_CEILING = 30.0  # seconds of training, below which measuring what the device can do would take longer
 
@@ -179,6 +181,7 @@ class Trainer:
         self.clock, self.step = Clock(), 0
         self.shift, self.rollbacks = 0, 0  # batches left out so far, and how often the run went back
         self.sums: dict[str, Tensor] = {}
+        self.features: Tensor | None = None  # of the last step
         self.refused = 0  # steps, up to the last row
         self.alarm: str | None = None  # what the method said of the last row
         self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0, 0.0)  # step, images, seconds
@@ -286,6 +289,7 @@ class Trainer:
                 value = torch.where(self.stepper.refused.finite, value.float(), 0.0)
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             watched = {}
+        self.features = outcomes[-1].features
 
     def log(self, lr: float) -> bool:
         """Write a row; False where the run went back to a checkpoint instead."""
@@ -331,18 +335,21 @@ class Trainer:
             self.alarm = alarm
 
     def means(self, steps: int) -> dict[str, float]:
-        """What is watched, over the last `steps` steps and all ranks.
+        """What is watched, over the last `steps` steps and all ranks; the effective rank is the last step's.
 
         Raises NumericsError where too many steps in a row were refused, on every rank. It was captured then.
         """
         in_a_row, refused = self.stepper.refused.read()
         lately, self.refused = refused - self.refused, refused
+        if self.features is not None and not in_a_row:
+            self.sums["effective_rank"] = effective_rank(self.features[:RANKED])
         names = sorted(self.sums)
         sums = self.ranks.mean(torch.stack([self.sums[name] for name in names])).tolist()
         self.sums.clear()
         taken = max(1, steps - lately)
-        parts = {name: taken if name == "grad_norm" else taken * self.run.optim.accumulate for name in names}
-        means = {name: value / parts[name] for name, value in zip(names, sums, strict=True)}
+        parts = taken * self.run.optim.accumulate
+        times = dict.fromkeys(names, parts) | {"grad_norm": taken, "effective_rank": 1}
+        means = {name: value / times[name] for name, value in zip(names, sums, strict=True)}
         if in_a_row >= patience(self.run.precision) or not all(map(math.isfinite, means.values())):
             what = f"gradient was not finite for {in_a_row:,} steps in a row" if in_a_row else "loss is not finite"
             raise NumericsError(

@@ -88,8 +88,8 @@ def can(shape: Shape, optim: Optim, epochs: float) -> Run:
     return Run(objective="can", method=CAN(), model=shape, optim=optim, budget=Budget(epochs=epochs))
 
 
-def selfcon(shape: Shape, optim: Optim, epochs: float) -> Run:
-    return Run(objective="selfcon", method=SelfCon(), model=shape, optim=optim, budget=Budget(epochs=epochs))
+def selfcon(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
+    return Run(objective="selfcon", method=SelfCon(**options), model=shape, optim=optim, budget=Budget(epochs=epochs))
 
 
 def swav(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
@@ -251,16 +251,15 @@ def can_vitb16_in1k() -> Run:
 
 @preset("selfcon-vitb16-in1k-800")
 def selfcon_vitb16_in1k() -> Run:
-    """SelfCon on ImageNet-1K: 800 epochs of its batches of 2048, as its script trains a ResNet, with a ViT's optimizer;
-    without drop-path, which this encoder does not have."""
-    return selfcon(VIT_B, PUBLISHED_SELFCON, 800)
+    """SelfCon on ImageNet-1K: 800 epochs of its batches of 2048, as its script trains a ResNet, with a ViT's optimizer
+    and drop-path."""
+    return selfcon(VIT_B, PUBLISHED_SELFCON, 800, drop_path=0.1)
 
 
 @preset("swav-vits16-in1k-300")
 def swav_vits16_in1k() -> Run:
-    """SwAV on ImageNet-1K, 2 x 224 and 6 x 96 px, 300 epochs by DINO's recipe for a ViT, but for its drop-path of 0.1,
-    which this encoder does not have."""
-    return swav(VIT_S, PUBLISHED_SWAV, 300)
+    """SwAV on ImageNet-1K, 2 x 224 and 6 x 96 px, 300 epochs by DINO's recipe for a ViT."""
+    return swav(VIT_S, PUBLISHED_SWAV, 300, drop_path=0.1)
 
 
 @preset("mae-vitb16-mini-800")

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from model.classifier import Classifier, branch_scales
+from model.classifier import Classifier
 from model.network import Network
 from pipeline.augment import erase, rand_augment
 from pipeline.errors import NumericsError, Preempted, ResourceError, UsageError
 from pipeline.loader import Backend, Loader, choose_backend, open_loader
-from pipeline.sampling import View, key
+from pipeline.sampling import View, branch_scales, key
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
 from pipeline.views import Batch, Patches, check_views, normalise, patchify
@@ -230,8 +230,8 @@ class Tuner:
         if not recipe.drop_path:
             return None
         depth = self.classifier.encoder.depth
-        scales = branch_scales(recipe.drop_path, depth, recipe.seed, batch.epoch, batch.id.numpy())
-        return scales.to(self.device, non_blocking=True)
+        scales = branch_scales(recipe.drop_path, depth, "drop path", recipe.seed, batch.epoch, batch.id.numpy())
+        return torch.from_numpy(scales).to(self.device, non_blocking=True)
 
     def log(self, lr: float) -> None:
         """A row of metrics.jsonl. Raises NumericsError where too many steps in a row were refused."""

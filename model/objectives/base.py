@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from model.shape import Shape
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,12 +22,19 @@ if TYPE_CHECKING:
     from pipeline.views import Patches
 
 
+def check_drop_path(rate: float) -> None:
+    """Raises UsageError where the last block would never be there."""
+    if not 0 <= rate < 1:
+        raise UsageError(f"--method.drop-path {rate:g}: a chance, from 0 to below 1.")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a loss returns."""
 
     terms: dict[str, Tensor]  # they add up to the loss
     watched: dict[str, Tensor]  # detached scalars worth a curve: health, accuracies, unweighted terms
+    features: Tensor | None = None  # (B, D), detached: what of each image goes into the head, where there is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +43,13 @@ class Objective(ABC):
 
     idea: ClassVar[str]
     paper: ClassVar[str]
-    supervised: ClassVar[bool] = False
     own_start: ClassVar[bool] = False  # `prepare` changes what the seed draws: its untrained encoder is another one
     collapsed: ClassVar[float] = 0.1  # spread of embeddings below which all images look alike
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it learns from labels."""
+        return False
 
     def check(self, batch: int, images: int | None = None) -> None:  # noqa: B027 (a hook: most methods have nothing to do)
         """Whether the options fit one another, the batch of all processes, and the number of images once it is known.

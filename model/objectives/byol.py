@@ -50,10 +50,11 @@ class BYOL(TwoViews):
         from model.losses import regression
 
         parts, pair = net.parts, (views["one"], views["other"])
-        predicted = [parts["predictor"](parts["projector"](each)) for each in self.pooled(net.encoder(*pair))]
+        features = self.pooled(net.encoder(*pair))
+        predicted = [parts["predictor"](parts["projector"](each)) for each in features]
         target = [parts["momentum_projector"](each) for each in self.pooled(parts["momentum_encoder"](*pair))]
         there, back = (regression(*each) for each in zip(predicted, target[::-1], strict=True))
-        return Outcome({"regression": there + back}, pair_health(predicted[0], target[1]))
+        return Outcome({"regression": there + back}, pair_health(predicted[0], target[1]), features[0].detach())
 
     def after_step(self, net: Network, done: float) -> None:
         from model.memory import rising_momentum

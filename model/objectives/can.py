@@ -88,7 +88,8 @@ class CAN(Objective):
 
         pair = [views["one"], views["other"]]
         codes = net.encoder(*pair)  # (B, 1 + K, D) each
-        one, other = (net.parts["projector"](code.mean(dim=1)) for code in codes)  # of all tokens, as its code does
+        features = [code.mean(dim=1) for code in codes]  # of all tokens, as its code does
+        one, other = (net.parts["projector"](each) for each in features)
         agree = nt_xent(one, other, temperature=self.temperature)
         errors = [self._errors(net, code, view) for code, view in zip(codes, pair, strict=True)]
         repaint, found = (torch.stack(each).mean() for each in zip(*errors, strict=True))
@@ -98,8 +99,8 @@ class CAN(Objective):
             "reconstruct": pixels * (1 - self.noise_weight) * repaint,
             "noise": pixels * self.noise_weight * found,
         }
-        watched = {"nt_xent": agree, "repaint_error": repaint, "noise_error": found}
-        return Outcome(terms, {name: each.detach() for name, each in watched.items()} | pair_health(one, other))
+        watched = {"nt_xent": agree.detach(), "repaint_error": repaint.detach(), "noise_error": found.detach()}
+        return Outcome(terms, watched | pair_health(one, other), features[0].detach())
 
     def _errors(self, net: Network, code: Tensor, view: Patches) -> tuple[Tensor, Tensor]:
         """How far the decoder is from the hidden patches of a view, and from the noise on the others."""

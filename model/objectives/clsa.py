@@ -74,7 +74,8 @@ class CLSA(MoCoV2):
 
         parts, queue = net.parts, queue_of(net)
         asked = [view for name, view in views.items() if name != KEY]  # in the order of views(): the weak ones first
-        queries = [parts["projector"](each) for each in self.pooled(net.encoder(*asked))]
+        features = self.pooled(net.encoder(*asked))
+        queries = [parts["projector"](each) for each in features]
         (key,) = map(parts["momentum_projector"], self.pooled(parts["momentum_encoder"](views[KEY])))
         cosines = bank_cosines(queries, key, queue.rows)
         queue.offer(key)
@@ -86,6 +87,7 @@ class CLSA(MoCoV2):
         return Outcome(
             {"contrast": singles * contrast, "distribution": self.distribution_weight * pairs * matched},
             {**pair_health(queries[0], key), "weak_entropy": torch.special.entr(likely).sum(dim=1).mean()},
+            features[0].detach(),
         )
 
     def macs(self, shape: Shape) -> int:

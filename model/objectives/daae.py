@@ -112,6 +112,7 @@ class DAAE(Objective):
         holed, small = views["holed"], views["small"]
         code, seen_small = self._encode(net, holed, small)
         terms, feature = {}, patch_mean(code)
+        encoded = feature.detach()
         if self.reconstruct_weight > 0:
             assert holed.hidden is not None
             hidden = scored_patches(holed.hidden, self.decoded_share)
@@ -125,7 +126,8 @@ class DAAE(Objective):
             mine = net.parts["predictor"](mine)
         agree = symmetric_info_nce(mine, seen_small, temperature=self.temperature)
         terms["contrast"] = self.contrast_weight * agree
-        return Outcome(terms, {"info_nce": agree.detach(), "spread": feature_spread(seen_small.detach())})
+        watched = {"info_nce": agree.detach(), "spread": feature_spread(seen_small.detach())}
+        return Outcome(terms, watched, encoded)
 
     def _encode(self, net: Network, holed: Patches, small: Patches) -> tuple[Tensor, Tensor]:
         """Code of the masked view (B, 1 + K, D) and projection of the small one (B, head_out)."""

@@ -84,11 +84,12 @@ class MoCoV2(TwoViews):
         from model.losses import queue_info_nce
 
         parts, queue = net.parts, queue_of(net)
-        (query,) = map(parts["projector"], self.pooled(net.encoder(views["one"])))
+        (features,) = self.pooled(net.encoder(views["one"]))
+        query = parts["projector"](features)
         (key,) = map(parts["momentum_projector"], self.pooled(parts["momentum_encoder"](views["other"])))
         contrast = queue_info_nce(query, key, queue.rows, temperature=self.temperature)
         queue.offer(key)
-        return Outcome({"contrast": contrast}, pair_health(query, key))
+        return Outcome({"contrast": contrast}, pair_health(query, key), features.detach())
 
     def after_step(self, net: Network, done: float) -> None:
         queue_of(net).push()

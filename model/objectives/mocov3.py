@@ -71,11 +71,13 @@ class MoCoV3(TwoViews):
         from model.losses import info_nce
 
         parts, pair = net.parts, (views["one"], views["other"])
-        queries = [parts["predictor"](parts["projector"](each)) for each in self.pooled(net.encoder(*pair))]
+        features = self.pooled(net.encoder(*pair))
+        queries = [parts["predictor"](parts["projector"](each)) for each in features]
         keys = [parts["momentum_projector"](each) for each in self.pooled(parts["momentum_encoder"](*pair))]
         there, back = (info_nce(*each, temperature=self.temperature) for each in zip(queries, keys[::-1], strict=True))
         # The factor of MoCo v3's code keeps the gradient's size whatever the temperature.
-        return Outcome({"contrast": 2 * self.temperature * (there + back)}, pair_health(queries[0], keys[1]))
+        contrast = 2 * self.temperature * (there + back)
+        return Outcome({"contrast": contrast}, pair_health(queries[0], keys[1]), features[0].detach())
 
     def macs(self, shape: Shape) -> int:
         looked = encoder_macs(shape, shape.patches) + head_macs(

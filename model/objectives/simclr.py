@@ -37,8 +37,10 @@ class SimCLR(TwoViews):
         from model.heads import pair_health
         from model.losses import nt_xent
 
-        one, other = (net.parts["projector"](each) for each in self.pooled(net.encoder(views["one"], views["other"])))
-        return Outcome({"contrast": nt_xent(one, other, temperature=self.temperature)}, pair_health(one, other))
+        features = self.pooled(net.encoder(views["one"], views["other"]))
+        one, other = (net.parts["projector"](each) for each in features)
+        contrast = nt_xent(one, other, temperature=self.temperature)
+        return Outcome({"contrast": contrast}, pair_health(one, other), features[0].detach())
 
     def macs(self, shape: Shape) -> int:
         return 2 * (encoder_macs(shape, shape.patches) + head_macs(shape.width, self.head_hidden, self.head_out))

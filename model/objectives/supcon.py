@@ -25,7 +25,6 @@ class SupCon(TwoViews):
 
     idea: ClassVar[str] = "views of a class find one another among those of the batch"
     paper: ClassVar[str] = "Khosla et al. 2020, arXiv 2004.11362"
-    supervised: ClassVar[bool] = True
 
     label: str | None = None
     """Label column to learn from; default: the leading one of the store."""
@@ -34,6 +33,10 @@ class SupCon(TwoViews):
     head_hidden: int = 2048
     head_out: int = 128
     head_norm: Literal["batch", "batch_apart", "layer", "none"] = "none"
+
+    @property
+    def supervised(self) -> bool:
+        return True
 
     def parts(self, shape: Shape) -> dict:
         from model.heads import Projector
@@ -46,9 +49,10 @@ class SupCon(TwoViews):
         from model.heads import pair_health
         from model.losses import sup_con
 
-        one, other = (net.parts["projector"](each) for each in self.pooled(net.encoder(views["one"], views["other"])))
+        features = self.pooled(net.encoder(views["one"], views["other"]))
+        one, other = (net.parts["projector"](each) for each in features)
         contrast = sup_con(torch.stack([one, other]), label, temperature=self.temperature)
-        return Outcome({"contrast": contrast}, pair_health(one, other, label))
+        return Outcome({"contrast": contrast}, pair_health(one, other, label), features[0].detach())
 
     def macs(self, shape: Shape) -> int:
         return 2 * (encoder_macs(shape, shape.patches) + head_macs(shape.width, self.head_hidden, self.head_out))

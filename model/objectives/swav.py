@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from model.objectives.base import Objective, Outcome
+from model.objectives.base import Objective, Outcome, check_drop_path
 from model.objectives.mocov2 import check_queue
 from model.shape import Shape, encoder_macs, head_macs
 from pipeline.errors import UsageError
@@ -66,12 +66,15 @@ class SwAV(Objective):
     queue is full and the prototypes learn."""
     freeze_steps: int = 313
     """First steps in which the prototypes stay where they are."""
+    drop_path: float = 0.0
+    """Chance that the encoder's last block is left out for an image, falling to 0 at the first; published: 0.1."""
     head_hidden: int = 2048
     head_out: int = 128
     head_norm: Literal["batch", "batch_apart", "layer"] = "batch"
     """Norm in the head: over the batches of all processes, each over its own, or over a vector's own values."""
 
     def check(self, batch: int, images: int | None = None) -> None:
+        check_drop_path(self.drop_path)
         if self.prototypes < 2:
             raise UsageError(f"--method.prototypes {self.prototypes}: at least 2, or there is nothing to predict.")
         if self.queue < 0:
@@ -95,7 +98,10 @@ class SwAV(Objective):
     def views(self, shape: Shape) -> dict[str, View]:
         from pipeline.sampling import View
 
-        full = View(side=shape.side, area=self.area, jitter=self.jitter, gray=self.gray, blur=self.blur)
+        full = View(
+            side=shape.side, area=self.area, jitter=self.jitter, gray=self.gray, blur=self.blur,
+            drop_path=(self.drop_path, shape.depth) if self.drop_path else None,
+        )  # fmt: skip
         local = replace(full, side=shape.patch * self._local_grid(shape), area=self.local_area)
         return dict.fromkeys(CODED, full) | {f"local{number}": local for number in range(self.local_views)}
 
@@ -121,7 +127,8 @@ class SwAV(Objective):
 
         prototypes = _prototypes(net)
         # In the order in which they were declared: the coded ones first.
-        embedded = [net.parts["projector"](patch_mean(code)) for code in net.encoder(*views.values())]
+        features = [patch_mean(code) for code in net.encoder(*views.values())]
+        embedded = [net.parts["projector"](each) for each in features]
         scores = [prototypes(each) for each in embedded]
         codes = [self._codes(net, name, score.detach()) for name, score in zip(CODED, scores, strict=False)]
         if self.queue:
@@ -133,7 +140,7 @@ class SwAV(Objective):
             "code_entropy": torch.special.entr(codes[0]).sum(dim=1).mean(),
             "prototype_use": prototype_use(scores[0].detach()),
             "spread": feature_spread(embedded[0].detach()),
-        })  # fmt: skip
+        }, features[0].detach())  # fmt: skip
 
     def _codes(self, net: Network, name: str, scores: Tensor) -> Tensor:
         """(B, K): how the batch of a view is shared out among the prototypes, with the view's queue once it is on."""
