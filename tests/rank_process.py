@@ -74,6 +74,7 @@ STEPPED = {
     "frozen": replace(METHODS["swav-queue"], queue=32, queue_from=0.0, freeze_steps=2, head_norm="layer"),
 }
 TAKEN = [("ema", torch.float64), ("twice", torch.float32), ("frozen", torch.float64)]
+ROUNDED = (("twice", torch.float32), "rounded")  # gradients travel in bfloat16
 APART = "daae-apart"  # the one whose loss depends on how many ranks there are
 CASES = [
     *itertools.product([name for name in METHODS if name not in BASES], (torch.float64, torch.float32)),
@@ -132,10 +133,10 @@ def singles(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach() / ranks, "gradient": mine.grad / ranks}
 
 
-def stepper_of(method: Objective, ranks: Ranks, dtype: torch.dtype, *, divided: bool) -> Stepper:
+def stepper_of(method: Objective, ranks: Ranks, dtype: torch.dtype, *, divided: bool, rounded: bool = False) -> Stepper:
     run = Run(
         objective="daae", method=method, model=SMALL, optim=Optim(batch=ROWS, clip_grad=0.5), device="cpu",
-        speed=Speed(shard=divided), precision="fp32",
+        speed=Speed(shard=divided, bf16_gradients=rounded), precision="fp32",
     )  # fmt: skip
     torch.set_default_dtype(dtype)
     try:
@@ -194,8 +195,9 @@ def write_gradients(out: Path) -> int:
 
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    for (name, dtype), way in itertools.product(TAKEN, ("whole", "divided")):
-        stepper = stepper_of(STEPPED[name], Ranks(rank, ranks), dtype, divided=way == "divided")
+    for (name, dtype), way in [*itertools.product(TAKEN, ("whole", "divided")), ROUNDED]:
+        together = Ranks(rank, ranks)
+        stepper = stepper_of(STEPPED[name], together, dtype, divided=way == "divided", rounded=way == "rounded")
         found = take_steps(stepper, dtype)
         if rank == 0:
             torch.save(found, out / f"{name}-{way}-{dtype}.pt")
@@ -219,13 +221,15 @@ def train(fault: str, step: int, words: list[str]) -> int:
     ids = os.environ["STEPS_TAKEN"] + "again-" * again + os.environ["RANK"]
 
     def struck(self: Stepper, batch: Batch, lr: float, done: tuple[float, float] = (0.0, 0.0)):
-        poisoned = (fault == "nan" and taken[0] >= step) or (fault == "bad data" and spoilt(batch, step))
+        harm = {"nan": poison_gradient, "bad data": poison}.get(fault) if os.environ["RANK"] == "1" else None
+        if harm and not (taken[0] >= step if fault == "nan" else spoilt(batch, step)):
+            harm = None
         if taken[0] == step and os.environ["RANK"] == "1" and not again:
             strike(fault)
         taken[0] += 1
         with open(ids, "a", encoding="utf-8") as file:
             file.write(f"{batch.id.tolist()}\n")
-        return (poison if poisoned and os.environ["RANK"] == "1" else whole)(self, batch, lr, done)
+        return (harm or whole)(self, batch, lr, done)
 
     Stepper.__call__ = struck
     return run(main, words)
@@ -251,6 +255,15 @@ def poison(stepper: Stepper, *inputs, step=Stepper.__call__):
         return step(stepper, *inputs)
     finally:
         object.__delattr__(objective, "loss")
+
+
+def poison_gradient(stepper: Stepper, *inputs, step=Stepper.__call__):
+    """A step whose loss is sound, and one of its gradients is not, on this rank alone."""
+    hook = stepper.network.encoder.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    try:
+        return step(stepper, *inputs)
+    finally:
+        hook.remove()
 
 
 def strike(fault: str) -> None:

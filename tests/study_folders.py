@@ -66,9 +66,14 @@ def write_run(
         row |= {"info_nce": 4.8, "contrast": 0.48} if "daae" in preset else {}
         row["loss"] = row["reconstruct"] + row.get("contrast", 0)
         row |= {"images": images, "images_per_second": rate, "train_seconds": images / rate, "data_wait": 0.031}
-        row["spent"] = {part: share * images / rate for part, share in SPENT.items()} | {"evaluation": 7.0}
+        row["spent"] = {part: share * images / rate for part, share in SPENT.items()} | {
+            "start-up": 5.0,
+            "evaluation": 7.0,
+        }
         rows.append(row)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if state == "done":
+        (folder / "ledger.json").write_text(json.dumps({"mfu": 0.314, "memory_gb": 1.53}))
     if labelled:
         taken = [(at, value) for at, value in curve if at <= done * BATCH / rate]
         lines = [

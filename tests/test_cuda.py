@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.attention import CANDIDATES, WAYS, attend_by_products
 from model.network import Network
 from model.objectives import OBJECTIVES
 from pipeline import kernels
@@ -117,6 +118,26 @@ def test_nothing_in_a_step_waits_for_the_gpu(preset: str):
         stepper(batch, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("way", CANDIDATES)
+@pytest.mark.parametrize("shape", [(4, 12, 50, 64), (4, 16, 197, 32)])
+def test_every_way_to_attend_on_the_gpu_is_the_same(way: str, shape: tuple[int, ...]):
+    """In bfloat16 beside products in float64 of the same numbers, forward and backward."""
+    given = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(GPU, torch.bfloat16)
+    results = []
+    for attend, dtype in ((WAYS[way], torch.bfloat16), (attend_by_products, torch.float64)):
+        inputs = [each.to(dtype).requires_grad_() for each in given]
+        try:
+            out = attend(*inputs)
+            out.square().sum().backward()
+        except RuntimeError as error:
+            pytest.skip(f"{way} does not take these shapes here: {error}")
+        results.append([out.detach(), *(each.grad for each in inputs)])
+    for mine, theirs in zip(*results, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert (mine.double() - theirs).norm() <= 0.02 * theirs.norm()
 
 
 def test_a_run_on_the_gpu_resumes(store_path: Path, tmp_path: Path):

@@ -61,14 +61,21 @@ def test_both_attentions_are_equal_and_so_are_their_gradients():
 
 
 def test_one_call_over_both_views_equals_two_calls():  # T-D1
-    network = Network(DAAE(), SMALL, 0).eval()
+    encoder = Network(DAAE(), SMALL, 0).encoder
     holed, small = view(3, 4, 8, True), view(3, 2, 8, False)
     assert holed.tokens == small.tokens == 4
-    together = network.encoder(holed, small)
-    apart = [network.encoder(holed)[0], network.encoder(small)[0]]
+    together = encoder(holed, small)
+    apart = [encoder(holed)[0], encoder(small)[0]]
+    gradients = []
+    for codes in (together, apart):
+        torch.stack([code.pow(3).sum() for code in codes]).sum().backward()
+        gradients.append({name: each.grad for name, each in encoder.named_parameters()})
+        encoder.zero_grad()
     for one, other in zip(together, apart, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
         assert one.shape == (3, 5, 32)
+    for name, one in gradients[0].items():
+        assert (one - gradients[1][name]).norm() <= 1e-5 * one.norm() + 1e-6, name
 
 
 def test_views_of_unequal_length_are_encoded_too():

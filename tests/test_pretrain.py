@@ -24,6 +24,7 @@ from tools import convert
 from train import checkpoint, evaluate, loop
 from train.command import run
 from train.journal import duration, read_rows
+from train.ledger import ASIDE
 from train.loop import evaluation_steps
 from train.pretrain import main
 from train.schedule import learning_rate, warmup_steps
@@ -94,6 +95,12 @@ def test_a_run_folder_holds_what_it_promises(store_path, tmp_path, capsys):
     assert all(row["loss"] == pytest.approx(row["reconstruct"] + row["contrast"], rel=1e-5) for row in rows)
     assert rows[-1]["train_seconds"] == pytest.approx(result["train_seconds"], abs=0.01)
     assert all(0 <= row["data_wait"] < 1 and row["images_per_second"] > 0 for row in rows)
+    ledger = read_json(out / "ledger.json")
+    on_the_clock = sum(seconds for part, seconds in ledger["spent"].items() if part not in ASIDE)
+    assert on_the_clock == pytest.approx(ledger["train_seconds"], abs=0.01)
+    assert min(ledger["spent"][part] for part in ASIDE) > 0
+    assert rows[0]["spent"]["start-up"] == ledger["spent"]["start-up"]
+    assert (ledger["images"], ledger["ranks"], ledger["mfu"]) == (192, 1, None)  # too short a run for a ceiling
     scores = read_rows(out / "evaluations.jsonl")
     assert [row["step"] for row in scores] == [6, 12]
     assert all(0 <= row["leading"] <= 1 for row in scores)

@@ -302,7 +302,8 @@ def test_a_step_is_told_part_by_part(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--trace", "a.json"], "--trace goes with --step"), ([], "--data (a store made by `daae convert`) is required"),
+    (["--trace", "a.json"], "--trace and --knobs go with --step"),
+    ([], "--data (a store made by `daae convert`) is required"),
     (["--step", "--html", "a.html"], "without a picture"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture):

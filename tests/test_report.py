@@ -136,6 +136,7 @@ def test_the_seconds_of_each_arm_are_laid_out(pair, capsys):
     assert "<td class=n>1.25</td><td class=n>0.15</td><td class=n>2.08</td>" in part
     assert re.findall(r'width:([\d.]+)%;background:#\w+" title="backward', part) == ["45.00", "60.00"]
     assert "evaluation:" not in part  # off the clock
+    assert "<td class=n>5.0</td><td class=n>7.0</td><td class=n>–</td><td class=n>31%</td><td class=n>1.5</td>" in part
 
 
 def test_large_pictures_still_fit(tmp_path, capsys):

@@ -52,5 +52,5 @@ def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path
     texts = "".join(path.read_text() for path in (tmp_path / "again/pair").iterdir())
     assert str(tmp_path) not in texts
     assert f"--data {store_path.parent.name}/{store_path.name} --out pair/runs/daae-tiny-seed0 " in texts
-    with pytest.raises(DataError, match="nowhere holds no comparison"):
+    with pytest.raises(DataError, match="nowhere is not there"):
         results.filled(before.replace("pair", "nowhere"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from pipeline.views import Batch
 from tests.conftest import SMALL
 from train.attention import settle_attention
 from train.config import Optim, Run, Speed
+from train.device import choose_device, choose_precision, memory_gb
 from train.ledger import TRAINING, Ledger
 from train.step import Refused, Stepper, noise, views_of
 
@@ -68,8 +70,11 @@ def test_a_step_equals_one_written_out():
         assert torch.equal(value, stepper.network.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("changes", [{"recompute": True}, {"accumulate": 4, "method": MAE()}])
-def test_what_saves_memory_changes_rounding_at_most(changes):
+@pytest.mark.parametrize("changes", [
+    {"recompute": True}, {"accumulate": 4, "method": MAE()},
+    pytest.param({"compile": True}, marks=pytest.mark.slow),  # a C compiler works for half a minute
+])  # fmt: skip
+def test_what_saves_memory_or_time_changes_rounding_at_most(changes):
     batch, found = batch_of(small_run()), []
     for change in ({"method": changes.get("method", SMALL_DAAE)}, changes):
         stepper = stepper_of(small_run(**change))
@@ -80,6 +85,17 @@ def test_what_saves_memory_changes_rounding_at_most(changes):
     for name, value in plain.items():
         # A step of Adam is the sign of the gradient: where that is rounding alone, it goes anywhere.
         assert (value - other[name]).abs().float().mean() <= 2e-5, name
+
+
+@pytest.mark.parametrize("method", [MAE(), SMALL_DAAE])
+def test_a_loss_is_compiled_into_one_graph(method):
+    """By torch's own tracer, without a compiler behind it: what it captures is run as it is."""
+    run = small_run(method)
+    batch, network = batch_of(run), Network(run.method, run.model, run.seed).train()
+    views = views_of(run, batch)
+    plain = network(views, batch.label)
+    traced = torch.compile(network, backend="eager", fullgraph=True, dynamic=False)(views, batch.label)
+    assert all(torch.equal(value, traced.terms[name]) for name, value in plain.terms.items())
 
 
 def test_a_step_whose_gradient_is_not_finite_changes_nothing():
@@ -156,6 +172,34 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(monkeypatch):
     monkeypatch.setattr(Stepper, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("another error")))
     with pytest.raises(RuntimeError, match="another error"):
         stepper_of(run)(batch_of(run), 1e-3)
+
+
+def test_memory_is_the_most_that_this_process_has_had():
+    held = torch.ones(64 << 20)
+    there = psutil.Process().memory_info().rss
+    assert there > held.nbytes
+    del held
+    peak, whole = memory_gb(CPU)
+    assert there / 1e9 - 0.05 <= peak <= whole  # pages are counted in bundles
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch, rank):
+    for name, value in {"LOCAL_RANK": rank, "RANK": rank, "LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for wish in ("auto", "cuda"):
+        with pytest.raises(ResourceError, match=r"3 processes want a GPU each, and this machine has 2\. Use --gpus 2"):
+            choose_device(wish)
+
+
+def test_bf16_is_not_emulated_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    gpu = torch.device("cuda", 0)
+    assert [choose_precision(wish, gpu) for wish in ("auto", "fp16", "fp32")] == ["fp16", "fp16", "fp32"]
+    with pytest.raises(ResourceError, match=r"--precision bf16: cuda:0 has no units for it\. Use --precision fp16"):
+        choose_precision("bf16", gpu)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

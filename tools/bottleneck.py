@@ -45,7 +45,7 @@ class Measured:
     step: Stage
     both: dict[str, Stage]
     limits: dict[str, float] = field(default_factory=dict)  # of the machine, see stages.LIMITS
-    memory_gb: float = 0.0  # CUDA: peak of the device. CPU: this process
+    memory_gb: float = 0.0  # peak, of the GPU or of this process
     other_cores: float = 0.0  # taken by other processes while the machine had none to spare
     warm_up_seconds: dict[str, float] = field(default_factory=dict)
     rounds: int = ROUNDS

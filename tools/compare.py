@@ -243,7 +243,7 @@ def make_record(plan: Plan, cell: Cell) -> dict:
         "steps": trial.step, "epochs": last["epoch"], "images": trial.images, "train_seconds": trial.seconds,
         "images_per_second": round(trial.rate or 0.0, 1), "data_wait": last["data_wait"],
         "seconds_per_epoch": round(trial.outcome.seconds_per_epoch or 0.0, 4), "evaluations": trial.evaluations,
-        "evaluation": trial.evaluation,
+        "evaluation": trial.evaluation, "ledger": trial.ledger,
     }  # fmt: skip
 
 

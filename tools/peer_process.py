@@ -165,7 +165,11 @@ def rates(rounds: list[dict]) -> dict:
     }  # fmt: skip
 
 
+def ratios(one: dict, other: dict, figure: str) -> list[float]:
+    """How many times the other's figure is one's, round by round, since a round meets one machine."""
+    return [mine / theirs for mine, theirs in zip(one["rounds"][figure], other["rounds"][figure], strict=True)]
+
+
 def ratio(one: dict, other: dict, figure: str) -> float:
-    """How many times the other's figure is one's: the median of the rounds' ratios, since a round meets one machine."""
-    pairs = zip(one["rounds"][figure], other["rounds"][figure], strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+    """The median over the rounds."""
+    return statistics.median(ratios(one, other, figure))

@@ -57,7 +57,7 @@ class Profile:
     """Decoding threads, 0 chooses. Default: the preset's."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Literal["auto", "bf16", "fp32"] | None = None
+    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
     """Default: the preset's."""
     compile: bool = False
     """torch.compile the loss, as `daae pretrain --compile` does."""
@@ -66,7 +66,10 @@ class Profile:
     trace: Path | None = None
     """With --step: write three steps as a trace for chrome://tracing or ui.perfetto.dev."""
     peers: bool = False
-    """Instead: our loader beside those of torchvision, FFCV and DALI, on this store's JPEGs, for --seconds each."""
+    """Instead: our loader beside those of torchvision, FFCV and DALI, on this store's JPEGs, for --seconds each. With
+    --step: our step beside those of transformers and lightly, at the size of the preset."""
+    knobs: bool = False
+    """With --step: DAAE's step beside MAE's, by what makes it cheaper, at the size of the preset."""
     tune: Path | None = None
     """Instead: try loaders, threads and batches ahead, and write the fastest as YAML that --config takes."""
     tune_seconds: float = 120.0
@@ -172,8 +175,10 @@ def check_flags(flags: Profile) -> None:
             "--tune, --peers and --step each do something else instead of a profile: pass one of them, without a "
             "picture (--step draws a --png)."
         )
-    if flags.trace is not None and not flags.step:
-        raise UsageError("--trace goes with --step.")
+    if (flags.trace is not None or flags.knobs) and not flags.step:
+        raise UsageError("--trace and --knobs go with --step.")
+    if flags.step and flags.peers + flags.knobs + (flags.trace is not None or flags.png is not None) > 1:
+        raise UsageError("--step with --peers, with --knobs and with a picture or trace are three things: pass one.")
     if flags.data is None and not flags.step:
         raise UsageError("--data (a store made by `daae convert`) is required. See `daae profile --help`.")
 
@@ -318,7 +323,7 @@ def profile_steps(flags: Profile) -> int:
             say("the trace")
             step_profile.write_trace(wish, measured.batch, flags.trace)
     if flags.json:
-        print(json.dumps(step_profile.as_json(measured)))
+        print(json.dumps(record(wish.device, step_profile.as_json(measured)), indent=1))
     else:
         step_profile.show(measured)
     if flags.png is not None:
@@ -326,39 +331,52 @@ def profile_steps(flags: Profile) -> int:
     return 0
 
 
-def step_peers(flags: Profile) -> int:
+def beside_steps(flags: Profile) -> int:
+    """--step --peers and --step --knobs."""
     import torch
 
-    from tools.step_peers import compare_steps, show
+    from tools import step_peers, step_records
     from train.ceiling import gemm_flops
-    from train.device import device_name, resolve
-    from train.journal import environment
+    from train.device import resolve
 
-    wish = resolve(settings(flags), None)
-    device, batch = torch.device(wish.device), flags.batch or 32
+    wish = settings(flags)
+    step_peers.check_size(wish, flags.config)
+    wish = resolve(wish, None)
+    kind, measure = ("knobs", step_peers.compare_knobs) if flags.knobs else ("peers", step_peers.compare_steps)
+    task = step_peers.Task(
+        step_peers.OURS, wish.preset, flags.batch or 32, wish.device, wish.precision, compiled=wish.speed.compile
+    )
     with telling(flags.quiet) as say:
         say("the machine's limit")
-        ceiling = gemm_flops(device, wish.precision)
-        found = compare_steps(
-            wish.preset, seconds=flags.seconds, batch=batch, device=wish.device, precision=wish.precision,
-            compiled=wish.speed.compile, say=say,
-        )  # fmt: skip
-    flop = 6 * wish.method.macs(wish.model)
+        ceiling = gemm_flops(torch.device(wish.device), wish.precision)
+        found = measure(task, seconds=flags.seconds, say=say)
+    plain = step_peers.run_of(task)
+    told = record(wish.device, {
+        "preset": wish.preset, "batch": task.batch, "seconds": flags.seconds, "precision": wish.precision,
+        "compiled": task.compiled, "gflop_per_image": 6 * plain.method.macs(plain.model) / 1e9,
+        "gemm_tflops": ceiling / 1e12, kind: found,
+    })  # fmt: skip
     if flags.json:
-        told = {"preset": wish.preset, "batch": batch, "seconds": flags.seconds, "precision": wish.precision}
-        told |= {"gflop_per_image": flop / 1e9, "gemm_tflops": ceiling / 1e12, "steps": found}
-        print(json.dumps({**told, "environment": environment(device_name(device))}, indent=1))
+        print(json.dumps(told, indent=1))
     else:
-        show(found, flop / 1e9, ceiling)
+        step_peers.show(step_records.caption(told), step_records.table([told]))
     return 0
 
 
-def peers(flags: Profile) -> int:
+def record(device: str, told: dict) -> dict:
+    """What was measured, with machine, versions and command: what docs/records keeps."""
     import torch
 
-    from tools.peers import compare_peers, show_peers
+    from tools.records import as_typed
     from train.device import device_name
     from train.journal import environment
+
+    found = environment(device_name(torch.device(device)))
+    return {**told, "environment": {**found, "command": as_typed(found["command"])}}
+
+
+def peers(flags: Profile) -> int:
+    from tools.peers import compare_peers, show_peers
 
     cores = max(1, int(usable_cores()))
     workers, batch = min(flags.workers or cores, cores), flags.batch or 128
@@ -367,8 +385,7 @@ def peers(flags: Profile) -> int:
         results, costs, scaled = compare_peers(flags.data, seconds=flags.seconds, batch=batch, workers=workers, say=say)
     if flags.json:
         told = {"workers": workers, "batch": batch, "seconds": flags.seconds, "views": results, "costs": costs}
-        told |= {"threads": scaled}
-        print(json.dumps({**told, "environment": environment(device_name(torch.device("cpu")))}, indent=1))
+        print(json.dumps(record("cpu", {**told, "threads": scaled}), indent=1))
     else:
         show_peers(results, costs, scaled)
     return 0
@@ -378,7 +395,7 @@ def main(argv: list[str]) -> int:
     flags = parse(Profile, argv, prog="daae profile")
     check_flags(flags)
     if flags.step:
-        return step_peers(flags) if flags.peers else profile_steps(flags)
+        return beside_steps(flags) if flags.peers or flags.knobs else profile_steps(flags)
     if flags.peers:
         return peers(flags)
     if flags.tune is not None:

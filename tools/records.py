@@ -25,7 +25,7 @@ from train.command import read_yaml
 from train.config import flat
 
 RECORDS, EXPERIMENT, PACE, RUNS, ARMS = "records.jsonl", "experiment.yaml", "pace.json", "runs", "arms"
-CONFIG, METRICS, BASELINE_SCORES = "config.yaml", "metrics.jsonl", "baselines.json"
+CONFIG, METRICS, LEDGER, BASELINE_SCORES = "config.yaml", "metrics.jsonl", "ledger.json", "baselines.json"
 
 # Settings that are a place, a wish or a consequence; the others decide what a run computes.
 PLACES = ("out", "data", "seed", "budget.steps", "preset")
@@ -73,6 +73,7 @@ class Trial:
     evaluation: dict | None  # evaluation.json
     gallery: Path | None
     pace: float | None = None  # seconds of a step of its arm, measured in turns with the other arms
+    ledger: dict = field(default_factory=dict)  # ledger.json, which a run writes at its end
 
     @property
     def arm(self) -> str:
@@ -139,6 +140,11 @@ class Trial:
     @property
     def images(self) -> int:
         return self.metrics[-1]["images"] if self.metrics else 0
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by part, those off the training clock too; empty where no ledger was kept."""
+        return (self.metrics[-1] if self.metrics else {}).get("spent") or self.ledger.get("spent") or {}
 
     @property
     def epoch_images(self) -> float:
@@ -423,6 +429,7 @@ def read_run(folder: Path, cell: Cell | None = None, record: dict | None = None)
         evaluations=read_lines(folder / "evaluations.jsonl"),
         evaluation=(record["evaluation"] if record else read_object(folder / "evaluation.json")) or None,
         gallery=gallery if gallery.exists() else None,
+        ledger=read_object(folder / LEDGER),
     )
 
 
@@ -433,14 +440,17 @@ def from_record(record: dict) -> Trial:
     return Trial(
         cell=cell_of(record), folder=None, settings=record["settings"], env=record["env"],
         state="done", reason="", step=record["steps"], metrics=[last], evaluations=record["evaluations"],
-        evaluation=record["evaluation"], gallery=None,
+        evaluation=record["evaluation"], gallery=None, ledger=record.get("ledger", {}),
     )  # fmt: skip
 
 
 def as_typed(command: str) -> str:
-    """`/where/ever/train/pretrain.py --preset …` as a person would type it."""
+    """`/where/ever/train/pretrain.py --preset …`, or `/where/ever/daae pretrain …`, as a person would type it."""
     first, _, rest = command.partition(" ")
-    return f"daae {Path(first).stem} {rest}" if first.endswith(".py") else command.replace(first, Path(first).name, 1)
+    name = Path(first).name
+    if name == "cli.py":
+        return f"daae {rest}"
+    return f"daae {Path(first).stem} {rest}" if first.endswith(".py") else command.replace(first, name, 1)
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,8 +1,8 @@
-"""The tables in README and docs, from the comparisons that are kept: `python -m tools.results [--write]`.
+"""The tables in README and docs, from the records that are kept: `python -m tools.results [--write]`.
 
-docs/records/NAME holds what `daae compare` left of one, put there by `--keep`: experiment.yaml, records.jsonl and
-pace.json. Its table stands between the lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page
-has them.
+docs/records/NAME holds what `daae compare` left of one comparison, put there by `--keep` (experiment.yaml, records.jsonl
+and pace.json), or what `daae profile --step --peers --json`, or `--step --knobs --json`, printed for one size and another.
+Its table stands between the lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page has them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
+from tools import step_records
 from tools.compare import HEADINGS, rows
 from tools.records import EXPERIMENT, PACE, RECORDS, read_study
 from tools.verdict import leading_name, verdict, warnings
@@ -28,7 +29,7 @@ BLOCK = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)",
 
 @dataclass(frozen=True)
 class Results:
-    """Print the table of every comparison that is kept."""
+    """Print the table of everything that is kept."""
 
     keep: Path | None = None
     """First keep another: a folder of `daae compare`, by its own name."""
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     for page in pages() if flags.write else ():
         write_whole(page, filled(page.read_text()))
     if not flags.write:
-        for folder in sorted(path.parent for path in KEPT.glob(f"*/{RECORDS}")):
+        for folder in sorted(path for path in KEPT.iterdir() if path.is_dir()):
             print(f"{folder.name}\n\n{markdown(folder)}")
     return 0
 
@@ -64,14 +65,17 @@ def pages() -> Iterator[Path]:
 
 
 def filled(text: str) -> str:
-    """A page with its tables made anew. Raises DataError where it wants a comparison that is not kept."""
+    """A page with its tables made anew. Raises DataError where it wants one that is not kept."""
     return BLOCK.sub(lambda found: found[1] + markdown(KEPT / found[2]) + found[3], text)
 
 
 def markdown(folder: Path) -> str:
-    """A table of a comparison; where there is a target, what it comes to in words as well. Raises DataError."""
+    """A table of a comparison, with what it comes to in words where it has a target, or one of timed steps. Raises
+    DataError."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there, and a page asks for its table.")
     if not (folder / RECORDS).exists():
-        raise DataError(f"{folder} holds no comparison ({RECORDS}), and a page asks for its table.")
+        return "\n".join(step_records.markdown(folder))
     study = read_study([folder])
     columns = len(HEADINGS) if study.targeted else len(HEADINGS) - 2  # the last two are of the target
     lines = [f"{leading_name(study)}, %:", "", _row(HEADINGS[:columns]), _row(["---", *["---:"] * (columns - 1)])]

@@ -10,16 +10,22 @@ from tools.charts import COLOURS
 from tools.page import table
 from tools.records import Group
 
-ASIDE = ("evaluation", "checkpoint")  # not on the training clock
+ASIDE = ("start-up", "evaluation", "checkpoint")  # not on the training clock
 
 
 def milliseconds(group: Group) -> dict[str, float]:
     """Training milliseconds an image by part, mean over the arm's runs; empty where none has kept a ledger."""
-    kept = [trial.metrics[-1] for trial in group.trials if trial.metrics and trial.metrics[-1].get("spent")]
-    parts = dict.fromkeys(part for row in kept for part in row["spent"] if part not in ASIDE)
-    return {
-        part: statistics.fmean(1000 * row["spent"].get(part, 0.0) / row["images"] for row in kept) for part in parts
-    }
+    kept = [trial for trial in group.trials if trial.spent]
+    parts = dict.fromkeys(part for trial in kept for part in trial.spent if part not in ASIDE)
+    return {part: statistics.fmean(1000 * run.spent.get(part, 0.0) / run.images for run in kept) for part in parts}
+
+
+def beside(group: Group) -> list[str]:
+    """Mean over the arm's runs of what was off the clock, seconds, of the share of the device's products, and of GB."""
+    aside = [[trial.spent[part] for trial in group.trials if part in trial.spent] for part in ASIDE]
+    mfu, memory = ([t.ledger[name] for t in group.trials if t.ledger.get(name)] for name in ("mfu", "memory_gb"))
+    cells = [(values, "{:,.1f}") for values in aside] + [(mfu, "{:.0%}"), (memory, "{:.1f}")]
+    return [form.format(statistics.fmean(values)) if values else "–" for values, form in cells]
 
 
 def section(groups: Sequence[Group]) -> str:
@@ -48,8 +54,13 @@ def section(groups: Sequence[Group]) -> str:
         [escape(arm), *(f"{parts.get(part, 0.0):.2f}" for part in shown), f"{sum(parts.values()):.2f}"]
         for arm, parts in spent.items()
     ]
+    off = [[escape(group.arm), *beside(group)] for group in groups if group.arm in spent]
+    headings = ["arm", *(f"{part}, s" for part in ASIDE), "MFU", "peak memory, GB"]
     return (
         "<section><h2>Where the seconds went</h2><p>Training milliseconds an image, by part of the step; the encoder's "
-        "and the decoder's own are forward only, and losses hold the heads. Evaluation and checkpoints are off this "
-        f'clock.</p><p class="legend">{legend}</p>{bars}{table(["arm", *shown, "all"], rows)}</section>'
+        "and the decoder's own are forward only, and losses hold the heads.</p>"
+        f'<p class="legend">{legend}</p>{bars}{table(["arm", *shown, "all"], rows)}'
+        "<p>Off this clock, a run: start-up, from the process to its first step, of all starts together; evaluation "
+        "and checkpoints. MFU: what the step's formula comes to, of the products that the device can do at most.</p>"
+        f"{table(headings, off)}</section>"
     )

@@ -1,65 +1,76 @@
 """`daae profile --step --peers`: a whole MAE step of ours beside that of transformers and of lightly, on the same work.
+`daae profile --step --knobs`: a step of DAAE beside one of MAE, by what makes it cheaper.
 
-Same sizes, 75 % of the patches hidden, all of them decoded, AdamW, one batch in memory again and again. Each peer is
-set up as its own documentation trains it, eager and compiled; what reads "best switch" has the one setting changed that
-makes it faster without changing its model. Ours starts from uint8 crops and makes its views in the step, the others are
-given normalised float images.
+Same sizes, 75 % of the patches hidden, AdamW, one batch in memory again and again. Each peer decodes all hidden patches
+and is set up as its own documentation trains it, eager and compiled; what reads "best switch" has the one setting
+changed that makes it faster without changing its model. Ours starts from uint8 crops and makes its views in the step,
+the others are given normalised float images.
 """
 
 from __future__ import annotations
 
 # The peers are not annotated, or less exactly than they are called.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportMissingImports=false
-import contextlib
+# pyright: reportPrivateImportUsage=false
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from tools.peer_process import measure, ratio, serve
+from pipeline.errors import UsageError
+from tools.peer_process import measure, serve
 from train.command import run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from model.shape import Shape
     from train.config import Run
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a peer process is told."""
+    """What a process is told."""
 
-    peer: str
-    preset: str
+    peer: str  # a key of PEERS
+    preset: str  # a size, by the name of MAE's preset
     batch: int
     device: str
     precision: str
+    compiled: bool = False
+    objective: str = "mae"
+    settings: dict[str, Any] = field(default_factory=dict)  # of the model (decoder_heads) or the method (decoded_share)
 
 
-def _run(task: Task) -> Run:
+def run_of(task: Task) -> Run:
+    """What ours trains: MAE or DAAE as they are by default, whatever the preset makes of them, with the settings."""
+    from model.objectives import OBJECTIVES
     from train.device import resolve
     from train.presets import open_preset
 
-    wish = replace(open_preset(task.preset), device=task.device, precision=task.precision)
+    wish = open_preset(task.preset)
+    model = {name: value for name, value in task.settings.items() if hasattr(wish.model, name)}
+    method = {name: value for name, value in task.settings.items() if name not in model}
+    wish = replace(
+        wish, objective=task.objective, method=OBJECTIVES[task.objective](**method), device=task.device,
+        model=replace(wish.model, **model), precision=task.precision, optim=replace(wish.optim, batch=task.batch),
+        speed=replace(wish.speed, compile=task.compiled),
+    )  # fmt: skip
     return resolve(wish, None)
 
 
-def ours(task: Task, *, compiled: bool = False, preset: str | None = None, **settings: Any) -> Iterator[int]:
-    """settings: of the model (decoder_heads=8) or of the method (decoded_share=0.5)."""
+def ours(task: Task, *, ledger: bool = True, attention: str = "auto", **settings: Any) -> Iterator[int]:
+    """attention: as --speed.attention takes it. settings: as in a task, beside its own."""
     import torch
 
     from train.rehearsal import Machine
 
-    wish = _run(replace(task, preset=preset or task.preset))
-    model = {name: value for name, value in settings.items() if hasattr(wish.model, name)}
-    method = {name: value for name, value in settings.items() if name not in model}
-    wish = replace(
-        wish, model=replace(wish.model, **model), method=replace(wish.method, **method),
-        speed=replace(wish.speed, compile=compiled), optim=replace(wish.optim, batch=task.batch),
-    )  # fmt: skip
+    wish = run_of(replace(task, settings={**task.settings, **settings}))
+    wish = replace(wish, speed=replace(wish.speed, attention=attention))
     machine = Machine(wish, torch.device(wish.device))
+    machine.stepper.ledger.on = ledger
     pictures = machine.random_batch(task.batch)
     machine.compile()
     while True:
@@ -68,11 +79,11 @@ def ours(task: Task, *, compiled: bool = False, preset: str | None = None, **set
         yield task.batch
 
 
-def transformers(task: Task, *, compiled: bool = False, attention: str = "sdpa") -> Iterator[int]:
+def transformers(task: Task, *, attention: str = "sdpa") -> Iterator[int]:
     """ViTMAEForPreTraining, which is a port of the published MAE."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    shape = _run(task).model
+    shape = run_of(task).model
     config = ViTMAEConfig(
         hidden_size=shape.width, num_hidden_layers=shape.depth, num_attention_heads=shape.heads,
         intermediate_size=4 * shape.width, image_size=shape.side, patch_size=shape.patch, mask_ratio=0.75,
@@ -81,17 +92,19 @@ def transformers(task: Task, *, compiled: bool = False, attention: str = "sdpa")
         norm_pix_loss=True, attn_implementation=attention,
     )  # fmt: skip
     model = ViTMAEForPreTraining(config)
-    return _steps(task, model, lambda network, images: network(images).loss, compiled)
+    return _steps(task, model, lambda network, images: network(images).loss)
 
 
-def lightly(task: Task, *, compiled: bool = False) -> Iterator[int]:
+def lightly(task: Task, *, fused: bool = True) -> Iterator[int]:
     """As in lightly's MAE example: timm's ViT masked by lightly, its decoder, squared error on the hidden patches."""
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from timm.layers import set_fused_attn
     from timm.models.vision_transformer import VisionTransformer
     from torch import nn
 
-    shape = _run(task).model
+    set_fused_attn(fused)
+    shape = run_of(task).model
 
     class MAE(nn.Module):
         def __init__(self) -> None:
@@ -121,21 +134,20 @@ def lightly(task: Task, *, compiled: bool = False) -> Iterator[int]:
             patches = utils.get_at_index(utils.patchify(images, shape.patch), mask - 1)  # without the class token
             return nn.functional.mse_loss(predicted, patches)
 
-    return _steps(task, MAE(), lambda network, images: network(images), compiled)
+    return _steps(task, MAE(), lambda network, images: network(images))
 
 
-def _steps(
-    task: Task, network: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], compiled: bool
-) -> Iterator[int]:
+def _steps(task: Task, network: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[int]:
     import torch
 
     from train.device import autocast
 
-    device, precision, side = torch.device(_run(task).device), _run(task).precision, _run(task).model.side
+    wish = run_of(task)
+    device, precision, side = torch.device(wish.device), wish.precision, wish.model.side
     network = network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
     images = torch.randn(task.batch, 3, side, side, device=device)
-    if compiled:
+    if task.compiled:
         network.compile()
     while True:
         optimizer.zero_grad()
@@ -148,61 +160,96 @@ def _steps(
         yield task.batch
 
 
-OURS, OURS_COMPILED = "DAAE project, MAE", "DAAE project, MAE, compiled"
+OURS, COMPILED = "DAAE project", ", compiled"
 PEERS: dict[str, Callable[[Task], Iterator[int]]] = {
     OURS: ours,
-    OURS_COMPILED: lambda task: ours(task, compiled=True),
-    "  decoder heads of 64": lambda task: ours(task, decoder_heads=max(1, _run(task).model.decoder_width // 64)),
-    "  half of the hidden patches decoded": lambda task: ours(task, decoded_share=0.5),
-    "DAAE project, DAAE": lambda task: ours(task, preset=task.preset.replace("mae-", "daae-", 1)),
-    "  half of the hidden patches decoded, DAAE": lambda task: ours(
-        task, preset=task.preset.replace("mae-", "daae-", 1), decoded_share=0.5
-    ),
-    "  no gradient through the small view, DAAE": lambda task: ours(
-        task, preset=task.preset.replace("mae-", "daae-", 1), target="stop"
-    ),
+    f"{OURS}, without the ledger": lambda task: ours(task, ledger=False),
+    f"{OURS}, attention left to torch": lambda task: ours(task, attention="any"),
+    f"{OURS}, decoder heads of 64": lambda task: ours(task, **KNOBS["decoder heads of 64"](run_of(task).model)),
     "transformers": transformers,
     "transformers, best switch (plain attention)": lambda task: transformers(task, attention="eager"),
-    "transformers, compiled": lambda task: transformers(task, compiled=True),
     "lightly": lightly,
-    "lightly, compiled": lambda task: lightly(task, compiled=True),
+    "lightly, best switch (plain attention)": lambda task: lightly(task, fused=False),
 }
+ALSO_COMPILED = (OURS, "transformers", "lightly")
+
+# What makes a step of DAAE cheaper, or dearer, for a size.
+KNOBS: dict[str, Callable[[Shape], dict[str, Any]]] = {
+    "as published": lambda shape: {},
+    "decoder heads of 64": lambda shape: {"decoder_heads": max(1, shape.decoder_width // 64)},
+    "half the decoder's depth": lambda shape: {"decoder_depth": shape.decoder_depth // 2},
+    "half the decoder's width": lambda shape: {
+        "decoder_width": shape.decoder_width // 2, "decoder_heads": max(1, shape.decoder_heads // 2)
+    },
+    "half of the hidden patches decoded": lambda shape: {"decoded_share": 0.5},
+    "a quarter of them decoded": lambda shape: {"decoded_share": 0.25},
+    "half the depth, half decoded": lambda shape: {"decoder_depth": shape.decoder_depth // 2, "decoded_share": 0.5},
+    "a row of patches less in the small view": lambda shape: {"small": (shape.grid // 2 - 1) / shape.grid},
+    "a row of patches more": lambda shape: {"small": (shape.grid // 2 + 1) / shape.grid},
+    "half of the small view left out": lambda shape: {"small_drop": 0.5},
+    "no gradient through the small view": lambda shape: {"target": "stop"},
+    "a momentum encoder behind it": lambda shape: {"target": "ema"},
+}  # fmt: skip
 
 
-def compare_steps(
-    preset: str, *, seconds: float, batch: int, device: str, precision: str, compiled: bool, say: Callable[[str], None]
-) -> dict[str, dict]:
+def check_size(wish: Run, config: object) -> None:
+    """Raises UsageError where a preset is no size of MAE, or settings beside it would be left out."""
+    if not wish.preset.startswith("mae-") or config is not None:
+        raise UsageError("--step with --peers or --knobs takes a size, as --preset mae-vits16 names one; no --config.")
+
+
+def compare_steps(task: Task, *, seconds: float, say: Callable[[str], None]) -> dict[str, dict]:
     """peer -> rates. seconds: of each, in all rounds together."""
-    there = {}
+    there: dict[str, list[str]] = {}
     for name in PEERS:
-        package = next((each for each in ("transformers", "lightly") if name.startswith(each)), None)
-        with contextlib.suppress(ModuleNotFoundError):
-            if package is not None and find_spec(package) is None:
-                print(f"note: {name} is left out: {package} is not installed.", file=sys.stderr)
-                continue
-        if "compiled" in name and not compiled:
+        package = name.partition(",")[0]
+        if package != OURS and find_spec(package) is None:
+            print(f"note: {name} is left out: {package} is not installed.", file=sys.stderr)
             continue
-        there[name] = ["tools.step_peers", json.dumps(asdict(Task(name, preset, batch, device, precision)))]
+        there[name] = _command(replace(task, peer=name, compiled=False))
+        if task.compiled and name in ALSO_COMPILED:
+            there[name + COMPILED] = _command(replace(task, peer=name))
     return measure(there, seconds, say)
 
 
-def show(found: dict[str, dict], gflop: float, ceiling: float) -> None:
-    """Rates beside ours, and the share of the machine's products that the documented FLOPs come to."""
+def compare_knobs(task: Task, *, seconds: float, say: Callable[[str], None]) -> dict[str, dict]:
+    """knob -> its settings; of "mae", of "daae" with it and of "mae with the same" their FLOPs beside MAE's, and their
+    rates in the same rounds. A knob of the small view has no third. seconds: of each, in all rounds together."""
+    found, plain = {}, run_of(task)
+    for name, knob in KNOBS.items():
+        settings = knob(plain.model)
+        tasks = {"mae": task, "daae": replace(task, objective="daae", settings=settings)}
+        known = {key: value for key, value in settings.items() if hasattr(plain.model, key) or key == "decoded_share"}
+        if known:
+            tasks["mae with the same"] = replace(task, settings=known)
+        commands = {each: _command(one) for each, one in tasks.items()}
+        rates = measure(commands, seconds, lambda doing, name=name: say(f"{name}: {doing}"))
+        flops = {each: _macs(run_of(one)) / _macs(plain) for each, one in tasks.items()}
+        found[name] = {"settings": settings, "flops": flops, "rates": rates}
+    return found
+
+
+def _macs(wish: Run) -> int:
+    return wish.method.macs(wish.model)
+
+
+def _command(task: Task) -> list[str]:
+    return ["tools.step_peers", json.dumps(asdict(task))]
+
+
+def show(heading: str, table: list[list[str]]) -> None:
+    """heading: a line above. table: its headings, then its rows."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("", "images/s", "min to max", "ours is", "MFU"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, each in found.items():
-        rate = each["images_per_second"]
-        same = "DAAE" not in name.removeprefix("DAAE project") and not name.startswith(" ")
-        table.add_row(
-            name, f"{rate:,.3g}", f"{each['slowest']:,.3g} to {each['fastest']:,.3g}",
-            f"{ratio(found[OURS], each, 'images_per_second'):.2f}x",
-            f"{rate * gflop * 1e9 / ceiling:.0%}" if same else "",
-        )  # fmt: skip
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in table[0]:
+        shown.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in table[1:]:
+        shown.add_row(*row)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    out.print(heading + "\n")
+    out.print(shown)
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from pipeline.staging import write_whole
 from pipeline.views import Batch
 from train.device import autocast
 from train.ranks import Ranks
+from train.sharded import full
 from train.step import Stepper, views_of
 
 
@@ -21,9 +22,7 @@ def write_capture(out: Path, stepper: Stepper, batch: Batch, step: int, ranks: R
     values are not finite. All ranks call it: their gradients are averaged again.
     """
     assert stepper.wrapped is not None
-    run, whole = stepper.now, lambda tensor: tensor
-    if stepper.sharded:
-        from train.sharded import full as whole
+    run = stepper.now
     with autocast(stepper.device, run.precision):
         outcome = stepper.wrapped(views_of(run, batch), batch.label)
         loss = torch.stack(list(outcome.terms.values())).sum()
@@ -31,9 +30,9 @@ def write_capture(out: Path, stepper: Stepper, batch: Batch, step: int, ranks: R
     gradients = {}
     for name, parameter in stepper.network.named_parameters():
         if parameter.grad is not None:
-            gradient = whole(parameter.grad)
+            gradient = full(parameter.grad)
             gradients[name] = {"norm": gradient.norm().item(), "not_finite": int((~gradient.isfinite()).sum())}
-    weights = [name for name, value in stepper.network.state_dict().items() if not bool(whole(value).isfinite().all())]
+    weights = [name for name, value in stepper.network.state_dict().items() if not bool(full(value).isfinite().all())]
     stepper.optimizer.zero_grad(set_to_none=True)
     path = out / "debug" / (f"nonfinite_{step}" + ("" if ranks.first else f"_rank{ranks.rank:03d}") + ".json")
     path.parent.mkdir(exist_ok=True)

@@ -56,7 +56,7 @@ class Checkpoint:
 
     def _whole(self, kind: str) -> dict[str, Tensor]:
         if self.sharded:
-            from train.sharded import read_whole
+            from train.shards import read_whole
 
             return read_whole(self.path / SHARDS, kind)
         return _tensors(self.path / f"{kind}.safetensors")

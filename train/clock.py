@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 
@@ -36,3 +37,8 @@ class Clock:
     def load(self, state: dict) -> None:
         self.train_seconds = state["train_seconds"]
         self.images = int(state["images"])
+
+
+def process_seconds() -> float:
+    """Since this process was started, its imports included."""
+    return time.time() - psutil.Process().create_time()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ResourceError, UsageError
+from pipeline.limits import memory_limit
 from pipeline.loader import choose_backend
 from train.ranks import wanted
 
@@ -29,11 +30,16 @@ def resolve(run: Run, store: Store | None) -> Run:
 
 
 def choose_device(wish: str) -> torch.device:
-    """Raises ResourceError where a GPU is asked for and there is none."""
+    """Raises ResourceError where a GPU is asked for and there is none: on every process of a machine, if for one."""
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = wanted()
     if wish == "cuda" and ranks.local_count > 1:
+        if 0 < (count := torch.cuda.device_count()) < ranks.local_count:
+            raise ResourceError(
+                f"{ranks.local_count} processes want a GPU each, and this machine has {count}. Use --gpus {count}, or "
+                "--device cpu."
+            )
         wish = f"cuda:{ranks.local}"
     try:
         device = torch.device(wish)
@@ -49,11 +55,17 @@ def choose_device(wish: str) -> torch.device:
 
 
 def choose_precision(wish: str, device: torch.device) -> str:
-    """bf16 where the device has units for it; on a CPU without AMX it is three times slower than fp32."""
+    """bf16 where the device has units for it; on a CPU without AMX it is three times slower than fp32.
+
+    Raises ResourceError where it is asked for on a GPU that has none: there it would be emulated.
+    """
+    can = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wish == "bf16" and not can:
+        raise ResourceError(f"--precision bf16: {device} has no units for it. Use --precision fp16, or leave it out.")
     if wish != "auto":
         return wish
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if can else "fp16"
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
@@ -75,11 +87,14 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
-    """Peak memory of this process and what the device has, GB."""
+    """The most that this process has had so far, and what there is: of the device, of the machine, or what the control
+    group allows; GB."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.get_device_properties(
-            device
-        ).total_memory / 1e9
+        whole = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 1e9, whole / 1e9
     import psutil
 
-    return psutil.Process().memory_info().rss / 1e9, psutil.virtual_memory().total / 1e9
+    peak, whole = psutil.Process().memory_info().rss, psutil.virtual_memory().total
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        peak = max([peak, *(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))])
+    return peak / 1e9, min(whole, memory_limit() or whole) / 1e9

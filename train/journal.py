@@ -150,7 +150,7 @@ def duration(seconds: float) -> str:
 def environment(device_name: str) -> dict:
     """What proves where a result comes from: versions, code, machine, command."""
     versions = {}
-    for name in ("torch", "numpy", "timm", "ffcv", "nvidia-dali-cuda130", "safetensors"):
+    for name in ("torch", "numpy", "timm", "ffcv", "nvidia-dali-cuda130", "safetensors", "transformers", "lightly"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {

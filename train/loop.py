@@ -22,7 +22,7 @@ from model.heads import effective_rank
 from model.network import Network
 from model.objectives import Outcome
 from pipeline import native
-from pipeline.errors import DataError, NumericsError, Preempted, UsageError
+from pipeline.errors import NumericsError, Preempted, UsageError
 from pipeline.inflated import Inflated
 from pipeline.limits import usable_cores
 from pipeline.staging import claimed, write_whole
@@ -30,7 +30,7 @@ from pipeline.store import Store
 from train import checkpoint, folder
 from train.attention import settle_attention
 from train.ceiling import gemm_flops
-from train.clock import Clock
+from train.clock import Clock, process_seconds
 from train.config import Budget, Run, as_values, flat
 from train.data import check_data, open_data, open_store
 from train.device import device_name, memory_gb, resolve
@@ -39,6 +39,7 @@ from train.ledger import PARTS, TRAINING, Ledger
 from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, digest, together, wanted
 from train.schedule import learning_rate, warmup_steps
+from train.scores import Scores
 from train.stages import Stage, lay_out, macs_per_image, steps_of
 from train.step import Refused, Stepper, patience
 from train.stop import CutShort, Stop
@@ -151,7 +152,6 @@ def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks) -> Bud
 
 
 RANKED = 256  # rows, at most, whose effective rank a row of metrics has: milliseconds, beside the steps between two
-BASELINE_SCORES = "baselines.json"
 WORTH_A_CEILING = 30.0  # seconds of training, below which measuring what the device can do would take longer
 
 
@@ -185,21 +185,7 @@ class Trainer:
         self.refused = 0  # steps, up to the last row
         self.alarm: str | None = None  # what the method said of the last row
         self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0, 0.0)  # step, images, seconds
-        self.exam = self._prepare_exam() if run.watch.evaluations and ranks.first else None
-        self.baselines_from = baselines
-        self.baselines: dict = {}
-
-    def _prepare_exam(self):
-        """Labels are never needed to train: without them there is a notice and no score."""
-        from train.exam import Exam
-
-        assert self.run.data is not None
-        try:
-            watch = self.run.watch
-            return Exam.prepare(self.run.data, watch.tests, watch.label, watch.overlap)
-        except DataError as error:
-            self.journal.say(f"no evaluation during training: {error}")
-            return None
+        self.scores = Scores.prepare(run, device, journal, baselines) if run.watch.evaluations and ranks.first else None
 
     def resume(self, point: checkpoint.Checkpoint) -> None:
         self.load(point)
@@ -224,13 +210,15 @@ class Trainer:
     def train(self, limit: int | None, *, until_score: bool) -> None:
         run, clock, ranks, ledger = self.run, self.clock, self.ranks, self.ledger
         last = self.steps if limit is None else min(self.steps, self.step + limit)
+        if self.step < last:
+            ledger.add("start-up", process_seconds())
         scored = {row["step"] for row in read_rows(self.journal.out / "evaluations.jsonl")}
         # Rank 0 scores and the others wait; they only have to know when.
-        scores, missed = ranks.share((self.exam is not None, self.step not in scored))
+        scores, missed = ranks.share((self.scores is not None, self.step not in scored))
         evaluate_at = evaluation_steps(self.steps, run.watch.evaluations) if scores else set()
         self.journal.status(state="running", code=None, reason="", step=self.step, steps=self.steps)
         if scores:
-            self.alone("baselines", self.score_baselines)
+            self.alone("baselines", self.take_baselines)
         if missed and self.step in evaluate_at:
             self.score()
         if until_score:
@@ -306,13 +294,12 @@ class Trainer:
         rate = (clock.images - images_before) / max(1e-9, clock.train_seconds - seconds_before)
         self.logged = (self.step, clock.images, clock.train_seconds)
         epochs = self.stage.epochs(self.step)
-        spent = self.ledger.read()
-        spent["other"] = clock.train_seconds - sum(spent.get(part, 0.0) for part in TRAINING)
+        spent = self.accounts()
         wait = spent.get("data wait", 0.0) / max(1e-9, clock.train_seconds)
         self.journal.row("metrics", {
             "step": self.step, "epoch": round(epochs, 4), "lr": lr, **means, "images": clock.images,
             "images_per_second": round(rate, 1), "train_seconds": round(clock.train_seconds, 3),
-            "data_wait": round(wait, 4), "spent": {name: round(spent[name], 3) for name in PARTS if name in spent},
+            "data_wait": round(wait, 4), "spent": spent,
         })  # fmt: skip
         used, total = memory_gb(self.device)
         saved = f"ckpt {duration(time.monotonic() - self.saved_at)} ago" if self.saved else "no ckpt yet"
@@ -396,26 +383,11 @@ class Trainer:
         with contextlib.closing(self.loader.epoch(*self.stage.place(self.step + self.shift - 1))) as batches:
             return write_capture(self.journal.out, self.stepper, next(batches), self.step, self.ranks)
 
-    def score_baselines(self) -> None:
-        """What the scores will stand beside: taken once, before the first of them, or from a run that has the same."""
-        from train.evaluate import score_baselines
-
-        assert self.exam is not None
-        path = self.journal.out / BASELINE_SCORES
-        # What the scores depend on: with another seed or encoder they would be another network's.
-        key = {
-            "seed": self.run.seed, "model": dataclasses.asdict(self.run.model), "precision": self.run.precision,
-            "label": self.exam.leading, "bank": self.exam.bank.fingerprint,
-            "tests": {name: store.fingerprint for name, store in self.exam.tests.items()},
-            **({"objective": self.run.objective} if self.run.method.own_start else {}),
-        }  # fmt: skip
-        for known in (path, self.baselines_from and self.baselines_from / BASELINE_SCORES):
-            found = folder.read_json(known) if known else {}
-            if found.get("key") == key:
-                self.baselines = found["scores"]
-        if not self.baselines:
-            self.baselines = score_baselines(self.exam, self.run, self.device)
-        write_whole(path, json.dumps({"key": key, "scores": self.baselines}))
+    def accounts(self) -> dict[str, float]:
+        """Seconds by part up to now. What no part has of the training clock is "other"."""
+        spent = self.ledger.read()
+        spent["other"] = self.clock.train_seconds - sum(spent.get(part, 0.0) for part in TRAINING)
+        return {part: round(spent[part], 3) for part in PARTS if part in spent}
 
     def balance(self) -> None:
         """ledger.json: what the run's seconds went into, and how near the machine's limit its steps were."""
@@ -426,11 +398,15 @@ class Trainer:
         write_whole(self.journal.out / "ledger.json", json.dumps({
             "train_seconds": round(seconds, 3), "images": self.clock.images,
             "images_per_second": round(self.clock.images / max(1e-9, seconds), 1),
-            "spent": {part: round(spent, 3) for part, spent in self.ledger.read().items()},
+            "spent": self.accounts(),
             "gflop_per_image": flop / 1e9, "tflops": flops / 1e12, "gemm_tflops": ceiling and ceiling / 1e12,
             "mfu": ceiling and flops / self.ranks.count / ceiling, "memory_gb": round(memory_gb(self.device)[0], 2),
             "ranks": self.ranks.count,
         }, indent=1))  # fmt: skip
+
+    def take_baselines(self) -> None:
+        assert self.scores is not None
+        self.scores.take_baselines()
 
     def score(self) -> None:
         network = self.whole()
@@ -438,23 +414,13 @@ class Trainer:
         self.alone(f"score {self.step} {self.rollbacks}", lambda: self.evaluate(network))
 
     def evaluate(self, network: Network | None) -> None:
-        """Off the clock. The encoder comes back in training mode. A score cut off by a signal is made up on resume."""
-        from train.evaluate import EVALUATION, score_network, sentence
-
-        assert self.exam is not None
+        """Off the clock. A score cut off by a signal is made up on resume."""
+        assert self.scores is not None
         assert network is not None
-        final = self.step == self.steps
-        with self.stepper.scored(network) as network:
-            result = score_network(network, self.exam, self.run, self.device, final=final)
-        leading = result["leading"] and result["leading"]["value"]
         seconds = round(self.clock.train_seconds, 3)
         at = {"step": self.step, "train_seconds": seconds, "images": self.clock.images}
-        result = {"step": self.step, "train_seconds": seconds, **result, "baselines": self.baselines}
-        result["sentence"] = sentence(result)
-        if final:
-            write_whole(self.journal.out / EVALUATION, json.dumps(result, indent=1))
-        self.journal.row("evaluations", {**at, "leading": leading, "scores": result["scores"]})
-        self.journal.say(f"step {self.step:,}, {seconds:.0f} s: {result['sentence']}")
+        with self.stepper.scored(network) as network:
+            self.scores.take(network, at, final=self.step == self.steps)
 
     def whole(self) -> Network | None:
         """The network with whole weights: where they are divided, a copy on rank 0. Every rank calls it."""

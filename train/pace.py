@@ -23,7 +23,6 @@ from train.command import run as run_command
 if TYPE_CHECKING:
     from pipeline.loader import Loader
     from pipeline.store import Store
-    from pipeline.views import Batch
     from train.config import Budget, Run
     from train.ranks import Ranks
 
@@ -70,12 +69,15 @@ def _rehearse(run: Run, loader: Loader, ranks: Ranks) -> Iterator[float]:
     in a run between two rows of its log."""
     import torch
 
+    from train.attention import settle_attention
+    from train.rehearsal import endless
     from train.step import Stepper
 
     device = torch.device(run.device)
     stepper = Stepper(run, device, ranks=ranks)
+    settle_attention(stepper)
     stepper.prepare()
-    batches = _endless(loader)
+    batches = endless(loader)
     while True:
         start = time.perf_counter()
         for _ in range(TURN_STEPS):
@@ -83,11 +85,6 @@ def _rehearse(run: Run, loader: Loader, ranks: Ranks) -> Iterator[float]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         yield (time.perf_counter() - start) / TURN_STEPS
-
-
-def _endless(loader: Loader) -> Iterator[Batch]:
-    while True:
-        yield from loader.epoch(0)
 
 
 def steps_for(wish: Budget, pace: float) -> Budget:

@@ -11,22 +11,19 @@ from __future__ import annotations
 # torch.distributed.checkpoint documents names that it does not list.
 # pyright: reportPrivateImportUsage=false
 import contextlib
-import warnings
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.vit import Block
-from pipeline.errors import DataError
-from train import checkpoint
+from train import checkpoint, shards
 from train.config import Run
 from train.ranks import Ranks
 
@@ -91,32 +88,21 @@ def save(
 def load(network: nn.Module, optimizer: torch.optim.Optimizer, point: checkpoint.Checkpoint) -> None:
     """Into a divided network, from a checkpoint of either kind. Each rank reads by itself."""
     cast(FSDPModule, network).reshard()  # a forward pass without gradients has left some weights whole
-    shards = point.path / checkpoint.SHARDS
+    where = point.path / checkpoint.SHARDS
     if point.sharded:
-        saved = _outline(shards)
+        saved = shards.outline(where)
     else:
         kinds = {"model": point.weights(), "optim": point.moments()}
         saved = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
     places = {**network.state_dict(prefix="model/"), **_room(network, optimizer, saved)}
     if point.sharded:
-        _read(places, shards)
+        shards.read(places, where)
         return
     for key, here in places.items():
         value = saved[key].to(here.device)
         if isinstance(here, DTensor):
             value = distribute_tensor(value, here.device_mesh, here.placements, src_data_rank=None)
         here.copy_(value)
-
-
-def read_whole(shards: Path, kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one kind by name, on the CPU, in any process."""
-    found = {
-        key: torch.empty_like(each, device="cpu")
-        for key, each in _outline(shards).items()
-        if key.startswith(f"{kind}/")
-    }
-    _read(found, shards)
-    return {key.removeprefix(f"{kind}/"): value for key, value in found.items()}
 
 
 def _room(network: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,24 +115,3 @@ def _room(network: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str,
         like = parameter if like.shape == parameter.shape else like
         found[key] = optimizer.state[parameter][field] = torch.zeros_like(like, device=parameter.device)
     return found
-
-
-def _outline(shards: Path) -> dict[str, Tensor]:
-    """What is saved there, as tensors without values."""
-    saved = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
-    return {
-        key: torch.empty(each.size, dtype=each.properties.dtype, device="meta")
-        for key, each in saved.items()
-        if isinstance(each, TensorStorageMetadata)
-    }
-
-
-def _read(places: dict[str, Tensor], shards: Path) -> None:
-    """Fill tensors, whole or divided, with what is saved under their keys. Raises DataError where one is missing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            dcp.load(places, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
-        except CheckpointException as error:
-            why, _ = next(iter(error.failures.values()))
-            raise DataError(f"{shards} does not fit the run: {why}") from None

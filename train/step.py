@@ -141,7 +141,7 @@ class Stepper:
         """What to say where a batch of `size` does not fit: how much would, found by trying."""
         parts, ranks = self.run.optim.accumulate, self.ranks.count
         peak, whole = memory_gb(self.device)
-        said = f"a step of {size // parts:,} images does not fit {self.device} ({peak:.1f} of {whole:.1f} GB in use)."
+        said = f"a step of {size // parts:,} images does not fit {self.device} (peak {peak:.1f} of {whole:.1f} GB)."
         most = self._most(size // parts) if ranks == 1 else 0  # other ranks could not follow the trials
         group = group_size(self.run.method.views(self.run.model))
         fewer = next((n for n in range(parts + 1, size + 1) if size % (n * group) == 0 and size // n <= most), None)

@@ -1,0 +1,126 @@
+"""Steps beside those of others and beside cheaper ones: who is timed, with what settings, and the tables of that."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DataError
+from tools import profile, results, step_peers
+from tools.peer_process import rates
+from tools.step_peers import KNOBS, OURS, PEERS, Task, ours, run_of
+from train.command import run
+
+SIZE = Task(OURS, "mae-vitb16", 8, "cpu", "fp32")
+TINY = replace(SIZE, preset="mae-tiny", batch=4)
+
+
+def test_knobs_cost_what_was_worked_out_for_vit_b():
+    expected = {
+        "as published": 1.45, "decoder heads of 64": 1.45, "half the decoder's depth": 1.17,
+        "half the decoder's width": 1.04, "half of the hidden patches decoded": 1.23, "a quarter of them decoded": 1.13,
+        "half the depth, half decoded": 1.07, "a row of patches less in the small view": 1.33,
+        "a row of patches more": 1.58, "half of the small view left out": 1.22,
+        "no gradient through the small view": 1.15, "a momentum encoder behind it": 1.15,
+    }  # fmt: skip
+    assert expected.keys() == KNOBS.keys()
+    plain = run_of(SIZE)
+    for name, ratio in expected.items():
+        wish = run_of(replace(SIZE, objective="daae", settings=KNOBS[name](plain.model)))
+        assert wish.method.macs(wish.model) / plain.method.macs(plain.model) == pytest.approx(ratio, abs=0.006), name
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_knob_takes_a_step():
+    for name, knob in KNOBS.items():
+        settings = knob(run_of(TINY).model)
+        assert next(ours(replace(TINY, objective="daae", settings=settings))) == TINY.batch, name
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", [name for name in PEERS if name != OURS])
+def test_every_peer_takes_a_step(name):
+    package = name.partition(",")[0]
+    if package != OURS:
+        pytest.importorskip(package)
+    assert next(PEERS[name](TINY)) == TINY.batch
+
+
+@pytest.fixture
+def timed(monkeypatch) -> dict[str, dict]:
+    """Nothing is timed: the first contender makes 30 images/s, the others 20, whoever that is; who was asked for."""
+    asked: dict[str, dict] = {}
+
+    def measure(commands: dict[str, list[str]], seconds: float, say) -> dict[str, dict]:
+        asked.update({name: json.loads(words[1]) for name, words in commands.items()})
+        shares = [10] + [15] * (len(commands) - 1)
+        return {
+            name: rates([{"images": 300, "seconds": share * slow, "cpu_seconds": 1.0} for slow in (1, 2, 4)])
+            for name, share in zip(commands, shares, strict=True)
+        }
+
+    monkeypatch.setattr(step_peers, "measure", measure)
+    return asked
+
+
+def told(capsys, *more: str) -> dict:
+    words = ["--step", "--preset", "mae-vits16", "--device", "cpu", "--precision", "fp32", "--quiet", "--json", *more]
+    assert profile.main(words) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_record_of_peers_makes_a_table(timed, tmp_path: Path, monkeypatch, capsys):
+    found = told(capsys, "--peers", "--batch", "8", "--compile")
+    there = [name for name in PEERS if name.startswith(OURS) or find_spec(name.partition(",")[0]) is not None]
+    assert [name for name in found["peers"] if not name.endswith(", compiled")] == there
+    assert f"{OURS}, compiled" in found["peers"]
+    assert timed[f"{OURS}, compiled"] == {**timed[OURS], "compiled": True}
+    assert (timed[OURS]["preset"], timed[OURS]["batch"], timed[OURS]["compiled"]) == ("mae-vits16", 8, False)
+    kept = tmp_path / "steps"
+    kept.mkdir()
+    found["gemm_tflops"] = 1.0
+    (kept / "vits16.json").write_text(json.dumps(found))
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    page = results.filled("<!-- results of steps -->\n<!-- end of results -->\n")
+    # 10.99 GFLOP an image: 15 and 10 images/s are 16 and 11 % of a TFLOP/s.
+    assert "|  | mae-vits16, images/s (MFU) | ours is |" in page
+    assert f"| {OURS} | 15 (16%) | 1.00 (1.00 to 1.00) |" in page
+    assert f"| {OURS}, decoder heads of 64 | 10 (11%) | 1.50 (1.50 to 1.50) |" in page
+    assert "- mae-vits16: " in page
+    assert "fp32, batch 8, at most 1 TFLOP/s; Python" in page
+    with pytest.raises(DataError, match="is not there"):
+        results.filled("<!-- results of nothing -->\n<!-- end of results -->\n")
+    (kept / "vits16.json").write_text("{}")
+    with pytest.raises(DataError, match="holds no records of one kind"):
+        results.filled(page)
+
+
+def test_a_record_of_knobs_makes_a_table(timed, tmp_path: Path, capsys):
+    found = told(capsys, "--knobs")
+    assert found["knobs"].keys() == KNOBS.keys()
+    half = found["knobs"]["half of the hidden patches decoded"]
+    assert half["settings"] == {"decoded_share": 0.5}
+    assert half["rates"].keys() == half["flops"].keys() == {"mae", "daae", "mae with the same"}
+    assert found["knobs"]["no gradient through the small view"]["rates"].keys() == {"mae", "daae"}
+    assert timed["daae"]["objective"] == "daae"
+    (tmp_path / "vits16.json").write_text(json.dumps(found))
+    page = results.markdown(tmp_path)
+    assert "|  | vits16: DAAE / MAE | FLOPs | / MAE with the same | FLOPs |" in page
+    assert "| as published | 1.50 (1.50 to 1.50) | 1.60 |  |  |" in page
+    # 1.44 of MAE's FLOPs, and MAE's own are 0.84 of what they were.
+    assert "| half of the hidden patches decoded | 1.50 (1.50 to 1.50) | 1.44 | 1.00 (1.00 to 1.00) | 1.72 |" in page
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--knobs"], "--trace and --knobs go with --step"),
+    (["--step", "--knobs", "--peers"], "are three things: pass one"),
+    (["--step", "--knobs", "--png", "a.png"], "are three things: pass one"),
+    (["--step", "--peers", "--preset", "daae-tiny"], "takes a size, as --preset mae-vits16 names one"),
+])  # fmt: skip
+def test_wishes_that_do_not_go_together_are_refused(words, said, capsys):
+    assert run(profile.main, words) == 2
+    assert said in capsys.readouterr().err
