@@ -1,8 +1,8 @@
 """The tables in README and docs, from the records that are kept: `python -m tools.results [--write]`.
 
-docs/records/NAME holds what `daae compare` left of one comparison, put there by `--keep` (experiment.yaml, records.jsonl
-and pace.json), or what `daae profile --step --peers --json`, or `--step --knobs --json`, printed for one size and another.
-Its table stands between the lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page has them.
+docs/records/NAME holds what `daae compare` left of a comparison, put there by `--keep` (experiment.yaml, records.jsonl,
+pace.json), or what `daae profile --step --peers --json`, or `--step --knobs --json`, printed, a file for each size. Its
+table stands between the lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page has them.
 """
 
 from __future__ import annotations
