@@ -2,7 +2,8 @@
 
 A plain tar archive on this machine is read by offset and a zip archive by its own directory. What cannot be read at
 random, a compressed tar or an archive behind a URL, is streamed once, and only its pictures are copied into one file
-beside the store in the making.
+beside the store in the making. A zip archive behind a URL is read by its directory too, so its server must give parts.
+No archive and no directory is held whole in memory: a member costs what an entry costs (pipeline/entries.py).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol, Self
+from typing import IO, Any, BinaryIO, Protocol, Self, cast
 
-from pipeline.entries import Entry, Labels, Listing, Vocabulary, no_labels
+from pipeline.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.errors import DaaeError, DataError, ResourceError
 from pipeline.folder import LABELS, find_labels
 from pipeline.pictures import Rejected, check_size, has_picture_extension, sniff
 from pipeline.staging import disk_error, size_in_words
+from pipeline.zips import ENCRYPTED, ZipDirectory
 
 HEAD = 512
 LARGEST_LABEL = 1 << 20  # bytes of a .cls, a .json or a labels.csv in an archive
@@ -98,13 +100,17 @@ def file_system(url: str) -> tuple[Any, str]:
         raise DataError(f"{url} cannot be opened: {error}.") from None
 
 
-def find_volumes(name: str) -> list[Volume]:
+def find_volumes(name: str, tell: Tell = nobody) -> list[Volume]:
     """The files that a path, a URL or a pattern with `*` names, in order. Raises DataError where there are none."""
+    tell(name, 0)
     if is_url(name):
         system, path = file_system(name)
         try:
             paths = sorted(system.glob(path)) if "*" in path else [path]
-            facts = [system.info(each) for each in paths]
+            facts = []
+            for each in paths:
+                tell(each, 0)
+                facts.append(system.info(each))
         # Each protocol has errors of its own.
         except Exception as error:
             raise DataError(f"{name} {_words(error)}.") from None
@@ -117,6 +123,7 @@ def find_volumes(name: str) -> list[Volume]:
         paths = sorted(glob.glob(name)) if "*" in name and not os.path.exists(name) else [name]
         volumes = []
         for each in paths:
+            tell(each, 0)
             try:
                 fact = os.stat(each)
             except OSError as error:
@@ -178,11 +185,10 @@ class ArchiveReader:
 
     def _from_zip(self, entry: Entry, path: str) -> bytes:
         if entry.volume not in self._open:
-            archive = zipfile.ZipFile(path)
-            self._open[entry.volume] = archive, archive.infolist()
-        archive, members = self._open[entry.volume]
+            self._open[entry.volume] = ZipDirectory(open(path, "rb"))  # noqa: SIM115 (as long as the process)
+        directory = self._open[entry.volume]
         # What it inflates to is bounded by the size that the directory claims, which check_size has seen.
-        with archive.open(members[entry.at]) as file:
+        with directory.open(directory.record(entry.at)) as file:
             return file.read(entry.size)
 
 
@@ -246,14 +252,13 @@ class Member:
 
     path: bytes
     size: int
-    at: int  # its first byte in the volume for tar, its place in the directory for zip
+    at: int  # where it lies in the volume for tar, where its record does for zip
     stamp: int
     open: Callable[[], IO[bytes]]
 
 
-def inside(name: str, skipped: dict[str, int]) -> bytes | None:
+def inside(path: bytes, skipped: dict[str, int]) -> bytes | None:
     """A member's name as a path inside its archive; None, and counted, where it leaves it or is hidden."""
-    path = name.encode("utf-8", "surrogateescape")
     parts = path.split(b"/")
     if path.startswith(b"/") or b".." in parts or b"\0" in path:
         skipped["names that lead out of the archive"] += 1
@@ -279,7 +284,7 @@ def tar_members(
         if not info.isreg() or info.issparse():
             skipped["links" if info.issym() or info.islnk() else "not regular files"] += 1
             continue
-        path = inside(info.name, skipped)
+        path = inside(info.name.encode("utf-8", "surrogateescape"), skipped)
         if path is None:
             continue
         if nested and path.lower().endswith(b".tar"):
@@ -316,21 +321,20 @@ def _open_tar(file: IO[bytes], mode: Any) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, mode=mode, encoding="utf-8", errors="surrogateescape", tarinfo=_Header)
 
 
-def zip_members(archive: zipfile.ZipFile, skipped: dict[str, int]) -> Iterator[Member]:
+def zip_members(directory: ZipDirectory, skipped: dict[str, int]) -> Iterator[Member]:
     """Members in the order of the directory; links and what is encrypted or leads out are counted in `skipped`."""
-    for place, info in enumerate(archive.infolist()):
-        if info.is_dir():
+    for record in directory:
+        if record.name.endswith(b"/"):
             continue
-        mode = info.external_attr >> 16
-        if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            skipped["links" if stat.S_ISLNK(mode) else "not regular files"] += 1
+        if stat.S_IFMT(record.mode) not in (0, stat.S_IFREG):
+            skipped["links" if stat.S_ISLNK(record.mode) else "not regular files"] += 1
             continue
-        if info.flag_bits & 1:
+        if record.flags & ENCRYPTED:
             skipped["encrypted"] += 1
             continue
-        path = inside(info.filename, skipped)
+        path = inside(record.name, skipped)
         if path is not None:
-            yield Member(path, info.file_size, place, 0, partial(archive.open, info))
+            yield Member(path, record.size, record.at, 0, partial(directory.open, record))
 
 
 class ArchiveSource:
@@ -340,14 +344,17 @@ class ArchiveSource:
     names, where these are no mere numbers), or for `webdataset` from each sample's .cls or the "label" of its .json.
     """
 
-    def __init__(self, name: str, volumes: list[Volume], *, webdataset: bool, largest: int) -> None:
-        self.name, self.volumes, self.webdataset, self.largest = name, volumes, webdataset, largest
+    def __init__(
+        self, name: str, volumes: list[Volume], *, webdataset: bool, largest: int, tell: Tell = nobody
+    ) -> None:
+        self.name, self.volumes, self.webdataset, self.largest, self.tell = name, volumes, webdataset, largest, tell
         self.kind = "webdataset" if webdataset else self._kinds[0].removeprefix("compressed ")
 
     @cached_property
     def _kinds(self) -> list[str]:
         kinds = []
         for volume in self.volumes:
+            self.tell(volume.path, 0)
             kind = archive_kind(volume.head())
             if kind is None:
                 raise DataError(f"{volume.path} is neither a tar nor a zip archive.")
@@ -364,7 +371,7 @@ class ArchiveSource:
         ]
         return ArchiveReader([*volumes, ("tar", str(spool))])
 
-    def listing(self, spool: Path, tick: Callable[[int], None] = lambda files: None) -> Listing:
+    def listing(self, spool: Path) -> Listing:
         """Read the directories; stream what cannot be read at random, its pictures go to the file `spool`.
 
         A damaged archive gives what can be read of it, and is listed as unreadable. One behind a URL is an error: it is
@@ -373,7 +380,7 @@ class ArchiveSource:
         listing = Listing()
         self._check_room(spool)
         with Spool(spool, self.largest) as pile:
-            reader = _Lister(listing, pile, self.webdataset, len(self.volumes), tick)
+            reader = _Lister(listing, pile, self.webdataset, len(self.volumes))
             for place, (volume, prefix) in enumerate(zip(self.volumes, self._prefixes(), strict=True)):
                 try:
                     self._walk(reader, place, volume, prefix)
@@ -418,14 +425,16 @@ class ArchiveSource:
     def _walk(self, reader: _Lister, place: int, volume: Volume, prefix: bytes) -> None:
         kind = self._kinds[place]
         streamed = self._streamed(place)
-        with volume.open() as file:
+        with volume.open() as plain:
+            file = cast(IO[bytes], _Heard(plain, lambda: self.tell(volume.path, len(reader.listing.files))))
             if kind == "zip":
-                with zipfile.ZipFile(file) as archive:
-                    for member in zip_members(archive, reader.listing.skipped):
-                        try:
-                            reader.take(member, prefix, None if streamed else place)
-                        except DAMAGED as error:  # the next one lies elsewhere
-                            reader.listing.unreadable.append((posixpath.join(prefix, member.path), _words(error)))
+                for member in zip_members(ZipDirectory(file), reader.listing.skipped):
+                    try:
+                        reader.take(member, prefix, None if streamed else place)
+                    except DAMAGED as error:  # the next one lies elsewhere
+                        if volume.remote and isinstance(error, OSError):
+                            raise
+                        reader.listing.unreadable.append((posixpath.join(prefix, member.path), _words(error)))
                 return
             # A stream is read in order only; the other mode may also go back, for the first bytes of a file.
             with _open_tar(file, "r|*" if streamed else "r:") as archive:
@@ -448,11 +457,8 @@ class ArchiveSource:
 class _Lister:
     """Takes members of archives in order and enters what is a picture."""
 
-    def __init__(
-        self, listing: Listing, spool: Spool, webdataset: bool, spool_volume: int, tick: Callable[[int], None]
-    ) -> None:
+    def __init__(self, listing: Listing, spool: Spool, webdataset: bool, spool_volume: int) -> None:
         self.listing, self.spool, self.webdataset, self.spool_volume = listing, spool, webdataset, spool_volume
-        self.tick = tick
         self.table: bytes | None = None
         self.real: set[bytes] = set()  # pictures at the top by their first bytes; one settles that there are no labels
         self.words = Vocabulary()
@@ -504,7 +510,6 @@ class _Lister:
     def _add(self, path: bytes, member: Member, volume: int, at: int) -> None:
         self.listing.files.add(path, member.size, stamp=member.stamp, volume=volume, at=at)
         self._pictures += 1
-        self.tick(len(self.listing.files))
 
     def flush(self) -> None:
         """The end of a sample: its label, which may come after its pictures, goes to all of them."""
@@ -519,6 +524,20 @@ class _Lister:
 
 def _words(error: Exception) -> str:
     return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+class _Heard:
+    """A file that tells of every read: a stream that flows differs from one that has stopped."""
+
+    def __init__(self, file: BinaryIO, heard: Callable[[], None]) -> None:
+        self.file, self.heard = file, heard
+
+    def read(self, size: int = -1) -> bytes:
+        self.heard()
+        return self.file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 class _Rejoined:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -17,6 +17,13 @@ from typing import Any, overload
 import numpy as np
 
 from pipeline.shards import printable, unprintable
+
+# Told where a listing stands, before anything is waited for there, and how many pictures it has so far.
+Tell = Callable[[bytes | str, int], None]
+
+
+def nobody(place: bytes | str, images: int) -> None:
+    """A Tell that nobody listens to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.entries import Entry, Labels, Listing, Vocabulary, no_labels
+from pipeline.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.errors import DataError
 from pipeline.pictures import has_picture_extension, read_file, sniff
 from pipeline.shards import printable
@@ -34,17 +34,17 @@ class FolderSource:
 
     kind = "folder"
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, tell: Tell = nobody) -> None:
+        self.root, self.tell = root, tell
 
     @cached_property
     def _listing(self) -> Listing:
-        return scan(self.root)
+        return scan(self.root, self.tell)
 
     def digest(self) -> str:
         return self._listing.digest()
 
-    def listing(self, spool: Path, tick: Callable[[int], None] = lambda files: None) -> Listing:
+    def listing(self, spool: Path) -> Listing:
         listing = self._listing
         table = None
         if listing.others.find(LABELS) is not None:
@@ -60,13 +60,14 @@ class FolderSource:
         return FolderReader(os.fsencode(self.root))
 
 
-def scan(root: Path) -> Listing:
+def scan(root: Path, tell: Tell = nobody) -> Listing:
     """Find the pictures under a folder, at any depth. Raises DataError if it is missing or cannot be read.
 
     Regular files and links to them; links to folders are followed once each, so loops end. Hidden names and __MACOSX
     are left out. A file counts as a picture by its extension or by its first bytes, and is opened only where the
     extension does not tell.
     """
+    tell(str(root), 0)
     if not root.is_dir():
         raise DataError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}.")
     listing, place = Listing(), os.fsencode(root)
@@ -75,7 +76,7 @@ def scan(root: Path) -> Listing:
     while folders or links:
         # Folders first, so that a picture's path is its own and not one through a link.
         folder = folders.pop() if folders else links.pop(0)
-        folders_here, links_here = _scan_folder(place, listing, folder, seen)
+        folders_here, links_here = _scan_folder(place, listing, folder, seen, tell)
         folders += reversed(folders_here)
         links += links_here
     if b"/" in dict(listing.unreadable):
@@ -86,42 +87,54 @@ def scan(root: Path) -> Listing:
 
 
 def _scan_folder(
-    root: bytes, listing: Listing, folder: bytes, seen: set[tuple[int, int]]
+    root: bytes, listing: Listing, folder: bytes, seen: set[tuple[int, int]], tell: Tell
 ) -> tuple[list[bytes], list[bytes]]:
+    """Enter what lies in a folder. Returns the folders in it and the links to folders, in the order of their names."""
     folders, links = [], []
+    tell(os.path.join(root, folder), len(listing.files))
     try:
         facts = os.stat(os.path.join(root, folder))
         if (facts.st_dev, facts.st_ino) in seen:
             listing.skipped["links to folders seen already"] += 1
             return [], []
         seen.add((facts.st_dev, facts.st_ino))
+        # One by one: a folder may hold a million files, and their order is settled later.
         with os.scandir(os.path.join(root, folder)) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name)
+            for entry in entries:
+                if entry.name.startswith(b".") or entry.name == b"__MACOSX":
+                    listing.skipped["hidden"] += 1
+                    continue
+                tell(entry.path, len(listing.files))
+                path = os.path.join(folder, entry.name)
+                if _is_folder(entry):
+                    (links if entry.is_symlink() else folders).append(path)
+                else:
+                    _enter(root, listing, path, entry)
     except OSError as error:
         listing.unreadable.append((folder + b"/", f"cannot be read: {error.strerror or 'unknown reason'}"))
-        return [], []
-    for entry in inside:
-        path = os.path.join(folder, entry.name)
-        if entry.name.startswith(b".") or entry.name == b"__MACOSX":
-            listing.skipped["hidden"] += 1
-            continue
-        try:
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(path)
-                continue
-            facts = entry.stat()
-        except OSError:
-            listing.skipped["broken links"] += 1
-            continue
-        if not stat.S_ISREG(facts.st_mode):
-            listing.skipped["not regular files"] += 1
-            continue
-        if has_picture_extension(entry.name) or sniff(_head(root, path)):
-            listing.files.add(path, facts.st_size, stamp=facts.st_mtime_ns)
-        else:
-            listing.others.add(path, facts.st_size, stamp=facts.st_mtime_ns)
-            listing.not_an_image(path)
-    return folders, links
+    return sorted(folders), sorted(links)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _enter(root: bytes, listing: Listing, path: bytes, entry: os.DirEntry[bytes]) -> None:
+    try:
+        facts = entry.stat()
+    except OSError:
+        listing.skipped["broken links"] += 1
+        return
+    if not stat.S_ISREG(facts.st_mode):
+        listing.skipped["not regular files"] += 1
+    elif has_picture_extension(entry.name) or sniff(_head(root, path)):
+        listing.files.add(path, facts.st_size, stamp=facts.st_mtime_ns)
+    else:
+        listing.others.add(path, facts.st_size, stamp=facts.st_mtime_ns)
+        listing.not_an_image(path)
 
 
 def _head(root: bytes, path: bytes) -> bytes:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pipeline.archives import ArchiveSource, archive_kind, find_volumes, is_url, looks_like_webdataset
-from pipeline.entries import Entry, Labels, Listing, Vocabulary, no_labels
+from pipeline.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.errors import DataError, UsageError
 from pipeline.folder import FolderSource
 from pipeline.imagenet import DEVKIT, is_validation, validation_labels
@@ -47,11 +46,11 @@ class Source(Protocol):
         """Another digest means that the source has changed."""
         ...
 
-    def listing(self, spool: Path, tick: Callable[[int], None] = ...) -> Listing:
+    def listing(self, spool: Path) -> Listing:
         """Everything in the source, in the order of the store, with labels.
 
-        spool: a file that it may write, which must last as long as what it lists is read. tick: told how many
-        pictures are listed so far. Raises DataError, ResourceError.
+        spool: a file that it may write, which must last as long as what it lists is read. Raises DataError,
+        ResourceError.
         """
         ...
 
@@ -77,25 +76,27 @@ class Choice:
     columns: Columns = dataclasses.field(default_factory=Columns)
 
 
-def open_source(name: str, choice: Choice, *, largest: int) -> Source:
+def open_source(name: str, choice: Choice, *, largest: int, tell: Tell = nobody) -> Source:
     """Find out what `name` is: a folder, a file, a URL, or a pattern with `*` that names several files.
 
-    largest: bytes of a file beyond which no picture is copied. Raises DataError, ResourceError, UsageError.
+    largest: bytes of a file beyond which no picture is copied. tell: told where this, and what the source does later,
+    stands. Raises DataError, ResourceError, UsageError.
     """
+    tell(name, 0)
     kind = choice.kind
     if kind == "auto":
         kind = _look(name)
     if kind == "folder":
-        source = FolderSource(Path(name))
+        source = FolderSource(Path(name), tell)
     elif kind == "hf":
-        source = HuggingFaceSource(Path(name), choice.columns, largest=largest)
+        source = HuggingFaceSource(Path(name), choice.columns, largest=largest, tell=tell)
     else:
         endings = (".parquet",) if kind == "parquet" else ARCHIVES
-        volumes = [volume for one in _names(name, endings) for volume in find_volumes(one)]
+        volumes = [volume for one in _names(name, endings) for volume in find_volumes(one, tell)]
         if kind == "parquet":
-            source = ParquetSource(name, volumes, choice.columns, largest=largest)
+            source = ParquetSource(name, volumes, choice.columns, largest=largest, tell=tell)
         else:
-            source = ArchiveSource(name, volumes, webdataset=kind == "webdataset", largest=largest)
+            source = ArchiveSource(name, volumes, webdataset=kind == "webdataset", largest=largest, tell=tell)
     if choice.columns != Columns() and kind not in ("parquet", "hf"):
         raise UsageError(f"--columns is for Parquet and Hugging Face data sets; {name} is neither.")
     devkit = choice.devkit or _devkit_beside(name, kind)
@@ -178,8 +179,8 @@ class Refined:
             state.update(_content(path))
         return state.hexdigest()
 
-    def listing(self, spool: Path, tick: Callable[[int], None] = lambda files: None) -> Listing:
-        listing = self.source.listing(spool, tick)
+    def listing(self, spool: Path) -> Listing:
+        listing = self.source.listing(spool)
         if self.devkit is not None:
             if not is_validation(listing):
                 raise DataError(f"{self.name} is not ImageNet's validation set, which --devkit is for.")

@@ -11,14 +11,14 @@ import importlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.archives import ArchiveReader, Spool, Volume, plain_label, volumes_digest
-from pipeline.entries import Labels, Listing, Vocabulary, no_labels
+from pipeline.entries import Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.errors import DataError, ResourceError
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo", "image_bytes", "bytes")
@@ -47,6 +47,7 @@ class TableSource(ABC):
     kind: str
     name: str
     largest: int
+    tell: Tell
 
     @abstractmethod
     def rows(self) -> Iterator[Row]: ...
@@ -55,17 +56,17 @@ class TableSource(ABC):
     def class_names(self) -> list[str] | None:
         """The names behind integer labels, where the table tells them."""
 
-    def listing(self, spool: Path, tick: Callable[[int], None] = lambda files: None) -> Listing:
+    def listing(self, spool: Path) -> Listing:
         listing, words, names = Listing(), Vocabulary(), self.class_names()
         with Spool(spool, self.largest) as pile:
             for row in self.rows():
+                self.tell(row.name, len(listing.files))
                 if row.data is None:
                     listing.unreadable.append((row.name, "holds no bytes"))
                     continue
                 code = _named(row.label, names) if names is not None else words.code(plain_label(row.label))
                 at = pile.add(_Bytes(row.data), len(row.data))
                 listing.files.add(row.name, len(row.data), at=at, label=code)
-                tick(len(listing.files))
         listing.files.shuffle()
         codes = listing.files.labels
         if names is not None:
@@ -120,8 +121,10 @@ class ParquetSource(TableSource):
 
     kind = "parquet"
 
-    def __init__(self, name: str, volumes: list[Volume], columns: Columns, *, largest: int) -> None:
-        self.name, self.volumes, self.columns, self.largest = name, volumes, columns, largest
+    def __init__(
+        self, name: str, volumes: list[Volume], columns: Columns, *, largest: int, tell: Tell = nobody
+    ) -> None:
+        self.name, self.volumes, self.columns, self.largest, self.tell = name, volumes, columns, largest, tell
 
     def digest(self) -> str:
         return volumes_digest(f"{self.kind} {self.columns.image} {self.columns.label}", self.volumes)
@@ -207,8 +210,8 @@ class HuggingFaceSource(TableSource):
 
     kind = "hf"
 
-    def __init__(self, root: Path, columns: Columns, *, largest: int) -> None:
-        self.root, self.name, self.columns, self.largest = root, str(root), columns, largest
+    def __init__(self, root: Path, columns: Columns, *, largest: int, tell: Tell = nobody) -> None:
+        self.root, self.name, self.columns, self.largest, self.tell = root, str(root), columns, largest, tell
 
     def digest(self) -> str:
         paths = sorted(path for path in self.root.rglob("*") if path.is_file())

@@ -20,7 +20,7 @@ import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,12 +95,12 @@ class Unfinished:
         """Remember an item that killed its readers: the next process must not try it."""
         _append(self.place / "lost.jsonl", (json.dumps({"path": os.fsdecode(path), "reason": reason}) + "\n").encode())
 
-    def listing(self, source: Source, tick: Callable[[int], None]) -> Listing:
+    def listing(self, source: Source) -> Listing:
         """What the source holds; one that can only be streamed is not streamed twice."""
         saved = self.place / "listing.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
             return Listing.load(saved)
-        listing = source.listing(self.spool, tick)
+        listing = source.listing(self.spool)
         if self.spool.exists():
             listing.save(saved.with_suffix(".part"))
             sync(saved.with_suffix(".part"))

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ import pytest
 from PIL import Image
 
 from pipeline import ffcv_writer
+from pipeline import folder as folder_module
 from pipeline.decoder import clean
 from pipeline.entries import Entry
 from pipeline.errors import DataError, StalledError
@@ -38,7 +40,7 @@ from pipeline.store import Store
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tests.conftest import needs_compiler
 from tests.images import encoded, make_folder, picture, pixels, psnr
-from tools import conversion, convert
+from tools import conversion, convert, watchdog
 from train.command import run
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +282,8 @@ def test_files_that_are_no_usable_picture_say_why(tmp_path):
     assert "under --min-side 8" in reason(tmp_path, encoded(picture(6, 20, 7), "PNG"))
     assert "too narrow at 500" in reason(tmp_path, encoded(Image.new("RGB", (1000, 9)), "PNG"))
     assert "cannot be read" in reason_of_missing(tmp_path)
+    os.mkfifo(tmp_path / "missing")  # in the place of a file since the listing: nobody waits for its writer
+    assert reason_of_missing(tmp_path) == "is no regular file"
 
 
 def reason_of_missing(tmp_path: Path) -> str:
@@ -1053,8 +1057,8 @@ def test_a_file_that_kills_its_readers_is_listed_and_the_conversion_goes_on(tmp_
     paths[8].rename(paths[8].parent / "poison too.jpg")
     genuine = conversion.source_of
 
-    def poisoned(flags):
-        source = genuine(flags)
+    def poisoned(*given):
+        source = genuine(*given)
         monkeypatch.setattr(source, "reader", lambda spool: Poisoned(os.fsencode(tmp_path / "in")))
         return source
 
@@ -1152,6 +1156,69 @@ def test_a_full_disk_under_ffcvs_writer_does_not_hang(tmp_path):
     assert process.returncode == 5, err
     assert err.startswith("error: FFCV's writer failed: OSError: [Errno 27] File too large. Its disk has ")
     assert left_beside(tmp_path) == {"in"}
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_a_listing_that_hangs_is_given_up_with_the_place_and_code_6(tmp_path, capsys, monkeypatch, plan):
+    make_folder(tmp_path / "in", 3)
+    genuine, free = folder_module.sniff, threading.Event()
+    (tmp_path / "in/stuck").write_bytes(b"looked into, since its name does not tell")
+
+    def stuck(head: bytes) -> str | None:
+        free.wait(60)
+        return genuine(head)
+
+    monkeypatch.setattr(folder_module, "sniff", stuck)
+    monkeypatch.setattr(watchdog, "LINE_SECONDS", 0.1)
+    words = [tmp_path / "in", tmp_path / "s", "--backends", "dali", "--stall-timeout", "1", *["--plan"] * plan]
+    assert run(convert.main, [*map(str, words)]) == StalledError.code
+    free.set()
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("listing: nothing has moved for ")
+    assert told[0].endswith(f" s, at {tmp_path}/in/stuck; giving up after 1 s")
+    assert told[-1] == (
+        f"error: nothing has moved for 1 s while listing, at {tmp_path}/in/stuck. Look at the disk or network that "
+        "holds it, or allow more with --stall-timeout."
+    )
+    assert left_beside(tmp_path) == {"in"}
+
+
+def test_work_that_goes_on_is_never_given_up_and_says_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(watchdog, "LINE_SECONDS", 0.3)
+    watch = watchdog.Watchdog(0.5, quiet=False)
+
+    def work() -> str:
+        for step in range(12):
+            watch.tell(b"new\nline", step)
+            time.sleep(0.1)
+        return "done"
+
+    assert watch.do("listing", work) == "done"
+    told = capsys.readouterr().err.splitlines()
+    assert told
+    assert all(line.startswith("listing: ") and line.endswith(" images so far") for line in told)
+    with pytest.raises(DataError, match="it is wrong"):
+        watch.do("listing", lambda: (_ for _ in ()).throw(DataError("it is wrong")).__next__())
+
+
+def test_who_stops_waiting_stops_the_work(monkeypatch):
+    watch, ended = watchdog.Watchdog(60, quiet=True), threading.Event()
+
+    def work() -> None:
+        try:
+            while True:
+                watch.tell("", 0)
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watchdog, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        watch.do("listing", work)
+    assert ended.is_set()
 
 
 def sleepy(item: int, common: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -31,11 +32,12 @@ from pipeline.store import MANIFEST, Store
 from tests.conftest import PYTHON, needs_ffcv
 from tests.images import make_folder
 from tests.test_pretrain import flags, moments, read_json, weights
-from tools import compare, convert, experiment, inflate, inflation, verify
+from tools import compare, convert, experiment, inflate, inflation, profile, stages, verify
 from tools.records import Cell
 from train import evaluate, features, generator
 from train.command import parse
 from train.config import Budget, as_values, flat
+from train.data import open_data, open_store
 from train.generator import Recipe, Training
 from train.pretrain import main as pretrain
 
@@ -448,6 +450,23 @@ def test_an_inflated_run_resumes_to_the_bit_and_scores_real_images_alone(
     assert inflate.main(words(real_path, tmp_path / "other", "--seed", "1")) == 0
     with pytest.raises(DataError, match="the data set changed since step 10"):
         pretrain(inflated_run(real_path, tmp_path / "other", tmp_path / "parts"))
+
+
+def test_a_profile_loads_what_the_run_would(real_path, generated_path, tmp_path):
+    """The mixture of an epoch, in the loader and in each of its parts; a run's config.yaml says so."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"preset: mae-tiny\ninflate: {{data: {generated_path}, real_repeat: 2}}\n")
+    wish = profile.Profile(data=real_path, config=config, batch=8, seconds=0.3, loader="shards", device="cpu")
+    measured = profile.profile(wish)
+    assert measured.images == REAL + GENERATED // 2
+    sizes = Store.open(real_path).index
+    sides = [*np.maximum(sizes["height"], sizes["width"]), *[16] * GENERATED]
+    assert measured.stored_side == pytest.approx(np.mean(sides))
+    settings = profile.settings(wish)
+    store = open_store(settings)
+    with contextlib.closing(open_data(settings, store)) as loader:
+        ids = next(stages.Parts(loader, settings, torch.device("cpu")).ids)
+    assert np.array_equal(ids, store.order(settings.seed, 1_000_000)[: len(ids)])
 
 
 def test_generated_images_are_neither_bank_nor_test(real_path, generated_path, tmp_path):

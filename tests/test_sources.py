@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from pipeline.archives import ArchiveSource, Spool, find_volumes, plain_label
+from pipeline.archives import ArchiveSource, Spool, Volume, find_volumes, plain_label
 from pipeline.entries import Entries, Listing
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.imagenet import DEVKIT
@@ -226,6 +226,85 @@ def test_a_zip_whose_directory_lies_about_the_size_gives_no_more_than_it_claims(
         assert isinstance(try_entry(entry, (reader, Encoding())), str)
 
 
+def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.comment = b"a comment"
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_zip_archives_of_every_make_are_read(tmp_path, monkeypatch, method, wide):
+    """With a comment behind it, and with sizes and offsets of 64 bits."""
+    if wide:
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    jpegs = [encoded(picture(i, 32, 32)) for i in range(3)]
+    members = {f"a/caf\xe9 {i}.jpg": data for i, data in enumerate(jpegs)}
+    path = write_zip(tmp_path / "a.zip", members, method)
+    assert (b"PK\6\6" in path.read_bytes()) == wide
+    found, listing = content(opened(path), tmp_path / "spool")
+    assert found == {name.encode(): (data, ["a"]) for name, data in members.items()}
+    assert listing.unreadable == []
+
+
+def test_a_member_that_is_no_utf8_or_lies_elsewhere_or_is_packed_oddly_costs_itself_alone(tmp_path):
+    jpeg = encoded(picture(1, 32, 32))
+    path = write_zip(tmp_path / "a.zip", dict.fromkeys(("a/1.jpg", "a/\xff\xfe.jpg", "a/3.jpg", "a/4.jpg"), jpeg))
+    data = bytearray(path.read_bytes())
+    data[:] = data.replace("\xff\xfe".encode(), b"\xff\xfe\xfd\xfc")  # still said to be UTF-8
+    third, fourth = data.rindex(b"a/3.jpg") - 46, data.rindex(b"a/4.jpg") - 46
+    data[third + 42 : third + 46] = struct.pack("<I", 1 << 31)
+    data[fourth + 10 : fourth + 12] = struct.pack("<H", 9)
+    path.write_bytes(data)
+    found, _ = content(opened(path), tmp_path / "spool")
+    assert found == {
+        b"a/1.jpg": (jpeg, ["a"]), b"a/\xff\xfe\xfd\xfc.jpg": (jpeg, ["a"]),
+        b"a/3.jpg": ("cannot be read: it does not lie where the directory says", ["a"]),
+        b"a/4.jpg": ("cannot be read: That compression method is not supported", ["a"]),
+    }  # fmt: skip
+
+
+def test_a_member_of_a_zip_costs_what_an_entry_costs(tmp_path):
+    """Neither the listing nor a worker holds the directory: `zipfile` takes 500 bytes a member, in each of them."""
+    names = [f"class-{i % 10}/picture-{i:08d}-{'x' * 200}.jpeg" for i in range(6000)]
+    path = write_zip(tmp_path / "a.zip", dict.fromkeys(names, b"1"))
+    source = opened(path)
+    with memory_below(len(names) * (len(names[0]) + 200) + (2 << 20)):  # and a block of the directory
+        files = source.listing(tmp_path / "spool").files
+    assert len(files) == len(names)
+    reader = source.reader(tmp_path / "spool")
+    with memory_below(1 << 20):
+        assert all(reader.read(files[place], LARGEST) == b"1" for place in (0, 2999, 5999))
+
+
+def test_damaged_zip_archives_end_as_pictures_or_reasons_and_never_otherwise(tmp_path):
+    jpeg = encoded(picture(1, 16, 16), quality=50)
+    members = {f"a/{i}.jpg": jpeg for i in range(3)}
+    wholes = [write_zip(tmp_path / "a.zip", members, method).read_bytes() for method in METHODS]
+    random, ends = np.random.default_rng(0), set()
+    for turn in range(400):
+        data = bytearray(wholes[turn % 4])
+        for at in random.integers(0 if turn % 3 else data.index(b"PK\1\2"), len(data), 3):
+            data[at] = random.integers(256)
+        if turn % 10 == 0:
+            del data[random.integers(1, len(data)) :]
+        (tmp_path / "a.zip").write_bytes(data)
+        (tmp_path / "spool").unlink(missing_ok=True)
+        try:
+            found, listing = content(opened(tmp_path / "a.zip", kind="archive"), tmp_path / "spool")
+            ends |= {"whole" if value == jpeg else "a reason" for value, _ in found.values()}
+            ends |= {"unreadable" for _ in listing.unreadable}
+        except DataError:
+            ends.add("refused")
+    assert ends == {"whole", "a reason", "unreadable", "refused"}
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_what_a_cut_archive_still_holds_is_used_and_the_cut_is_listed(tmp_path, mode):
     noise = [np.random.default_rng(i).bytes(20_000) for i in range(4)]
@@ -290,6 +369,24 @@ def test_an_archive_behind_a_url_is_whole_or_an_error(tmp_path):
         opened("memory://cut/a.tar").listing(tmp_path / "spool")
 
 
+def test_a_zip_behind_a_url_that_is_lost_on_the_way_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    noise = {f"a/{i}.jpg": np.random.default_rng(i).bytes(9000) for i in range(4)}
+    data = write_zip(tmp_path / "a.zip", noise).read_bytes()
+
+    class Lost(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if 9000 < self.tell() < 18_000:
+                raise ConnectionResetError("the other side is gone")
+            return super().read(size)
+
+    fsspec.filesystem("memory").pipe("memory://lost/a.zip", data)
+    assert len(opened("memory://lost/a.zip").listing(tmp_path / "spool").files) == 4
+    monkeypatch.setattr(Volume, "open", lambda volume: Lost(data))
+    with pytest.raises(DataError, match=r"a\.zip cannot be read: the other side is gone"):
+        opened("memory://lost/a.zip").listing(tmp_path / "spool")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(DataError, match="is not a regular file"):
@@ -305,9 +402,9 @@ class Counted:
     def digest(self) -> str:
         return self.source.digest()
 
-    def listing(self, spool: Path, tick=lambda files: None) -> Listing:
+    def listing(self, spool: Path) -> Listing:
         self.listed += 1
-        return self.source.listing(spool, tick)
+        return self.source.listing(spool)
 
     def reader(self, spool: Path):
         return self.source.reader(spool)
@@ -318,8 +415,8 @@ def test_a_stream_is_not_read_again_by_the_next_run_and_a_folder_is(folder, tmp_
         place = tmp_path / f"work{times}"
         place.mkdir()
         source = Counted(opened(name))
-        first = Unfinished(place, {}).listing(source, print)
-        second = Unfinished(place, {}).listing(source, print)
+        first = Unfinished(place, {}).listing(source)
+        second = Unfinished(place, {}).listing(source)
         assert source.listed == times
         assert list(first.files) == list(second.files)
         assert (first.skipped, first.unreadable, first.example) == (second.skipped, second.unreadable, second.example)
@@ -329,7 +426,7 @@ def test_a_stream_is_not_read_again_by_the_next_run_and_a_folder_is(folder, tmp_
         reader = source.reader(Unfinished(place, {}).spool)
         assert [reader.read(one, LARGEST) for one in second.files] == [reader.read(one, LARGEST) for one in first.files]
     (place / "unfinished/listing.npz").write_bytes(b"torn")
-    assert len(Unfinished(place, {}).listing(source, print).files) == len(first.files)
+    assert len(Unfinished(place, {}).listing(source).files) == len(first.files)
     assert source.listed == 2
 
 
@@ -620,6 +717,31 @@ def test_a_hugging_face_data_set_on_disk(tmp_path):
     with pytest.raises(DataError, match=r"holds several splits \(train, test\). Name one, e.g. .*/two/train"):
         opened(tmp_path / "two").listing(tmp_path / "spool")
     assert len(content(opened(tmp_path / "two/test"), tmp_path / "spool")[0]) == 5
+
+
+# --------------------------------------------------------------------------------------------- where a listing stands
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip", "parquet"])
+def test_a_source_tells_where_it_stands_before_it_waits_there(folder, tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        write_parquet(path, {"image": [encoded(picture(i, 24, 24)) for i in range(3)]})
+    elif kind == "folder":
+        path = folder
+    else:
+        _ = zipped(folder, path) if kind == "zip" else tarred(folder, path, TAR_MODES[kind])
+    told: list[tuple[bytes | str, int]] = []
+    source = open_source(str(path), Choice(), largest=LARGEST, tell=lambda place, images: told.append((place, images)))
+    assert told[0] == (str(path), 0)
+    source.digest()
+    listing = source.listing(tmp_path / "spool")
+    counts = [images for _, images in told]
+    assert counts == sorted(counts)
+    # At every picture, but that a block of a compressed stream or of a zip's directory has many.
+    assert len(set(counts)) >= {"tar.gz": 2, "zip": 1}.get(kind, len(listing.files))
+    if kind == "folder":
+        assert os.fsencode(path / "class-0/00000.jpg") in {place for place, _ in told}
 
 
 # ------------------------------------------------------------------------------------------------------------ entries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.decoder import checksum
 from pipeline.shards import ShardWriter, write_manifest, write_tables
 from pipeline.store import Store
 from tests.images import encoded, make_folder, picture, pixels
-from tools import convert, verify
+from tools import convert, verification, verify
 from train.command import run
 
 needs_ffcv = pytest.mark.skipif(ffcv_writer.ffcv_missing() is not None, reason="FFCV is not installed")
@@ -66,6 +67,23 @@ def flip(path: Path, at: int) -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1]))
+
+
+def test_a_file_whose_reading_hangs_is_named_with_code_6(store, capsys, monkeypatch):
+    free = threading.Event()
+
+    def stuck(path: Path, facts: dict, tell) -> None:
+        tell(path.name, 0)
+        if path.name == "shard-00001.tar":
+            free.wait(60)
+
+    monkeypatch.setattr(verification, "_file", stuck)
+    assert daae_verify(store, "--stall-timeout", "1") == 6
+    free.set()
+    assert capsys.readouterr().err == (
+        f"error: nothing has moved for 1 s while reading {store}, at shard-00001.tar. Look at the disk or network that "
+        "holds it, or allow more with --stall-timeout.\n"
+    )
 
 
 def test_a_sound_store_is_said_to_be_sound(store, capsys):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.entries import Entry, Listing
+from pipeline.entries import Entry, Listing, Tell
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
 from pipeline.limits import usable_cores
@@ -32,8 +32,9 @@ from pipeline.store import FORMAT, MANIFEST, Store
 from pipeline.tables import Columns
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tools.assembly import assemble
-from tools.convert import Convert
-from tools.progress import LINE_SECONDS, Progress
+from tools.flags import Convert
+from tools.progress import Progress
+from tools.watchdog import Watchdog
 
 BAD_FILES, STATS = "bad_files.jsonl", "stats.json"
 TASK = 8  # files that a worker takes at once
@@ -49,8 +50,9 @@ def convert(flags: Convert, dst: Path) -> dict:
     start = time.monotonic()
     backends = _backends(flags)
     options = _options(flags, backends)
-    source = source_of(flags)
-    digest = source.digest()
+    watchdog = Watchdog(flags.stall_timeout, quiet=flags.quiet)
+    source = watchdog.do("looking at the source", lambda: source_of(flags, watchdog.tell))
+    digest = watchdog.do("listing", source.digest)
     nothing_to_do = _earlier(flags, dst, options, digest)
     if nothing_to_do is not None:
         return nothing_to_do
@@ -60,7 +62,7 @@ def convert(flags: Convert, dst: Path) -> dict:
     adopt, keep = (lambda left: fits(left, job)), (lambda left, error: _keep(left, error, flags.quiet))
     with staging(dst, replace=flags.overwrite, adopt=adopt, keep=keep) as folder:
         unfinished = Unfinished(folder, job)
-        listing = unfinished.listing(source, _Counting(flags.quiet))
+        listing = watchdog.do("listing", lambda: unfinished.listing(source))
         if not listing.files:
             raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
         for path, why in listing.unreadable[:3]:
@@ -98,8 +100,8 @@ def convert(flags: Convert, dst: Path) -> dict:
     return _result(dst, seconds, done="converted")
 
 
-def source_of(flags: Convert) -> Source:
-    """The source that the flags name. Raises DataError, ResourceError, UsageError."""
+def source_of(flags: Convert, tell: Tell) -> Source:
+    """The source that the flags name; it tells where it stands. Raises DataError, ResourceError, UsageError."""
     image, _, label = flags.columns.partition(",")
     choice = Choice(
         kind=flags.kind,
@@ -107,19 +109,7 @@ def source_of(flags: Convert) -> Source:
         devkit=flags.devkit,
         columns=Columns(image.strip() or None, label.strip() or None),
     )
-    return open_source(flags.src, choice, largest=encoding_of(flags).max_bytes)
-
-
-class _Counting:
-    """Says now and then how many pictures are listed so far; how many there are nobody knows yet."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.next = quiet, time.monotonic() + LINE_SECONDS
-
-    def __call__(self, files: int) -> None:
-        if not self.quiet and time.monotonic() > self.next:
-            self.next = time.monotonic() + LINE_SECONDS
-            print(f"listing: {files:,} images so far", file=sys.stderr, flush=True)
+    return open_source(flags.src, choice, largest=encoding_of(flags).max_bytes, tell=tell)
 
 
 def _shown(src: str) -> str:

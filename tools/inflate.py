@@ -4,52 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from pipeline.errors import UsageError
+from tools.flags import Inflate
 from train.command import parse, run
-
-
-@dataclass(frozen=True)
-class Inflate:
-    """Train a generator on a store's images, without their labels, and write what it draws as a store marked generated.
-
-    `daae pretrain --inflate.data OUT` trains on both (AdaInf). The same command goes on where a stopped one was."""
-
-    store: Annotated[Path, tyro.conf.Positional]
-    """Store made by `daae convert`, of the images that are trained on and no others."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """The store to make."""
-    count: int = 10_000
-    """Images to generate."""
-    side: int = 64
-    """Their side in pixels, a multiple of 16."""
-    seconds: float = 2400.0
-    """Training seconds of the generator, measured once and frozen as steps. Drawing comes on top."""
-    steps: int | None = None
-    """Training steps, instead of seconds."""
-    width: int = 96
-    """Channels of the generator where it is narrowest, a multiple of 32; a GPU has time for 192 and more."""
-    batch: int = 64
-    """Images per training step."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    sampling_steps: int = 10
-    """Steps from noise to image, of two looks at the network each."""
-    seed: int = 0
-    """Of weights, order, noise and what is drawn."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    overwrite: bool = False
-    """Replace OUT if it is another store, or half made with other settings."""
-    quiet: bool = False
-    """No progress."""
-    json: bool = False
-    """Print one JSON object instead of the sentence."""
 
 
 def main(argv: list[str]) -> int:

@@ -40,7 +40,7 @@ from pipeline.store import MANIFEST, Store
 from pipeline.unfinished import FOLDER, fits
 from tools.assembly import assemble
 from tools.conversion import STATS
-from tools.inflate import Inflate
+from tools.flags import Inflate
 from tools.progress import Progress
 from train.checkpoint import list_steps, share
 from train.device import autocast, choose_device

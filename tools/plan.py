@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.decoder import SAMPLE, open_decoder
-from pipeline.entries import Entry
+from pipeline.entries import Entry, Tell
 from pipeline.errors import DataError
 from pipeline.limits import usable_cores
 from pipeline.pictures import Encoding, Rejected, Stored, check_picture
@@ -24,7 +24,8 @@ from pipeline.shards import MAX_SIDE
 from pipeline.sources import Reader
 from pipeline.staging import size_in_words
 from tools.conversion import encoding_of, source_of
-from tools.convert import Convert
+from tools.flags import Convert
+from tools.watchdog import Watchdog
 
 SAMPLED = 200
 ROUNDS = 5  # of loading, the choices taking turns
@@ -35,23 +36,27 @@ TAR_BYTES = 2048  # headers, padding and the label of a picture in a shard
 
 
 def plan(flags: Convert) -> dict:
-    """What `--json` prints. Raises DataError, ResourceError, UsageError.
+    """What `--json` prints. Raises DataError, ResourceError, StalledError, UsageError.
 
     A source that can only be streamed is read as a whole, its pictures in a folder for the moment beside DST: nothing
     else tells how many it holds.
     """
-    source = source_of(flags)
+    watchdog = Watchdog(flags.stall_timeout, quiet=flags.quiet)
+    source = watchdog.do("looking at the source", lambda: source_of(flags, watchdog.tell))
     beside = flags.dst.absolute().parent if flags.dst is not None and flags.dst.absolute().parent.is_dir() else None
     with tempfile.TemporaryDirectory(dir=beside, prefix=".daae-plan-") as place:
         spool = Path(place) / "spool"
-        listing = source.listing(spool)
+        listing = watchdog.do("listing", lambda: source.listing(spool))
         if not listing.files:
             raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
         # The order of the store is by a hash, but a sample of its own leaves nobody to guess what it holds.
         sample = [listing.files[int(at)] for at in epoch_order(0, 0, len(listing.files))[:SAMPLED]]
         if not flags.quiet:
             print(f"looking at {len(sample)} pictures …", file=sys.stderr)
-        made = [_Made(encoding, source.reader(spool), sample) for encoding in choices(flags)]
+        made = watchdog.do(
+            "reading",
+            lambda: [_Made(encoding, source.reader(spool), sample, watchdog.tell) for encoding in choices(flags)],
+        )
     good = len(made[0].stored)
     if not good:
         raise DataError(f"{flags.src}: none of {len(sample)} pictures looked at is readable, {made[0].reason}.")
@@ -94,13 +99,14 @@ def choices(flags: Convert) -> list[Encoding]:
 class _Made:
     """The sample as one choice would store it."""
 
-    def __init__(self, encoding: Encoding, reader: Reader, sample: list[Entry]) -> None:
+    def __init__(self, encoding: Encoding, reader: Reader, sample: list[Entry], tell: Tell) -> None:
         self.encoding = encoding
         self.stored: list[Stored] = []
         self.reason = ""
         self.read_seconds = 0.0  # by the clock: a disk or a network may be slower than the decoder
         began = time.process_time()
         for entry in sample:
+            tell(entry.path, len(self.stored))
             try:
                 asked = time.perf_counter()
                 data = reader.read(entry, encoding.max_bytes)

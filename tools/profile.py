@@ -96,13 +96,13 @@ def profile(flags: Profile) -> Measured:
     import torch
 
     from pipeline.loader import decoding_threads
-    from pipeline.store import Store
     from tools.stages import Parts, machine_limits, one_round, open_warm, usable_backends, warm_step
+    from train.data import open_store
     from train.device import choose_precision, device_name, memory_gb, resolve
     from train.rehearsal import Machine, fit_batch
 
-    assert flags.data is not None
-    store, wish = Store.open(flags.data), settings(flags)
+    wish = settings(flags)
+    store = open_store(wish)
     wish = resolve(wish, store)
     device, warm_up = torch.device(wish.device), {}
     workers = decoding_threads(wish.speed.workers, device)
@@ -143,7 +143,7 @@ def profile(flags: Profile) -> Measured:
             preset=wish.preset, device=str(device), device_name=device_name(device), precision=wish.precision,
             can_bf16=choose_precision("auto", device) == "bf16", compiled=wish.speed.compile,
             batch=batch, run_batch=wish.optim.batch, workers=workers, cores=usable_cores(),
-            threads=torch.get_num_threads(), images=store.count,
+            threads=torch.get_num_threads(), images=store.per_epoch,
             stored_side=float(np.maximum(sizes["height"], sizes["width"]).mean()),
             view_side=max(view.side for view in wish.method.views(wish.model).values()), backend=wish.loader,
             parts={part: stage(f"part {part}") for part in PARTS if f"part {part}" in samples[0]},

@@ -51,7 +51,7 @@ class Parts:
     def _endless(self) -> Iterator[np.ndarray]:
         loader, epoch = self.loader, 1_000_000  # pictures in an order that no timing of the loader has met
         while True:
-            order = sampling.epoch_order(loader.seed, epoch, loader.store.count)
+            order = loader.store.order(loader.seed, epoch)
             yield from (sampling.batch_ids(order, step, loader.batch) for step in range(loader.batches))
             epoch += 1
 
@@ -125,7 +125,7 @@ def machine_limits(loader: Loader, device: torch.device) -> dict[str, float]:
     jpegs = stored_jpegs(loader.source)
     if jpegs is None:
         return found
-    order = sampling.epoch_order(loader.seed, 2_000_000, loader.store.count)[:512]
+    order = loader.store.order(loader.seed, 2_000_000)[:512]
     jpegs.forget(order)
     found["read_disk"], seen = _rate(lambda ids: [jpegs.read(sample) for sample in ids.tolist()], order)
     found["read_cached"], _ = _rate(lambda ids: [jpegs.read(sample) for sample in ids.tolist()], seen)

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from tools.children import Stop, call
 from tools.records import read_object
 from train.command import parse, run
@@ -49,26 +49,26 @@ class StoreCost:
     """Print one JSON object instead of the table."""
 
 
+Choice = tuple[int, int]  # longer side in pixels, JPEG quality
+
+
 def main(argv: list[str]) -> int:
     flags = parse(StoreCost, argv, prog="python -m tools.store_cost")
-    stores = {choice: encoding(choice) for choice in flags.choices}
+    choices = [encoding(each) for each in flags.choices]
     flags.out.mkdir(parents=True, exist_ok=True)
+    val = flags.out / "stores/val"
     with Stop() as stop:
-        val = flags.out / "stores" / "val"
-        convert(flags.val, val, AS_IS, 95, stop)
-        scores: dict[str, list[dict]] = {}
-        for side, quality in stores.values():
-            convert(flags.train, flags.out / "stores" / f"train-{side}-q{quality}", side, quality, stop)
+        convert(flags.val, val, (AS_IS, 95), stop)
+        for choice in choices:
+            convert(flags.train, store_of(flags, choice), choice, stop)
         for seed in flags.seeds:
-            for choice, (side, quality) in stores.items():
-                folder = flags.out / "runs" / f"{side}-q{quality}-seed{seed}"
-                words = ["--preset", flags.preset, "--data", str(flags.out / "stores" / f"train-{side}-q{quality}")]
+            for choice in choices:
+                folder = run_of(flags, choice, seed)
+                words = ["--preset", flags.preset, "--data", str(store_of(flags, choice)), "--tests", str(val)]
                 words += [] if flags.config is None else ["--config", str(flags.config)]
-                words += ["--tests", str(val), "--epochs", f"{flags.epochs:g}", "--seed", str(seed)]
-                words += ["--evaluations", "1", "--out", str(folder)]
-                call(["train.pretrain", *words], str(folder), folder, stop)
-                scores.setdefault(choice, []).append(read_object(folder / "evaluation.json"))
-    found = [row(choice, flags, scores) for choice in flags.choices]
+                words += ["--epochs", f"{flags.epochs:g}", "--seed", str(seed), "--evaluations", "1"]
+                call(["train.pretrain", *words, "--out", str(folder)], str(folder), folder, stop)
+    found = summary(flags, choices)
     if flags.json:
         print(json.dumps({"preset": flags.preset, "epochs": flags.epochs, "seeds": flags.seeds, "stores": found}))
     else:
@@ -76,36 +76,52 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def encoding(choice: str) -> tuple[int, int]:
+def encoding(words: str) -> Choice:
     """ "500:90" -> (500, 90). Raises UsageError."""
     with contextlib.suppress(ValueError):
-        side, quality = map(int, choice.split(":"))
+        side, quality = map(int, words.split(":"))
         return side, quality
-    raise UsageError(f"--choices wants SIDE:QUALITY, not {choice!r}.")
+    raise UsageError(f"--choices wants SIDE:QUALITY, not {words!r}.")
 
 
-def convert(source: Path, store: Path, side: int, quality: int, stop: Stop) -> None:
-    words = ["--max-side", str(side), "--quality", str(quality), "--backends", "dali", "--quiet"]
+def store_of(flags: StoreCost, choice: Choice) -> Path:
+    return flags.out / "stores/train-{}-q{}".format(*choice)
+
+
+def run_of(flags: StoreCost, choice: Choice, seed: int) -> Path:
+    return flags.out / "runs/{}-q{}-seed{}".format(*choice, seed)
+
+
+def convert(source: Path, store: Path, choice: Choice, stop: Stop) -> None:
+    words = ["--max-side", str(choice[0]), "--quality", str(choice[1]), "--backends", "dali", "--quiet"]
     call(["tools.convert", str(source), str(store), *words], f"the conversion of {source}", store, stop)
 
 
-def row(choice: str, flags: StoreCost, scores: dict[str, list[dict]]) -> dict:
-    """One store's bytes, its scores in percent by seed, and the paired difference from the first store's."""
-    side, quality = encoding(choice)
-    mine, first = ([100 * one["leading"]["value"] for one in scores[each]] for each in (choice, flags.choices[0]))
-    differences = [one - other for one, other in zip(mine, first, strict=True)]
-    store = flags.out / "stores" / f"train-{side}-q{quality}"
-    return {
-        "max_side": None if side == AS_IS else side, "quality": quality, "scored_by": scores[choice][0]["leading_name"],
-        "bytes": sum(path.stat().st_size for path in store.glob("*.tar")), "scores": mine,
-        "mean": statistics.mean(mine), "standard_error": standard_error(mine),
-        "test_error": 100 * scores[choice][0]["leading"]["standard_error"],
-        "difference": statistics.mean(differences), "difference_error": standard_error(differences),
-    }  # fmt: skip
+def summary(flags: StoreCost, choices: list[Choice]) -> list[dict]:
+    """Of each store its bytes, its scores in percent by seed, and by how much they differ from the first store's,
+    seed by seed: what the seeds have in common does not count. Raises DataError."""
+    found: list[dict] = []
+    for choice in choices:
+        ends = [read_object(run_of(flags, choice, seed) / "evaluation.json") for seed in flags.seeds]
+        if any(end["leading"] is None for end in ends):
+            raise DataError(f"{flags.val} has no labels, so nothing can be scored on it.")
+        scores = [100 * end["leading"]["value"] for end in ends]
+        first = found[0]["scores"] if found else scores
+        differences = [one - other for one, other in zip(scores, first, strict=True)]
+        found.append({
+            "max_side": None if choice[0] == AS_IS else choice[0], "quality": choice[1],
+            "bytes": sum(path.stat().st_size for path in store_of(flags, choice).glob("*.tar")),
+            "scored_by": ends[0]["leading_name"], "scores": scores,
+            "mean": statistics.mean(scores), "standard_error": standard_error(scores),
+            "test_error": 100 * ends[0]["leading"]["standard_error"],
+            "difference": statistics.mean(differences), "difference_error": standard_error(differences),
+        })  # fmt: skip
+    return found
 
 
-def standard_error(values: list[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def standard_error(values: list[float]) -> float | None:
+    """Of their mean; None where there is but one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def show(found: list[dict]) -> None:
@@ -114,10 +130,14 @@ def show(found: list[dict]) -> None:
         side = "as it is" if one["max_side"] is None else f"{one['max_side']} px"
         scores = " ".join(f"{value:.1f}" for value in one["scores"])
         print(
-            f"{side:<9} q{one['quality']}  {one['bytes'] / 1e6:8.1f} MB  {scores}  mean {one['mean']:.1f} "
-            f"± {one['standard_error']:.1f} (test set ± {one['test_error']:.1f})  "
-            f"difference {one['difference']:+.1f} ± {one['difference_error']:.1f}"
+            f"{side:<9} q{one['quality']}  {one['bytes'] / 1e6:8.1f} MB  {scores}  mean {one['mean']:.1f}"
+            f"{plus_minus(one['standard_error'])} (test set{plus_minus(one['test_error'])})  "
+            f"difference {one['difference']:+.1f}{plus_minus(one['difference_error'])}"
         )
+
+
+def plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.1f}"
 
 
 if __name__ == "__main__":

@@ -112,16 +112,16 @@ def tune(flags: Profile) -> int:
 
     from pipeline.limits import usable_cores
     from pipeline.loader import decoding_threads
-    from pipeline.store import Store
     from tools.profile import settings, telling
     from tools.stages import usable_backends
+    from train.data import open_store
     from train.device import resolve
     from train.rehearsal import Machine, fit_batch
 
     path = flags.tune
     assert path is not None
-    assert flags.data is not None
-    store, wish = Store.open(flags.data), settings(flags)
+    wish = settings(flags)
+    store = open_store(wish)
     wish = resolve(wish, store)
     device: torch.device = torch.device(wish.device)
     on_gpu = device.type == "cuda"

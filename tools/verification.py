@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from pipeline.decoder import checksum, clean
+from pipeline.entries import Tell
 from pipeline.errors import DataError
 from pipeline.limits import usable_cores
 from pipeline.ordered_map import ordered_map
@@ -27,8 +28,9 @@ from pipeline.staging import staging
 from pipeline.store import MANIFEST, Store
 from tools.assembly import assemble
 from tools.conversion import BAD_FILES, STATS, bad_lines, label_width
+from tools.flags import Verify
 from tools.progress import Progress
-from tools.verify import Verify
+from tools.watchdog import Watchdog
 
 TASK = 64  # pictures that a worker takes at once
 TABLES = ("index.npy", "labels.npy", "names.txt")  # what no other file of the store can replace
@@ -76,33 +78,41 @@ def _open(root: Path) -> Store:
 def bad_files(flags: Verify, store: Store) -> list[dict]:
     """Files that are missing or not what the manifest vouches for: name and problem."""
     facts = store.manifest["files"]
+    watchdog = Watchdog(flags.stall_timeout, quiet=flags.quiet)
     progress = Progress("files", total_bytes=sum(fact["bytes"] for fact in facts.values()), quiet=flags.quiet)
-    done, problems = 0, []
-    # Threads: hashing holds no lock of the interpreter.
-    with ThreadPoolExecutor(_workers(flags)) as pool, progress.show():
-        names = sorted(facts)
-        for name, problem in zip(
-            names, pool.map(lambda name: _file(store.root / name, facts[name]), names), strict=True
-        ):
-            done += facts[name]["bytes"]
-            progress.at(done_bytes=done)
-            if problem is not None:
-                problems.append({"file": name, "problem": problem})
-    return problems
+
+    def look() -> list[dict]:
+        done, problems, names = 0, [], sorted(facts)
+        # Threads: hashing holds no lock of the interpreter. Daemons: one that hangs does not keep the process alive.
+        with ThreadPool(_workers(flags)) as pool:
+            found = pool.imap(lambda name: _file(store.root / name, facts[name], watchdog.tell), names)
+            for name, problem in zip(names, found, strict=True):
+                done += facts[name]["bytes"]
+                progress.at(done_bytes=done)
+                if problem is not None:
+                    problems.append({"file": name, "problem": problem})
+        return problems
+
+    with progress.show():
+        return watchdog.do(f"reading {store.root}", look)
 
 
-def _file(path: Path, facts: dict) -> str | None:
+def _file(path: Path, facts: dict, tell: Tell) -> str | None:
+    tell(path.name, 0)
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
     if size != facts["bytes"]:
         return f"has {size:,} bytes, the manifest says {facts['bytes']:,}"
+    state = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(1 << 20):
+                state.update(block)
+                tell(path.name, 0)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if digest == facts["sha256"] else "is not what was written: its sha256 differs"
+    return None if state.hexdigest() == facts["sha256"] else "is not what was written: its sha256 differs"
 
 
 def _workers(flags: Verify) -> int:

@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from pipeline.errors import DataError, UsageError
 from pipeline.staging import terminable
+from tools.flags import Verify
 from train.command import parse, run
 
 SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Check every file of a store by its digest, and every picture by its checksum and by decoding it."""
-
-    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-    """Made by `daae convert`."""
-    quick: bool = False
-    """Sizes and digests of the files only; no picture is decoded."""
-    fix: bool = False
-    """Write the store anew without what is bad. Sample ids move, so runs on the old store cannot go on."""
-    workers: int | None = None
-    """Decoding processes. Default: one per core that this process may use."""
-    json: bool = False
-    """Print one JSON object instead of sentences."""
-    quiet: bool = False
-    """No progress."""
-    stall_timeout: float = 300.0
-    """Give up when nothing has moved for so many seconds."""
 
 
 def main(argv: list[str]) -> int:
