@@ -6,6 +6,7 @@ Source: Dosovitskiy et al. 2020 as in MAE (He et al. 2021): pre-norm blocks, fix
 from __future__ import annotations
 
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -149,8 +150,9 @@ class Encoder(nn.Module):
         for count in dict.fromkeys(one.shape[1] for one in tokens):
             places = [place for place, one in enumerate(tokens) if one.shape[1] == count]
             alike = [tokens[place] for place in places]
-            scales = [scale for place in places if (scale := views[place].branches) is not None]
-            branches = torch.cat(scales) if scales else None  # all of them have some, or none has
+            branches = None
+            if views[places[0]].branches is not None:  # all of them have some, or none has
+                branches = torch.cat([cast(Tensor, views[place].branches) for place in places])
             made = self.encode(torch.cat(alike) if len(alike) > 1 else alike[0], attend_by, after, branches)
             for order, each in enumerate(made):
                 parts = each.split([len(one) for one in alike])

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.entries import Listing
 from pipeline.errors import DataError, StalledError, UsageError
 from pipeline.shards import ShardWriter, describe_file, index_name
-from pipeline.sources import Source
+from pipeline.sources.entries import Listing
+from pipeline.sources.source import Source
 from pipeline.staging import sync, write_durably
 from pipeline.store import INDEX
 

@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import UsageError
 from tests.test_pretrain import flags
 from train import evaluate
-from train.agreement import agreement
+from train.evaluation.agreement import agreement
 from train.pretrain import main as pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")

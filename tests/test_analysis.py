@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tools.analysis import (
+from tools.comparing.analysis import (
     Bounds,
     Curve,
     Outcome,

@@ -17,9 +17,10 @@ from pipeline.loader import Loader
 from tests.conftest import PYTHON, needs_compiler
 from tests.images import make_folder
 from tests.slow_disk import slow_disk
-from tools import convert, stages
-from tools.bottleneck import Limit, Measured, limit, verdict
+from tools import convert
 from tools.profile import Profile, profile
+from tools.profiling import stages
+from tools.profiling.bottleneck import Limit, Measured, limit, verdict
 from train.timing import Sample, Spread, Stage, summarise
 
 

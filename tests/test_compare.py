@@ -24,8 +24,8 @@ from pipeline.staging import claimed
 from pipeline.store import Store
 from tests.study_folders import write_run
 from tools import children, compare, report
-from tools import experiment as asked
-from tools.records import Cell, cells, read_lines, read_study, target_score
+from tools.comparing import experiment as asked
+from tools.comparing.records import Cell, cells, read_lines, read_study, target_score
 from train.command import parse
 
 ROOT = Path(__file__).parent.parent

@@ -27,20 +27,21 @@ import pytest
 from PIL import Image
 
 from pipeline import ffcv_writer
-from pipeline import folder as folder_module
 from pipeline.decoder import clean
-from pipeline.entries import Entry
 from pipeline.errors import DataError, StalledError
-from pipeline.folder import FolderReader, scan
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
 from pipeline.shards import printable, unprintable
-from pipeline.sources import try_entry
+from pipeline.sources import folder as folder_module
+from pipeline.sources.entries import Entry
+from pipeline.sources.folder import FolderReader, scan
+from pipeline.sources.source import try_entry
 from pipeline.store import Store
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tests.conftest import needs_compiler
 from tests.images import encoded, make_folder, picture, pixels, psnr
-from tools import conversion, convert, watchdog
+from tools import convert
+from tools.converting import conversion, watchdog
 from train.command import run
 
 ROOT = Path(__file__).parents[1]

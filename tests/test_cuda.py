@@ -24,7 +24,7 @@ from pipeline.store import Store
 from pipeline.views import MEAN, STD, Batch, make_views, normalise, patchify
 from tests.conftest import PYTHON, SMALL, psnr
 from tests.test_loader import BATCH, VIEWS, reference
-from train.exam import ask
+from train.evaluation.exam import ask
 from train.presets import open_preset
 from train.step import Stepper
 

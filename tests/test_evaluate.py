@@ -17,8 +17,9 @@ from pipeline.store import Store
 from tests.images import make_folder
 from tests.test_pretrain import flags
 from tools import compare, convert
-from train import cache, evaluate, exam, features, finetune, folder, probes
-from train.exam import Exam, mean_score
+from train import evaluate, finetune, folder
+from train.evaluation import cache, exam, features, probes
+from train.evaluation.exam import Exam, mean_score
 from train.pretrain import main as pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")

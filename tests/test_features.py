@@ -16,7 +16,7 @@ from pipeline.store import Store
 from pipeline.views import Patches, normalise, patchify
 from tests.images import make_folder
 from tools import convert
-from train.features import encode, pixels
+from train.evaluation.features import encode, pixels
 
 COUNT, SIDE = 23, 32  # a prime: no batch but 1 and 23 divides it
 

@@ -24,13 +24,13 @@ from tests.conftest import SMALL
 from tests.images import encoded
 from tests.test_pretrain import flags as pretrain_flags
 from tools import convert
-from train import tuner
 from train.config import Optim
+from train.evaluation import tuner
+from train.evaluation.tuner import numpy_seeded
 from train.finetune import Recipe, main
 from train.journal import read_rows
 from train.optim import make_optimizer, parameter_groups, set_rate
 from train.pretrain import main as pretrain
-from train.tuner import numpy_seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = "--magnitude 0 --mixup 0 --cutmix 0 --erase 0 --drop-path 0 --smoothing 0".split()

@@ -32,12 +32,17 @@ from pipeline.store import MANIFEST, Store
 from tests.conftest import PYTHON, needs_ffcv
 from tests.images import make_folder
 from tests.test_pretrain import flags, moments, read_json, weights
-from tools import compare, convert, experiment, inflate, inflation, profile, stages, verify
-from tools.records import Cell
-from train import evaluate, features, generator
+from tools import compare, convert, inflate, profile, verify
+from tools.comparing import experiment
+from tools.comparing.records import Cell
+from tools.converting import inflation
+from tools.profiling import stages
+from tools.reproduce import EXPERIMENTS
+from train import evaluate, generator
 from train.command import parse
 from train.config import Budget, as_values, flat
 from train.data import open_data, open_store
+from train.evaluation import features
 from train.generator import Recipe, Training
 from train.pretrain import main as pretrain
 
@@ -533,7 +538,7 @@ def test_a_comparison_knows_which_images_were_generated(real_path, generated_pat
 
 def test_the_arms_of_the_ready_experiment_are_adainfs_and_its_augmentation_alone(real_path, generated_path, tmp_path):
     """T-I4, on the file that is there to be run."""
-    text = (Path(experiment.__file__).parent / "experiments" / "adainf.yaml").read_text()
+    text = (EXPERIMENTS / "adainf.yaml").read_text()
     values = yaml.safe_load(text.replace("demo/stores/emoji-generated", str(generated_path)))
     plan = plan_of({**values, "data": str(real_path), "tests": [], "label": None}, tmp_path)
     assert list(plan.arms) == ["none", "inflated", "weaker", "both"]

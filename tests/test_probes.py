@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.errors import DataError
 from tests import textbook
 from tests.conftest import PYTHON
-from train import probes
-from train.probes import accuracy, folds, knn, linear_probe, logistic, match_labels, neighbours, ridge
+from train.evaluation import probes
+from train.evaluation.probes import accuracy, folds, knn, linear_probe, logistic, match_labels, neighbours, ridge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,7 @@ def test_half_precision_features_have_the_same_neighbours():
 LARGE = """
 import resource, sys
 import numpy as np, torch
-from train.probes import neighbours
+from train.evaluation.probes import neighbours
 
 def data_bytes():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmData"))

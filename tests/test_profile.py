@@ -17,9 +17,10 @@ from PIL import Image
 from pipeline.errors import ResourceError
 from pipeline.store import Store
 from tests.conftest import needs_ffcv
-from tools import profile, tune
-from tools.bottleneck import Measured, verdict
-from tools.stages import usable_backends
+from tools import profile
+from tools.profiling import tune
+from tools.profiling.bottleneck import Measured, verdict
+from tools.profiling.stages import usable_backends
 from train.command import run
 from train.presets import open_preset
 from train.rehearsal import Machine, fit_batch

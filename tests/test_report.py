@@ -14,8 +14,8 @@ import yaml
 from pipeline.errors import UsageError
 from tests.study_folders import write_run
 from tools import report
-from tools.records import Cell, read_study
-from tools.verdict import Score, baseline_score, verdict, warnings
+from tools.comparing.records import Cell, read_study
+from tools.comparing.verdict import Score, baseline_score, verdict, warnings
 
 MAE = ((50, 0.28), (100, 0.31), (200, 0.34))
 DAAE = ((50, 0.31), (100, 0.34), (200, 0.37))

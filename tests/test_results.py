@@ -13,8 +13,8 @@ from pipeline.errors import DataError
 from tests.study_folders import write_run
 from tools import results
 from tools.compare import make_record
-from tools.experiment import Compare, make_plan
-from tools.records import Cell
+from tools.comparing.experiment import Compare, make_plan
+from tools.comparing.records import Cell
 from train.command import parse
 
 

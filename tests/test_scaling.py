@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.errors import UsageError
-from tools.scaling import main
+from tools.profiling.scaling import main
 from train.plan import parameter_counts
 from train.presets import open_preset
 

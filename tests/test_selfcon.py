@@ -29,9 +29,10 @@ from tests.test_model import view
 from tests.test_objectives import LABEL, batch, views_of
 from tests.test_pretrain import flags
 from tests.test_step import CPU, batch_of, small_run, stepper_of
-from train import evaluate, exits, folder, probes
+from train import evaluate, folder
 from train.config import Optim
-from train.exam import Exam
+from train.evaluation import exits, probes
+from train.evaluation.exam import Exam
 from train.optim import make_optimizer
 from train.presets import VIT_B, open_preset
 from train.pretrain import main

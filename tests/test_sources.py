@@ -20,15 +20,15 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from pipeline.archives import ArchiveSource, Spool, Volume, find_volumes, plain_label
-from pipeline.entries import Entries, Listing
 from pipeline.errors import DataError, ResourceError, UsageError
-from pipeline.imagenet import DEVKIT
 from pipeline.pictures import Encoding, Rejected
 from pipeline.shards import printable
-from pipeline.sources import Choice, Source, open_source, try_entry
+from pipeline.sources.archives import ArchiveSource, Spool, Volume, find_volumes, plain_label
+from pipeline.sources.entries import Entries, Listing
+from pipeline.sources.imagenet import DEVKIT
+from pipeline.sources.source import Choice, Source, open_source, try_entry
+from pipeline.sources.tables import Columns
 from pipeline.store import Store
-from pipeline.tables import Columns
 from pipeline.unfinished import Unfinished
 from tests.images import encoded, make_folder, picture
 from tools import convert
@@ -355,7 +355,7 @@ def test_a_full_disk_while_copying_a_stream_is_an_error_of_the_disk_not_of_the_a
     source = ArchiveSource(str(path), find_volumes(str(path)), webdataset=False, largest=LARGEST)
     with pytest.raises(ResourceError, match="no space left"):
         source.listing(Path("/dev/full"))
-    archives = sys.modules["pipeline.archives"]
+    archives = sys.modules["pipeline.sources.archives"]
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(ResourceError, match=r"has 0\.0 MB free, the pictures of .* need about"):
         source.listing(tmp_path / "spool")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError
-from tools import profile, results, step_peers
-from tools.peer_process import rates
-from tools.step_peers import KNOBS, OURS, PEERS, Task, ours, run_of
+from tools import profile, results
+from tools.profiling import step_peers
+from tools.profiling.peer_process import rates
+from tools.profiling.step_peers import KNOBS, OURS, PEERS, Task, ours, run_of
 from train.command import run
 
 SIZE = Task(OURS, "mae-vitb16", 8, "cpu", "fp32")

@@ -1,4 +1,4 @@
-"""`tools.store_cost`: which stores it makes and runs it starts, and what it says of their scores."""
+"""`tools.profiling.store_cost`: which stores it makes and runs it starts, and what it says of their scores."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import store_cost
-from tools.flags import Convert
+from tools.converting.flags import Convert
+from tools.profiling import store_cost
 from train.command import parse, run
 from train.pretrain import read_flags
 

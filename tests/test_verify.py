@@ -17,7 +17,8 @@ from pipeline.decoder import checksum
 from pipeline.shards import ShardWriter, write_manifest, write_tables
 from pipeline.store import Store
 from tests.images import encoded, make_folder, picture, pixels
-from tools import convert, verification, verify
+from tools import convert, verify
+from tools.converting import verification
 from train.command import run
 
 needs_ffcv = pytest.mark.skipif(ffcv_writer.ffcv_missing() is not None, reason="FFCV is not installed")

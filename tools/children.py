@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DaaeError, Preempted
-from tools.records import read_object
+from tools.comparing.records import read_object
 
 SAVE_SECONDS = 120.0  # that a run has for its checkpoint after a signal; then it is killed
 

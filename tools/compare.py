@@ -22,10 +22,10 @@ import yaml
 
 from pipeline.errors import DaaeError, NumericsError
 from pipeline.staging import claimed, write_whole
-from tools.analysis import Contrast
 from tools.children import Stop, call, failure
-from tools.experiment import Compare, Plan, check_bench, check_records, make_plan, nested
-from tools.records import (
+from tools.comparing.analysis import Contrast
+from tools.comparing.experiment import Compare, Plan, check_bench, check_records, make_plan, nested
+from tools.comparing.records import (
     BASELINE_SCORES,
     EXPERIMENT,
     PACE,
@@ -40,7 +40,7 @@ from tools.records import (
     read_run,
     read_study,
 )  # fmt: skip
-from tools.verdict import (
+from tools.comparing.verdict import (
     BASELINES,
     arm_score,
     baseline_score,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.staging import terminable
-from tools.flags import Convert
+from tools.converting.flags import Convert
 from train.command import parse, run
 
 
@@ -17,13 +17,13 @@ def main(argv: list[str]) -> int:
     _check_flags(flags)
     # numpy and Pillow only now: --help and a wrong flag answer without them.
     if flags.plan:
-        from tools.plan import plan, table
+        from tools.converting.plan import plan, table
 
         with terminable(f"looking at {flags.src}"):
             planned = plan(flags)
         print(json.dumps(planned) if flags.json else table(flags, planned))
         return 0
-    from tools.conversion import convert
+    from tools.converting.conversion import convert
 
     if flags.dst is None:
         raise UsageError("DST is missing: daae convert SRC DST.")

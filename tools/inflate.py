@@ -6,14 +6,14 @@ import json
 import sys
 
 from pipeline.errors import UsageError
-from tools.flags import Inflate
+from tools.converting.flags import Inflate
 from train.command import parse, run
 
 
 def main(argv: list[str]) -> int:
     flags = parse(Inflate, argv, prog="daae inflate")
     _check_flags(flags)
-    from tools.inflation import inflate
+    from tools.converting.inflation import inflate
 
     result = inflate(flags)
     print(json.dumps(result) if flags.json else _sentence(flags, result))

@@ -93,7 +93,7 @@ def _measure(flags: Methods) -> int:
             raise UsageError(f"--only {name} is no method.{nearest(name, OBJECTIVES)}")
     if flags.batch < 2:
         raise UsageError(f"--batch {flags.batch}: at least 2.")
-    from tools.method_costs import measure
+    from tools.profiling.method_costs import measure
 
     device = choose_device("auto")
     precision = choose_precision("auto", device)

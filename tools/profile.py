@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import UsageError
 from pipeline.limits import usable_cores
-from tools.bottleneck import ROUNDS, Limit, Measured, Part, limit, percent, verdict
+from tools.profiling.bottleneck import ROUNDS, Limit, Measured, Part, limit, percent, verdict
 from train.command import parse, run
 from train.timing import Neighbours, Stage, stopwatch, summarise
 
@@ -96,7 +96,7 @@ def profile(flags: Profile) -> Measured:
     import torch
 
     from pipeline.loader import decoding_threads
-    from tools.stages import Parts, machine_limits, one_round, open_warm, usable_backends, warm_step
+    from tools.profiling.stages import Parts, machine_limits, one_round, open_warm, usable_backends, warm_step
     from train.data import open_store
     from train.device import choose_precision, device_name, memory_gb, resolve
     from train.rehearsal import Machine, fit_batch
@@ -296,7 +296,7 @@ def rows(measured: Measured) -> list[tuple[Limit | None, str, Stage]]:
 
 def limit_lines(measured: Measured) -> list[str]:
     """What the machine could give at most."""
-    from tools.stages import LIMITS
+    from tools.profiling.stages import LIMITS
 
     return [f"{words}: {number(measured.limits[name])}" for name, words in LIMITS.items() if name in measured.limits]
 
@@ -312,7 +312,7 @@ def duration(seconds: float) -> str:
 
 
 def profile_steps(flags: Profile) -> int:
-    from tools import step_profile
+    from tools.profiling import step_profile
     from train.device import resolve
 
     wish = resolve(settings(flags), None)
@@ -335,7 +335,7 @@ def beside_steps(flags: Profile) -> int:
     """--step --peers and --step --knobs."""
     import torch
 
-    from tools import step_peers, step_records
+    from tools.profiling import step_peers, step_records
     from train.ceiling import gemm_flops
     from train.device import resolve
 
@@ -367,7 +367,7 @@ def record(device: str, told: dict) -> dict:
     """What was measured, with machine, versions and command: what docs/records keeps."""
     import torch
 
-    from tools.records import as_typed
+    from tools.comparing.records import as_typed
     from train.device import device_name
     from train.journal import environment
 
@@ -376,7 +376,7 @@ def record(device: str, told: dict) -> dict:
 
 
 def peers(flags: Profile) -> int:
-    from tools.peers import compare_peers, show_peers
+    from tools.profiling.peers import compare_peers, show_peers
 
     cores = max(1, int(usable_cores()))
     workers, batch = min(flags.workers or cores, cores), flags.batch or 128
@@ -399,7 +399,7 @@ def main(argv: list[str]) -> int:
     if flags.peers:
         return peers(flags)
     if flags.tune is not None:
-        from tools.tune import tune
+        from tools.profiling.tune import tune
 
         return tune(flags)
     measured = profile(flags)
@@ -409,7 +409,7 @@ def main(argv: list[str]) -> int:
         show(measured, flags)
     for path in (flags.html, flags.png):
         if path is not None:
-            from tools.profile_page import write_picture
+            from tools.profiling.picture import write_picture
 
             write_picture(path, measured)
     return 0

@@ -21,12 +21,11 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.staging import write_whole
-from tools import spent
-from tools.analysis import Contrast
-from tools.charts import COLOURS, Level, Line, chart
-from tools.page import document, marked, notes, picture, table
-from tools.records import Study, Trial, as_typed, deciding, read_study
-from tools.verdict import (
+from tools.comparing import spent
+from tools.comparing.analysis import Contrast
+from tools.comparing.charts import COLOURS, Level, Line, chart
+from tools.comparing.records import Study, Trial, as_typed, deciding, read_study
+from tools.comparing.verdict import (
     BASELINES,
     arm_score,
     baseline_score,
@@ -43,6 +42,7 @@ from tools.verdict import (
     verdict,
     warnings,
 )
+from tools.page import document, marked, notes, picture, table
 from train.command import parse, run
 
 PICTURE_BYTES = 1_500_000  # of all pictures together, before base64 adds a third: the page stays under 3 MB

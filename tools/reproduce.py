@@ -10,8 +10,8 @@ from pathlib import Path
 from tools.children import Stop
 from tools.commands import DATA_SETS, PATIENCE_SECONDS, Commands
 from tools.compare import summary
-from tools.records import read_study
-from tools.verdict import verdict, warnings
+from tools.comparing.records import read_study
+from tools.comparing.verdict import verdict, warnings
 from train.command import parse, run
 
 NAME = "emoji"

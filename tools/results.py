@@ -15,10 +15,10 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
-from tools import step_records
 from tools.compare import HEADINGS, rows
-from tools.records import EXPERIMENT, PACE, RECORDS, read_study
-from tools.verdict import leading_name, verdict, warnings
+from tools.comparing.records import EXPERIMENT, PACE, RECORDS, read_study
+from tools.comparing.verdict import leading_name, verdict, warnings
+from tools.profiling import step_records
 from train.command import parse, run
 
 ROOT = Path(__file__).parent.parent

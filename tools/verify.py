@@ -7,7 +7,7 @@ import sys
 
 from pipeline.errors import DataError, UsageError
 from pipeline.staging import terminable
-from tools.flags import Verify
+from tools.converting.flags import Verify
 from train.command import parse, run
 
 SHOWN = 20
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     if not 1 <= flags.stall_timeout <= 1e6:
         raise UsageError(f"--stall-timeout is from 1 to 1e+06, not {flags.stall_timeout:g}.")
     # numpy and Pillow only now: --help and a wrong flag answer without them.
-    from tools.verification import verify
+    from tools.converting.verification import verify
 
     with terminable(f"verifying {flags.store}"):
         result = verify(flags)

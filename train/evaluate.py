@@ -17,7 +17,7 @@ import tyro
 from pipeline.errors import UsageError
 from pipeline.staging import write_whole
 from train.command import parse, run
-from train.exam import FOLDS, KNN, PROTOCOLS, Exam, Featurise, Protocol, over_folds
+from train.evaluation.exam import FOLDS, KNN, PROTOCOLS, Exam, Featurise, Protocol, over_folds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
                 network, settings, device, flags.feature, flags.agreement, exams[0], cache
             )
         if flags.exits:
-            from train.exits import score_exits
+            from train.evaluation.exits import score_exits
 
             result["exits"] = score_exits(network, settings, exams[0], device)
     result["sentence"] = sentence(result)
@@ -156,9 +156,9 @@ def encoder_features(
     share: of the side that the encoder was trained at, which the pictures are resized to.
     """
     from pipeline.loader import choose_backend
-    from train.cache import kept, weights_digest
     from train.device import autocast
-    from train.features import encode, encoded
+    from train.evaluation.cache import kept, weights_digest
+    from train.evaluation.features import encode, encoded
 
     encoder, centre = network.encoder, centre_share(settings.model.side)
     side = round(share * settings.model.side)
@@ -185,8 +185,8 @@ def encoder_features(
 
 def pixel_features(device: torch.device, cache: Path | None = None) -> Featurise:
     from pipeline.loader import choose_backend
-    from train.cache import kept
-    from train.features import pixels, small_pixels
+    from train.evaluation.cache import kept
+    from train.evaluation.features import pixels, small_pixels
 
     def featurise(store: Store, ids: np.ndarray) -> Tensor:
         how = {"side": PIXEL_SIDE, "device": device, "only": ids}
@@ -248,7 +248,7 @@ def sizes_agree(
 ) -> dict:
     """{"share", "encoder": test -> Agreement, "untrained": likewise}, of the pictures that the leading column asks."""
     from model.network import Network
-    from train.agreement import agreement
+    from train.evaluation.agreement import agreement
 
     untrained = Network(settings.method, settings.model, settings.seed).to(device)
     result: dict = {"share": share}

@@ -1,4 +1,4 @@
-"""`daae finetune`: a checkpoint's encoder and a new head trained on labels, end to end; the loop is in tuner.py.
+"""`daae finetune`: a checkpoint's encoder and a new head trained on labels, end to end, by evaluation/tuner.py.
 
 The recipe is MAE's (He et al. 2021, appendix A.1 and main_finetune.py), every number of it a flag. What differs:
 pictures are resized by an antialiased triangle where MAE takes a cubic, and one device trains, with --accum-iter.
@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
     for name, lowest in (("workers", 0), ("log_every", 1), ("checkpoint_minutes", 0)):
         if getattr(flags, name) < lowest:
             raise UsageError(f"--{name.replace('_', '-')} is at least {lowest}, not {getattr(flags, name)}.")
-    from train.tuner import finetune
+    from train.evaluation.tuner import finetune
 
     result = finetune(flags)
     print(json.dumps(result) if flags.json else result["sentence"])

@@ -34,12 +34,12 @@ from train.clock import Clock, process_seconds
 from train.config import Budget, Run, as_values, flat
 from train.data import check_data, open_data, open_store
 from train.device import device_name, memory_gb, resolve
+from train.evaluation.scores import Scores
 from train.journal import Journal, code_revision, duration, environment, read_rows
 from train.ledger import PARTS, TRAINING, Ledger
 from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, digest, together, wanted
 from train.schedule import learning_rate, warmup_steps
-from train.scores import Scores
 from train.stages import Stage, lay_out, macs_per_image, steps_of
 from train.step import Refused, Stepper, patience
 from train.stop import CutShort, Stop

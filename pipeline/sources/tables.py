@@ -1,0 +1,268 @@
+"""Pictures inside tables: Parquet files and Hugging Face data sets on disk. Both need packages that are optional.
+
+A row can only be read with all the rows around it, so the pictures are copied once, in the order of the table, into
+one file from which they can be read in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, ResourceError
+from pipeline.sources.archives import ArchiveReader, Spool, Volume, plain_label, volumes_digest
+from pipeline.sources.entries import Labels, Listing, Tell, Vocabulary, no_labels, nobody
+
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo", "image_bytes", "bytes")
+LABEL_NAMES = ("label", "labels", "class", "cls", "target", "fine_label")
+ROWS = 64  # read at once
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold the picture and its label; None: found by type and name."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    name: bytes
+    data: bytes | None
+    label: object
+
+
+class TableSource(ABC):
+    """What Parquet and Hugging Face sources share: rows in order, pictures spooled, labels from one column."""
+
+    kind: str
+    name: str
+    largest: int
+    tell: Tell
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]: ...
+
+    @abstractmethod
+    def class_names(self) -> list[str] | None:
+        """The names behind integer labels, where the table tells them."""
+
+    def listing(self, spool: Path) -> Listing:
+        listing, words, names = Listing(), Vocabulary(), self.class_names()
+        with Spool(spool, self.largest) as pile:
+            for row in self.rows():
+                self.tell(row.name, len(listing.files))
+                if row.data is None:
+                    listing.unreadable.append((row.name, "holds no bytes"))
+                    continue
+                code = _named(row.label, names) if names is not None else words.code(plain_label(row.label))
+                at = pile.add(_Bytes(row.data), len(row.data))
+                listing.files.add(row.name, len(row.data), at=at, label=code)
+        listing.files.shuffle()
+        codes = listing.files.labels
+        if names is not None:
+            listing.labels = Labels({"class": names}, codes[:, None])
+        else:
+            classes, column = words.settle(codes, numbers=True)
+            listing.labels = Labels({"class": classes}, column[:, None]) if classes else no_labels(listing.files)
+        return listing
+
+    def reader(self, spool: Path) -> ArchiveReader:
+        return ArchiveReader([("tar", str(spool))])
+
+
+def _named(label: object, names: list[str]) -> int:
+    if isinstance(label, str):
+        return names.index(label) if label in names else -1
+    return label if isinstance(label, int) and 0 <= label < len(names) else -1
+
+
+class _Bytes:
+    def __init__(self, data: bytes) -> None:
+        self.data = memoryview(data)
+
+    def read(self, size: int) -> bytes:
+        block, self.data = self.data[:size], self.data[size:]
+        return bytes(block)
+
+
+def _choose(name: str, what: str, asked: str | None, fitting: list[str], usual: tuple[str, ...]) -> str | None:
+    """A column: the one asked for, the only one that fits, or the first with a usual name."""
+    if asked is not None:
+        if asked not in fitting:
+            there = ", ".join(fitting) or "none"
+            raise DataError(f"{name} has no {what} column {asked!r} (columns that could be one: {there}).")
+        return asked
+    return next((column for column in usual if column in fitting), None)
+
+
+def _package(module: str, name: str) -> Any:
+    """A module of a package that is optional. Raises ResourceError, with how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ResourceError(
+            f"{name} needs {error.name}, which is not installed. Run `pip install {package}`."
+        ) from None
+
+
+class ParquetSource(TableSource):
+    """Parquet files with the bytes of a picture in each row, as a binary column or a struct of `bytes` and `path`."""
+
+    kind = "parquet"
+
+    def __init__(
+        self, name: str, volumes: list[Volume], columns: Columns, *, largest: int, tell: Tell = nobody
+    ) -> None:
+        self.name, self.volumes, self.columns, self.largest, self.tell = name, volumes, columns, largest, tell
+
+    def digest(self) -> str:
+        return volumes_digest(f"{self.kind} {self.columns.image} {self.columns.label}", self.volumes)
+
+    @cached_property
+    def _chosen(self) -> tuple[str, str | None, list[str] | None]:
+        """Image column, label column, class names."""
+        arrow, parquet = _package("pyarrow", self.name), _package("pyarrow.parquet", self.name)
+        try:
+            with self.volumes[0].open() as file:
+                schema = parquet.read_schema(file)
+        except (arrow.ArrowException, OSError) as error:
+            raise _damaged(self.volumes[0], error) from None
+
+        def holds_bytes(kind: Any) -> bool:
+            if arrow.types.is_struct(kind):
+                return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+            return arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
+
+        pictures = [field.name for field in schema if holds_bytes(field.type)]
+        image = _choose(self.name, "picture", self.columns.image, pictures, IMAGE_NAMES)
+        image = image or (pictures[0] if len(pictures) == 1 else None)
+        if image is None:
+            there = ", ".join(pictures) or "none of its columns holds bytes"
+            raise DataError(f"{self.name}: which column is the picture? --columns names it ({there}).")
+        simple = [
+            field.name
+            for field in schema
+            if arrow.types.is_integer(field.type) or arrow.types.is_string(field.type)
+            or arrow.types.is_large_string(field.type) or arrow.types.is_dictionary(field.type)
+        ]  # fmt: skip
+        label = _choose(self.name, "label", self.columns.label, simple, LABEL_NAMES)
+        return image, label, _names_in(schema.metadata, label)
+
+    def class_names(self) -> list[str] | None:
+        return self._chosen[2]
+
+    def rows(self) -> Iterator[Row]:
+        image, label, _ = self._chosen
+        arrow, parquet = _package("pyarrow", self.name), _package("pyarrow.parquet", self.name)
+        wanted = [image] if label is None else [image, label]
+        for volume in self.volumes:
+            at = 0
+            try:
+                with volume.open() as file, parquet.ParquetFile(file) as table:
+                    for batch in table.iter_batches(batch_size=ROWS, columns=wanted):
+                        pictures = batch.column(batch.schema.get_field_index(image)).to_pylist()
+                        texts = (
+                            batch.column(batch.schema.get_field_index(label)).to_pylist()
+                            if label is not None
+                            else [None] * len(pictures)
+                        )
+                        for cell, text in zip(pictures, texts, strict=True):
+                            yield _row(f"{volume.name}/{at:09d}", cell, text)
+                            at += 1
+            except (arrow.ArrowException, OSError, KeyError) as error:
+                raise _damaged(volume, error) from None
+
+
+def _row(name: str, cell: Any, label: object) -> Row:
+    """cell: bytes, or {"bytes": …, "path": …} as Hugging Face stores pictures."""
+    if isinstance(cell, dict):
+        path, cell = cell.get("path"), cell.get("bytes")
+        name += f"/{os.path.basename(path)}" if isinstance(path, str) and path else ""
+    return Row(name.encode("utf-8", "surrogateescape"), cell, label)
+
+
+def _names_in(metadata: dict | None, label: str | None) -> list[str] | None:
+    """Class names that the `datasets` package has left in a Parquet file's schema."""
+    try:
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _damaged(volume: Volume, error: Exception) -> DataError:
+    return DataError(f"{volume.path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}.")
+
+
+class HuggingFaceSource(TableSource):
+    """A data set that `datasets` has saved to disk: a folder of .arrow files and dataset_info.json."""
+
+    kind = "hf"
+
+    def __init__(self, root: Path, columns: Columns, *, largest: int, tell: Tell = nobody) -> None:
+        self.root, self.name, self.columns, self.largest, self.tell = root, str(root), columns, largest, tell
+
+    def digest(self) -> str:
+        paths = sorted(path for path in self.root.rglob("*") if path.is_file())
+        facts = [(str(path.relative_to(self.root)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return hashlib.sha256(json.dumps([self.kind, str(self.columns), facts]).encode()).hexdigest()
+
+    @cached_property
+    def _table(self) -> tuple[Any, str, str | None]:
+        """The data set with its pictures as bytes, and the names of image and label column."""
+        datasets = _package("datasets", self.name)
+        datasets.disable_progress_bars()
+        try:
+            table = datasets.load_from_disk(str(self.root))
+        # A damaged folder makes it raise almost anything.
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.root} cannot be read as a Hugging Face data set: {why}.") from None
+        if isinstance(table, datasets.DatasetDict):
+            splits = ", ".join(table)
+            raise DataError(
+                f"{self.root} holds several splits ({splits}). Name one, e.g. {self.root}/{next(iter(table))}."
+            )
+        pictures = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+        raw = [
+            name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")
+        ]
+        image = _choose(self.name, "picture", self.columns.image, pictures + raw, IMAGE_NAMES)
+        image = image or (pictures[0] if len(pictures) == 1 else None)
+        if image is None:
+            there = ", ".join(pictures + raw) or "none of its columns holds pictures"
+            raise DataError(f"{self.name}: which column is the picture? --columns names it ({there}).")
+        named = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+        plain = [
+            name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("string", "int64", "int32")
+        ]
+        label = _choose(self.name, "label", self.columns.label, [*named, *plain], (*named[:1], *LABEL_NAMES))
+        table = table.select_columns([image] if label is None else [image, label])
+        if image in pictures:
+            table = table.cast_column(image, datasets.Image(decode=False))
+        return table, image, label
+
+    def class_names(self) -> list[str] | None:
+        table, _, label = self._table
+        names = getattr(table.features[label], "names", None) if label is not None else None
+        return list(names) if names else None
+
+    def rows(self) -> Iterator[Row]:
+        table, image, label = self._table
+        at = 0
+        for batch in table.iter(batch_size=ROWS):
+            texts = batch[label] if label is not None else [None] * len(batch[image])
+            for cell, text in zip(batch[image], texts, strict=True):
+                yield _row(f"{at:09d}", cell, text)
+                at += 1

@@ -1,0 +1,87 @@
+"""Work that waits for a disk or a network, in a thread of its own: whoever waits for it can give up.
+
+A call into a file system that hangs cannot be interrupted, not even by a signal; a thread inside it can be left behind.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
+
+from pipeline.errors import StalledError
+from pipeline.shards import printable
+from tools.progress import LINE_SECONDS
+
+T = TypeVar("T")
+
+
+class _Abandoned(Exception):
+    """Ends a thread that nobody waits for any more."""
+
+
+class Watchdog:
+    """`watchdog.do("listing", work)`: `work` calls `watchdog.tell` before whatever it may have to wait for."""
+
+    def __init__(self, stall_seconds: float, *, quiet: bool) -> None:
+        self.stall_seconds, self.quiet = stall_seconds, quiet
+        self._place, self._images, self._moved = "", 0, 0.0
+        self._over = False
+
+    def tell(self, place: bytes | str, images: int) -> None:
+        """Where the work stands, and how many pictures it has found so far (pipeline.sources.entries.Tell)."""
+        if self._over:
+            raise _Abandoned
+        self._place, self._images, self._moved = place, images, time.monotonic()
+
+    def do(self, stage: str, work: Callable[[], T]) -> T:
+        """What `work` returns or raises. Raises StalledError where it has told nothing for `stall_seconds`.
+
+        Says every LINE_SECONDS how far it is, or that it stands still and where.
+        """
+        done: Future[T] = Future()
+        thread = threading.Thread(target=_settle, args=(done, work), name=stage, daemon=True)
+        self._moved = time.monotonic()
+        next_line = self._moved + LINE_SECONDS
+        thread.start()
+        try:
+            while not wait([done], min(1.0, self.stall_seconds / 4)).done:
+                now = time.monotonic()
+                still = now - self._moved
+                if still > self.stall_seconds:
+                    raise StalledError(
+                        f"nothing has moved for {self.stall_seconds:.0f} s while {stage}, at {self._shown()}. Look at "
+                        "the disk or network that holds it, or allow more with --stall-timeout."
+                    )
+                if now > next_line and not self.quiet:
+                    next_line = now + LINE_SECONDS
+                    self._say(stage, still)
+        except BaseException:
+            self._over = True
+            thread.join(1.0)
+            raise
+        return done.result()
+
+    def _say(self, stage: str, still: float) -> None:
+        if still > LINE_SECONDS:
+            told = (
+                f"nothing has moved for {still:.0f} s, at {self._shown()}; giving up after {self.stall_seconds:.0f} s"
+            )
+        elif self._images:
+            told = f"{self._images:,} images so far"
+        else:
+            return
+        print(f"{stage}: {told}", file=sys.stderr, flush=True)
+
+    def _shown(self) -> str:
+        return self._place if isinstance(self._place, str) else printable(self._place)
+
+
+def _settle(done: Future[T], work: Callable[[], T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:  # whatever it is, the one that waits must hear of it
+        done.set_exception(error)
