@@ -204,9 +204,11 @@ def normalise_patches(patches: Tensor) -> Tensor:
     """(…, P): each patch to mean 0 and variance 1 over its P values, unbiased variance as in MAE's code."""
     # Relative to the first value a constant patch is exactly 0, not the mean's rounding error a thousandfold.
     patches = patches - patches[..., :1]
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+    patches = patches - patches.mean(dim=-1, keepdim=True)
+    variance = patches.square().sum(dim=-1, keepdim=True) / (
+        patches.shape[-1] - 1
+    )  # Tensor.var takes three times as long
+    return patches / (variance + 1e-6).sqrt()
 
 
 def masked_mse(predicted: Tensor, patches: Tensor, *, norm_pix: bool) -> Tensor:

@@ -83,7 +83,7 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """(B, S, S, 3) in [0, 1] -> zero mean and unit variance over ImageNet."""
     mean, std = _mean_and_std(images.device, images.dtype)
-    return (images - mean) / std
+    return (images - mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:
