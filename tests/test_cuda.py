@@ -132,7 +132,9 @@ def test_every_way_to_attend_on_the_gpu_is_the_same(way: str, shape: tuple[int, 
             out = attend(*inputs)
             out.square().sum().backward()
         except RuntimeError as error:
-            pytest.skip(f"{way} does not take these shapes here: {error}")
+            if attend is attend_by_products or way not in ("flash", "cudnn"):
+                raise
+            pytest.skip(f"this GPU or build has no {way} kernel for them, which `fastest` leaves out: {error}")
         results.append([out.detach(), *(each.grad for each in inputs)])
     for mine, theirs in zip(*results, strict=True):
         assert mine is not None
