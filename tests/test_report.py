@@ -139,6 +139,21 @@ def test_the_seconds_of_each_arm_are_laid_out(pair, capsys):
     assert "<td class=n>5.0</td><td class=n>7.0</td><td class=n>–</td><td class=n>31%</td><td class=n>1.5</td>" in part
 
 
+@pytest.mark.parametrize(
+    ("others", "title"),
+    [
+        ("daae can", "daae-tiny and can-tiny against mae-tiny"),
+        ("daae can byol", "daae-tiny, can-tiny and byol-tiny against mae-tiny"),
+        ("daae can byol simclr", "4 arms against mae-tiny"),
+    ],
+)
+def test_many_arms_are_a_number_in_the_title(tmp_path, others, title):
+    folders = [write_run(tmp_path / arm, preset=f"{arm}-tiny") for arm in ["mae", *others.split()]]
+    page = tmp_path / "page.html"
+    assert report.main([*map(str, folders), "--html", str(page)]) == 0
+    assert f"<h1>{title}</h1>" in page.read_text()
+
+
 def test_large_pictures_still_fit(tmp_path, capsys):
     folders = [
         write_run(tmp_path / f"run{seed}", preset=preset, seed=seed, gallery=(1830, 1144))

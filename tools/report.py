@@ -30,6 +30,7 @@ from tools.comparing.verdict import (
     arm_score,
     baseline_score,
     leading_name,
+    listed,
     margins,
     missing,
     percent,
@@ -123,8 +124,10 @@ def render(study: Study) -> str:
 
 
 def _title(study: Study) -> str:
-    names = [group.arm for group in study.groups]
-    return f"{' and '.join(names[1:])} against {names[0]}" if len(names) > 1 else f"Pre-training of {names[0]}"
+    first, *others = [group.arm for group in study.groups]
+    if not others:
+        return f"Pre-training of {first}"
+    return f"{listed(others) if len(others) <= 3 else f'{len(others)} arms'} against {first}"
 
 
 def _head(study: Study) -> str:
