@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from model.norm import FinalNorm
 from model.vit import Encoder, patch_mean
 from pipeline.views import Patches
 
@@ -22,7 +23,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.encoder.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-        self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
+        self.fc_norm = FinalNorm(encoder.width, eps=1e-6)
         self.head = cast(nn.Linear, nn.utils.skip_init(nn.Linear, encoder.width, classes))
         nn.init.trunc_normal_(self.head.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.head.bias)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.vit import Block, Positions, init_weights
+from model.norm import LayerNorm
+from model.vit import Block, Positions, init_weights, matched
 from pipeline.views import Patches
 
 
@@ -20,7 +21,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, values)
         self.positions = Positions(width, grid)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -33,10 +34,10 @@ class Decoder(nn.Module):
         Tokens are of the class, of the kept patches and of `hidden`; the visible ones have no loss and no prediction.
         """
         assert view.keep is not None
-        positions = self.positions(view.grid, code.device)
         seen = self.embed(code)
+        positions = matched(self.positions(view.grid, code.device), seen)
         seen = torch.cat([seen[:, :1], seen[:, 1:] + positions[view.keep]], dim=1)
-        guessed = self.mask_token + positions[hidden]
+        guessed = matched(self.mask_token, seen) + positions[hidden]
         tokens = torch.cat([seen, guessed.to(seen.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from model.norm import FinalNorm
 from model.vit import Block, init_weights, patch_mean
 
 
@@ -14,7 +15,7 @@ class Exit(nn.Module):
     def __init__(self, width: int, heads: int, depth: int):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = FinalNorm(width, eps=1e-6)
         self.proj = nn.Identity() if depth else nn.Linear(width, width)
         init_weights(self)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.gather import BatchNorm, total
+from model.norm import LayerNorm
 
 Norm = Literal["batch", "batch_apart", "layer", "none"]
 
@@ -16,7 +17,7 @@ def _norm(kind: Norm, width: int, *, affine: bool) -> nn.Module:
     if kind == "none":
         return nn.Identity()
     if kind == "layer":
-        return nn.LayerNorm(width, elementwise_affine=affine)
+        return LayerNorm(width, elementwise_affine=affine)
     return BatchNorm(width, affine=affine, gathered=kind == "batch")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attend, attend
+from model.norm import FinalNorm, LayerNorm
 from model.shape import Shape
 from pipeline.views import Patches
 
@@ -46,6 +47,15 @@ class Positions:
         return self._made[grid, device]
 
 
+def matched(values: Tensor, tokens: Tensor) -> Tensor:
+    """`values` in the type of the tokens they are added to, where that is bfloat16.
+
+    Under autocast a product is bfloat16; one float32 addend, and what runs through the blocks is float32 from there on:
+    twice the bytes in every sum and norm, and a pass that rounds before every product. float16 overflows instead.
+    """
+    return values.to(tokens.dtype) if tokens.dtype == torch.bfloat16 else values
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -76,9 +86,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, 4 * width)
 
     def forward(self, tokens: Tensor, attend_by: Attend | None = None, branches: Tensor | None = None) -> Tensor:
@@ -86,7 +96,7 @@ class Block(nn.Module):
         if branches is None:
             tokens = tokens + self.attn(self.norm1(tokens), attend_by)
             return tokens + self.mlp(self.norm2(tokens))
-        attention, mlp = branches[:, :, None, None].unbind(1)
+        attention, mlp = matched(branches, tokens)[:, :, None, None].unbind(1)
         tokens = tokens + attention * self.attn(self.norm1(tokens), attend_by)
         return tokens + mlp * self.mlp(self.norm2(tokens))
 
@@ -113,7 +123,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = PatchEmbed(patch, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = FinalNorm(width, eps=1e-6)
         self.positions = Positions(width, self.grid)
         nn.init.normal_(self.cls_token, std=0.02)
         init_weights(self)
@@ -125,8 +135,8 @@ class Encoder(nn.Module):
 
     def embed(self, view: Patches) -> Tensor:
         """(B, K, D): what the encoder sees of a view, each token with the code of its place."""
-        positions = self.positions(view.grid, view.pixels.device)
         tokens = self.patch_embed(view.visible())
+        positions = matched(self.positions(view.grid, view.pixels.device), tokens)
         return tokens + (positions if view.keep is None else positions[view.keep])
 
     def forward(
@@ -145,7 +155,7 @@ class Encoder(nn.Module):
         """
         tokens = [self.embed(view) for view in views]
         if marks is not None:
-            tokens = [one + marks for one in tokens]
+            tokens = [one + matched(marks, one) for one in tokens]
         codes: dict[int, Tensor] = {}
         for count in dict.fromkeys(one.shape[1] for one in tokens):
             places = [place for place, one in enumerate(tokens) if one.shape[1] == count]

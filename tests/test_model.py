@@ -13,6 +13,7 @@ from model.attention import attend_by_products
 from model.decoder import Decoder
 from model.memory import MomentumCopy
 from model.network import Network
+from model.norm import LayerNorm
 from model.objectives import OBJECTIVES
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
@@ -20,7 +21,10 @@ from model.shape import Shape, decoder_macs, encoder_macs
 from model.vit import Encoder, patch_mean, sincos_positions
 from pipeline.views import Patches, draw_mask
 from tests.conftest import SMALL
+from train.config import Optim, Run
+from train.device import autocast
 from train.presets import TINY, VIT_B, VIT_L, VIT_S, VIT_TI
+from train.step import noise, views_of
 
 
 def view(batch: int, grid: int, patch: int, masked: bool, seed: int = 0) -> Patches:
@@ -58,6 +62,47 @@ def test_both_attentions_are_equal_and_so_are_their_gradients():
         results.append((out.detach(), *(each.grad for each in inputs)))
     for mine, theirs in zip(*results, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-10)
+
+
+def test_a_norm_of_bfloat16_tokens_adds_up_its_gradients_in_float32():
+    """6,304 tokens: torch's own CPU kernel is off by a twentieth and more."""
+    torch.manual_seed(0)
+    norm, tokens = LayerNorm(256, eps=1e-6), torch.randn(32, 197, 256).bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    torch.nn.init.normal_(norm.bias)
+    tokens.requires_grad_()
+    inputs, grad = (tokens, norm.weight, norm.bias), torch.randn_like(tokens) + 0.3
+    mine = norm(tokens)
+    exact = torch.nn.functional.layer_norm(tokens.double(), (256,), norm.weight.double(), norm.bias.double(), 1e-6)
+    assert mine.dtype == torch.bfloat16
+    found = zip(
+        (mine, *torch.autograd.grad(mine, inputs, grad)), (exact, *torch.autograd.grad(exact, inputs, grad.double())),
+        strict=True,
+    )  # fmt: skip
+    for one, other in found:
+        assert (one.double() - other).norm() <= 0.005 * other.norm()
+
+
+@pytest.mark.parametrize("method", [MAE(), DAAE(contrast_weight=1.0, head_norm="layer")])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(method):
+    torch.manual_seed(0)
+    shape = Shape(side=64, patch=8, width=96, depth=4, heads=3, decoder_width=96, decoder_depth=2, decoder_heads=3)
+    run = Run(objective=type(method).__name__.lower(), method=method, model=shape, optim=Optim(batch=64, lr=1e-3))
+    batch, found = noise(run, 64, torch.device("cpu")), []
+    for precision in ("bf16", "fp32"):
+        network, between = Network(method, shape, 0), set()
+        for block in (*network.encoder.blocks, *network.parts["decoder"].blocks):
+            block.register_forward_pre_hook(lambda _, inputs, seen=between: seen.add(inputs[0].dtype))
+        with autocast(torch.device("cpu"), precision):
+            terms = method.loss(network, views_of(run, batch), batch.label).terms
+        assert all(term.dtype == torch.float32 for term in terms.values())
+        assert between == {torch.bfloat16 if precision == "bf16" else torch.float32}  # what runs through the blocks
+        sum(terms.values()).backward()
+        found.append({name: each.grad for name, each in network.named_parameters()})
+    for name, mine in found[0].items():
+        assert (mine - found[1][name]).norm() <= 0.15 * found[1][name].norm(), name
+    mine, exact = (torch.cat([each.flatten() for each in one.values()]) for one in found)
+    assert (mine - exact).norm() <= 0.03 * exact.norm()
 
 
 def test_one_call_over_both_views_equals_two_calls():  # T-D1
