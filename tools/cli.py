@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from pipeline.errors import UsageError
+from train.allocator import keep_memory
 from train.command import nearest, run
 
 COMMANDS = {  # name -> (module, what it does), in the order in which they are used
@@ -24,10 +25,14 @@ COMMANDS = {  # name -> (module, what it does), in the order in which they are u
     "export": ("tools.export", "write a run's encoder as safetensors that timm loads"),
     "doctor": ("tools.doctor", "what this machine has and lacks"),
 }
+# Those that train, or time what does; in processes of their own, which inherit how memory is taken, or in this one.
+TRAINING = ("inflate", "profile", "methods", "pretrain", "evaluate", "finetune", "compare", "reproduce")
 
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
+    if argv is None and words and words[0] in TRAINING:
+        keep_memory()
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]

@@ -18,6 +18,7 @@ from pathlib import Path
 from pipeline.errors import Preempted, ResourceError
 from pipeline.limits import affinity
 from pipeline.staging import write_whole
+from train.allocator import SETTINGS
 from train.command import exit_code
 
 LINE_SECONDS = 30.0  # between plain lines where there is no terminal
@@ -156,7 +157,8 @@ def environment(device_name: str) -> dict:
     return {
         "python": platform.python_version(), "versions": versions, "code": code_revision(), "device": device_name,
         "cores": affinity(), "host": socket.gethostname(), "system": platform.platform(),
-        "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "malloc": os.environ.get(SETTINGS, ""), "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
 

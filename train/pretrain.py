@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import UsageError
+from train.allocator import keep_memory
 from train.command import normalise, parse, read_yaml, run
 from train.config import ALIASES, Budget, Run, as_values, flat, of_type, typed, with_values
 from train.presets import PRESETS, open_preset
@@ -173,4 +174,5 @@ def list_presets(as_json: bool) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(run(main))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 from tools.profiling.peer_process import measure, serve
+from train.allocator import give_memory_back
 from train.command import run
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Task:
     precision: str
     compiled: bool = False
     objective: str = "mae"
+    kept: bool = True  # memory is taken as `daae pretrain` takes it on a CPU (train.allocator)
     settings: dict[str, Any] = field(default_factory=dict)  # of the model (decoder_heads) or the method (decoded_share)
 
 
@@ -165,11 +167,14 @@ PEERS: dict[str, Callable[[Task], Iterator[int]]] = {
     OURS: ours,
     f"{OURS}, without the ledger": lambda task: ours(task, ledger=False),
     f"{OURS}, attention left to torch": lambda task: ours(task, attention="any"),
+    f"{OURS}, malloc as it comes": ours,
     f"{OURS}, decoder heads of 64": lambda task: ours(task, **KNOBS["decoder heads of 64"](run_of(task).model)),
     "transformers": transformers,
     "transformers, best switch (plain attention)": lambda task: transformers(task, attention="eager"),
+    "transformers, plain attention, malloc as ours": lambda task: transformers(task, attention="eager"),
     "lightly": lightly,
     "lightly, best switch (plain attention)": lambda task: lightly(task, fused=False),
+    "lightly, plain attention, malloc as ours": lambda task: lightly(task, fused=False),
 }
 ALSO_COMPILED = (OURS, "transformers", "lightly")
 
@@ -206,9 +211,10 @@ def compare_steps(task: Task, *, seconds: float, say: Callable[[str], None]) -> 
         if package != OURS and find_spec(package) is None:
             print(f"note: {name} is left out: {package} is not installed.", file=sys.stderr)
             continue
-        there[name] = _command(replace(task, peer=name, compiled=False))
+        kept = "malloc as ours" in name or (name.startswith(OURS) and "malloc" not in name)
+        there[name] = _command(replace(task, peer=name, compiled=False, kept=kept))
         if task.compiled and name in ALSO_COMPILED:
-            there[name + COMPILED] = _command(replace(task, peer=name))
+            there[name + COMPILED] = _command(replace(task, peer=name, kept=kept))
     return measure(there, seconds, say)
 
 
@@ -254,6 +260,8 @@ def show(heading: str, table: list[list[str]]) -> None:
 
 def main(argv: list[str]) -> int:
     task = Task(**json.loads(argv[0]))
+    if not task.kept:
+        give_memory_back()
     serve(lambda: PEERS[task.peer](task))
     return 0
 
