@@ -36,9 +36,10 @@ def _peers(records: list[dict]) -> list[list[str]]:
             if rates is None:
                 row += ["", ""]
                 continue
-            rate, first = rates["images_per_second"], next(iter(each["peers"].values()))
+            rate, mine = rates["images_per_second"], next(iter(each["peers"].values()))
+            mine = {"rounds": {"images_per_second": rates.get("beside", mine["rounds"]["images_per_second"])}}
             mfu = rate * each["gflop_per_image"] / 1000 / each["gemm_tflops"]
-            row += [f"{rate:,.3g} ({mfu:.0%})", _spread(ratios(first, rates, "images_per_second"))]
+            row += [f"{rate:,.3g} ({mfu:.0%})", _spread(ratios(mine, rates, "images_per_second"))]
         rows.append(row)
     return rows
 
