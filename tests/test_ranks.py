@@ -30,6 +30,7 @@ from train.ranks import Ranks
 
 # Threads of their own for each: two on one core's worth wait for one another in every product.
 PATIENCE = 120
+EXACT = ("--precision", "fp32")  # where a sum's order is to change its last digits and no more
 
 
 def free_port() -> int:
@@ -156,7 +157,7 @@ def ids_taken(path: Path, ranks: int) -> list[list[int]]:
 @pytest.mark.parametrize("shard", ["--speed.no-shard", pytest.param("--speed.shard", marks=pytest.mark.slow)])
 def test_whatever_the_number_of_ranks_a_step_has_the_same_samples_and_weights_agree(store_path, tmp_path, shard):
     def words(name: str, *more: str) -> list[str]:
-        return flags("daae-tiny", store_path, tmp_path / name, "--steps", "9", "--loader", "shards", *more)
+        return flags("daae-tiny", store_path, tmp_path / name, "--steps", "9", "--loader", "shards", *EXACT, *more)
 
     chain = []
     for part, (ranks, limit) in enumerate([(2, 3), (1, 3), (2, 3)]):
@@ -273,7 +274,7 @@ def test_ranks_that_were_started_differently_are_named(store_path, unlabelled_pa
 
 
 def test_one_command_starts_all_ranks_and_returns_the_code_of_the_run(store_path, tmp_path):
-    out, words = tmp_path / "run", ("--steps", "4", "--loader", "shards", "--accum-iter", "2")
+    out, words = tmp_path / "run", ("--steps", "4", "--loader", "shards", "--accum-iter", "2", *EXACT)
     command = [
         sys.executable,
         "-m",
@@ -308,7 +309,8 @@ def torchrun(tmp_path: Path, options: list[str], module: list[str]) -> subproces
 @pytest.mark.parametrize("more", [(), ("--speed.shard",)])
 def test_torchrun_starts_ranks_again_of_which_one_was_killed(store_path, tmp_path, more):
     out = tmp_path / "run"
-    often = ("--steps", "12", "--loader", "shards", "--watch.checkpoint-minutes", "0", *more)
+    steps = ("--steps", "12", "--loader", "shards", *EXACT)
+    often = (*steps, "--watch.checkpoint-minutes", "0", *more)
     command = ["tests.rank_process", "train", "die", "7", *flags("daae-tiny", store_path, out, *often)]
     ((code, said),) = finish([torchrun(tmp_path, ["--max-restarts", "1"], command)])
     assert code == 0, said
@@ -317,7 +319,7 @@ def test_torchrun_starts_ranks_again_of_which_one_was_killed(store_path, tmp_pat
     expected = [sorted(orders[step // 6][16 * (step % 6) :][:16].tolist()) for step in range(12)]
     assert ids_taken(tmp_path / "ids-again-", 2) == expected[6:]
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
-    assert main(flags("daae-tiny", store_path, tmp_path / "one", "--steps", "12", "--loader", "shards")) == 0
+    assert main(flags("daae-tiny", store_path, tmp_path / "one", *steps)) == 0
     one, other = (weights(run, 12) for run in (tmp_path / "one", out))
     for name, value in one.items():
         if value.ndim > 1:
