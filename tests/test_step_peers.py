@@ -81,6 +81,13 @@ def test_a_record_of_peers_makes_a_table(timed, tmp_path: Path, monkeypatch, cap
     assert f"{OURS}, compiled" in found["peers"]
     assert timed[f"{OURS}, compiled"] == {**timed[OURS], "compiled": True}
     assert (timed[OURS]["preset"], timed[OURS]["batch"], timed[OURS]["compiled"]) == ("mae-vits16", 8, False)
+    # Peers are timed as they come, but for the rows that say so; ours as it trains, but for one. And ours each time.
+    takes_memory_as_ours = {name for name, task in timed.items() if task["kept"]}
+    plain = {name for name in timed if "malloc" not in name}
+    assert {name for name in plain if name.startswith(OURS)} <= takes_memory_as_ours
+    assert takes_memory_as_ours - plain == {name for name in timed if name.endswith("malloc as ours")}
+    assert not any(timed[name]["kept"] for name in plain if not name.startswith(OURS))
+    assert all(each["beside"] == found["peers"][OURS]["beside"] for each in found["peers"].values())
     kept = tmp_path / "steps"
     kept.mkdir()
     found["gemm_tflops"] = 1.0

@@ -215,7 +215,7 @@ def compare_steps(task: Task, *, seconds: float, say: Callable[[str], None]) -> 
         if package != OURS and find_spec(package) is None:
             print(f"note: {name} is left out: {package} is not installed.", file=sys.stderr)
             continue
-        kept = "malloc as ours" in name or (name.startswith(OURS) and "malloc" not in name)
+        kept = name.endswith("malloc as ours") or (package == OURS and not name.endswith("malloc as it comes"))
         there[name] = _command(replace(task, peer=name, compiled=False, kept=kept))
         if task.compiled and name in ALSO_COMPILED:
             there[name + COMPILED] = _command(replace(task, peer=name, kept=kept))
