@@ -33,7 +33,7 @@ def test_the_standard_set_is_what_it_says(store_path, tmp_path):
     words = ["--experiment", file, "--data", str(store_path), "--label", "class", "--out", str(tmp_path / "out")]
     cells = make_plan(parse(Compare, words, prog="daae compare")).order()
     assert len(cells) == len(set(cells)) == 5 * (3 + 4 + 4)
-    assert sum(cell.length or 0 for cell in cells) / 3600 == pytest.approx(4.58, abs=0.01)  # hours of training
+    assert sum(cell.length or 0 for cell in cells) / 3600 == pytest.approx(3.67, abs=0.01)  # hours of training
 
 
 def test_from_nothing_to_a_sentence(tmp_path, monkeypatch, capsys):
