@@ -16,9 +16,10 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from pipeline.decoder import fetch, open_decoder, undecodable
-from pipeline.errors import DataError
+from pipeline.errors import DaaeError, DataError, ResourceError
 from pipeline.geometry import crop_resize
 from pipeline.jpeg import StoredJpegs
+from pipeline.limits import out_of_memory
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 
@@ -53,7 +54,7 @@ class DALISource:
                 jpeg, device="mixed" if on_gpu else "cpu", output_type=types.RGB,
                 use_fast_idct=False, jpeg_fancy_upsampling=True, hw_decoder_load=hw_decoder_load,
             )  # fmt: skip
-            return fn.pad(picture, axes=(0, 1), shape=(store.max_height, store.max_width), fill_value=0)
+            return fn.pad(picture, axes=(0, 1), fill_value=0)  # to the largest of the batch, not of the store
 
         self._doing = "making a batch"
         self.pipeline = decode()
@@ -67,15 +68,21 @@ class DALISource:
             rows = self.jpegs.rows(ids)
             jpegs, failed = fetch(self.reader, rows)
             if failed.size:
-                raise DataError(self._sentence(ids, rows, failed))
+                raise self._failure(ids, rows, failed)
             self.pipeline.feed_input("jpeg", jpegs)
             self._doing = f"waiting for DALI to decode {len(ids):,} samples of {self.jpegs.store.root}"
             try:
                 (decoded,) = self.pipeline.run()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error):
+                    raise ResourceError(
+                        f"DALI has no memory to decode {len(ids):,} pictures at once. Use a smaller --batch, or "
+                        "--loader shards, which decodes no more than the views look at."
+                    ) from None
                 failed = undecodable(rows)  # DALI names no sample
-                sentence = self._sentence(ids, rows, failed) if failed.size else f"DALI cannot decode: {error}."
-                raise DataError(sentence) from None
+                raise (
+                    self._failure(ids, rows, failed) if failed.size else DataError(f"DALI cannot decode: {error}.")
+                ) from None
             canvas = torch.from_dlpack(decoded.as_tensor())
             self._doing = "cutting the views of a batch"
             # Not DALI's resize: at the edge of a box it repeats pixels where Pillow cuts the filter off.
@@ -87,9 +94,9 @@ class DALISource:
     def doing(self) -> str:
         return self._doing
 
-    def _sentence(self, ids: np.ndarray, rows: np.ndarray, failed: np.ndarray) -> str:
+    def _failure(self, ids: np.ndarray, rows: np.ndarray, failed: np.ndarray) -> DaaeError:
         place = int(failed[0])
-        return self.jpegs.sentence(int(ids[place]), int(rows["status"][place]))
+        return self.jpegs.failure(int(ids[place]), int(rows["status"][place]))
 
     def close(self) -> None:
         self.reader.close()

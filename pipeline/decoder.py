@@ -11,18 +11,22 @@ import ctypes
 import functools
 import io
 import os
+import queue
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from pipeline import native
+from pipeline.errors import ResourceError
 from pipeline.sampling import GOLDEN, Geometry
 
 MOST_VIEWS = 16
+MOST_WAITING = 64  # pictures that are done and not yet taken
+
+T = TypeVar("T")
 
 # A row for each picture of a batch; crops.c calls it sample_t. `file` is an open file, or -1 for `data` in memory; with
 # an open file `data` is where the bytes are read to, or 0.
@@ -31,12 +35,13 @@ SAMPLE = np.dtype([
     ("file", "<i4"), ("height", "<i4"), ("width", "<i4"), ("status", "<i4"),
 ])  # fmt: skip
 
+DONE, DAMAGED, OTHER_PICTURE, NO_MEMORY, UNREADABLE, CHANGED = range(6)  # as crops.c numbers them
 FAILURES = {
-    1: "its JPEG is damaged",
-    2: "it is not the picture that the index describes",
-    3: "there is no memory to decode it",
-    4: "the file ends before it or cannot be read",
-    5: "its bytes are not those that were converted",
+    DAMAGED: "its JPEG is damaged",
+    OTHER_PICTURE: "it is not the picture that the index describes",
+    NO_MEMORY: "there is no memory to decode it",
+    UNREADABLE: "the file ends before it or cannot be read",
+    CHANGED: "its bytes are not those that were converted",
 }
 
 
@@ -65,14 +70,15 @@ class Decoder(Protocol):
 class RegionDecoder:
     """native/crops.c on a number of threads of its own; no lock of the interpreter is held meanwhile.
 
-    Pixels are within 54 dB of Pillow's, and the same on any number of threads. Raises OSError where it cannot be made.
+    Pixels are within 54 dB of Pillow's, and the same on any number of threads. Raises OSError where it cannot be made,
+    ResourceError without memory.
     """
 
     def __init__(self, threads: int, *, simd: bool = True):
         self._library, self._lock = native.library(), threading.Lock()
         self._handle = self._library.crops_open(max(1, threads), int(simd))
         if not self._handle:
-            raise MemoryError(f"no memory for {threads} decoding threads")
+            raise ResourceError(f"there is no memory for {threads} decoding threads. Use fewer --workers.")
 
     def decode(self, samples: np.ndarray, where: Sequence[Geometry], outs: Sequence[np.ndarray]) -> np.ndarray:
         views, count = len(outs), len(samples)
@@ -122,66 +128,110 @@ class PillowDecoder:
     """Pillow's decode, crop, antialiased bilinear resize and flip, which every other decoder is held against."""
 
     def __init__(self, threads: int):
-        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="pillow")
+        self.threads = max(1, threads)
 
     def decode(self, samples: np.ndarray, where: Sequence[Geometry], outs: Sequence[np.ndarray]) -> np.ndarray:
-        def one(place: int) -> None:
+        def one(place: int) -> int:
             sample = samples[place]
-            data = read_sample(sample)
-            samples["status"][place] = _unlike(sample, data)
-            if samples["status"][place]:
-                return
-            if sample["file"] >= 0 and sample["data"]:
-                ctypes.memmove(int(sample["data"]), data, len(data))
-            if not where:
-                return
-            samples["status"][place], image = _picture(sample, data)
-            if image is None:
-                return
-            for geometry, out in zip(where, outs, strict=True):
-                if out.shape[1] == 0:
-                    continue
-                top, left, high, wide = geometry.boxes[place].tolist()
-                view = image.crop((left, top, left + wide, top + high))
-                pixels = np.asarray(view.resize(out.shape[1:3], Image.Resampling.BILINEAR))
-                out[place] = pixels[:, ::-1] if geometry.flip[place] else pixels
+            try:
+                data = read_sample(sample)
+            except (OSError, OverflowError):  # an offset that no file can have
+                return UNREADABLE
+            try:
+                status = _unlike(sample, data)
+                if status == DONE and sample["file"] >= 0 and sample["data"]:
+                    ctypes.memmove(int(sample["data"]), data, len(data))
+                if status != DONE or not where:
+                    return status
+                status, image = _picture(sample, data)
+                if image is not None:
+                    _cut(image, place, where, outs)
+            except MemoryError:
+                return NO_MEMORY
+            return status
 
-        list(self._pool.map(one, range(len(samples))))
+        for place, status in in_threads(one, len(samples), self.threads):
+            samples["status"][place] = status
         return np.flatnonzero(samples["status"])
 
     def doing(self) -> tuple[str, int | None]:
         return "reading and decoding", None
 
     def close(self) -> None:
-        self._pool.shutdown()
+        """Nothing is left of it: its threads end with each batch."""
+
+
+def _cut(image: Image.Image, place: int, where: Sequence[Geometry], outs: Sequence[np.ndarray]) -> None:
+    """Every view of the picture at this place of a batch."""
+    for geometry, out in zip(where, outs, strict=True):
+        if out.shape[1] == 0:
+            continue
+        top, left, high, wide = geometry.boxes[place].tolist()
+        view = image.crop((left, top, left + wide, top + high))
+        pixels = np.asarray(view.resize(out.shape[1:3], Image.Resampling.BILINEAR))
+        out[place] = pixels[:, ::-1] if geometry.flip[place] else pixels
+
+
+def in_threads(
+    work: Callable[[int], T], count: int, threads: int, patience: float | None = None
+) -> Iterator[tuple[int, T]]:
+    """(i, work(i)) for every i below count, in the order in which they are done.
+
+    The threads are daemons: one that hangs in the kernel is left behind, where the end of the process would wait for an
+    executor's. Raises what `work` raises, and queue.Empty where nothing was done for `patience` seconds.
+    """
+    places, over = iter(range(count)), threading.Event()  # one step of an iterator in C is one thread's alone
+    done: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue(MOST_WAITING)
+
+    def loop() -> None:
+        for place in places:
+            made, failed = None, None
+            try:
+                made = work(place)
+            except BaseException as error:  # whatever it is, the one that waits must hear of it
+                failed = error
+            while not over.is_set():
+                with contextlib.suppress(queue.Full):
+                    done.put((place, made, failed), timeout=0.2)
+                    break
+            if over.is_set():
+                return
+
+    for _ in range(min(threads, count)):
+        threading.Thread(target=loop, name="pictures", daemon=True).start()
+    try:
+        for _ in range(count):
+            place, made, failed = done.get(timeout=patience)
+            if failed is not None:
+                raise failed
+            yield place, made
+    finally:
+        over.set()
 
 
 def read_sample(sample: np.void) -> bytes:
-    """A picture's bytes; fewer than its size where the file ends before or cannot be read."""
+    """A picture's bytes; fewer than its size where the file ends before. Raises OSError where it cannot be read."""
     if sample["file"] < 0:
         return ctypes.string_at(int(sample["data"]), int(sample["size"]))
-    try:
-        return os.pread(int(sample["file"]), int(sample["size"]), int(sample["offset"]))
-    except OSError:
-        return b""
+    return os.pread(int(sample["file"]), int(sample["size"]), int(sample["offset"]))
 
 
 def _unlike(sample: np.void, data: bytes) -> int:
     """A key of FAILURES, or 0 for the bytes that the store describes."""
     if len(data) < int(sample["size"]):
-        return 4
-    return 5 if sample["sum"] and checksum(data) != int(sample["sum"]) else 0
+        return UNREADABLE
+    return CHANGED if sample["sum"] and checksum(data) != int(sample["sum"]) else DONE
 
 
 def _picture(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
-    """A key of FAILURES, or 0 and the picture."""
+    """A key of FAILURES, or 0 and the picture. Raises MemoryError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.size != (int(sample["width"]), int(sample["height"])):
-                return 2, None
-            return 0, image.convert("RGB")
+                return OTHER_PICTURE, None
+            return DONE, image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
-        return 1, None
+        return DAMAGED, None
 
 
 def fetch(decoder: Decoder, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:

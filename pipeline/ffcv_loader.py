@@ -7,12 +7,16 @@ every process compiles its code anew for a quarter of a minute.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from pipeline.beton import picture_offsets
+from pipeline.errors import DataError
 from pipeline.jpeg import StoredJpegs
 from pipeline.jpeg_loader import JpegSource
+from pipeline.limits import machine_fault
 from pipeline.sampling import View
 from pipeline.store import Store
 
@@ -23,8 +27,22 @@ class FFCVSource(JpegSource):
     def __init__(
         self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int, ahead: int
     ):
-        files = [(part.beton, part.count) for part in store.parts if part.beton is not None]
-        offsets = np.concatenate([picture_offsets(path, count) for path, count in files])
-        which = np.repeat(np.arange(len(files)), [count for _, count in files])
-        jpegs = StoredJpegs(store, [path for path, _ in files], which, offsets)
-        super().__init__(jpegs, views, device=device, workers=workers, ahead=ahead)
+        super().__init__(in_beton(store), views, device=device, workers=workers, ahead=ahead)
+
+
+def in_beton(store: Store) -> StoredJpegs:
+    """Raises DataError, ResourceError."""
+    files = [(part.beton, part.count) for part in store.parts if part.beton is not None]
+    offsets = np.concatenate([_offsets(path, count) for path, count in files])
+    which = np.repeat(np.arange(len(files)), [count for _, count in files])
+    return StoredJpegs(store, [path for path, _ in files], which, offsets)
+
+
+def _offsets(path: Path, count: int) -> np.ndarray:
+    try:
+        offsets = picture_offsets(path, count)
+    except OSError as error:
+        raise machine_fault(path, error) or DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if len(offsets) < count:
+        raise DataError(f"{path} ends after {len(offsets):,} of {count:,} rows. Convert the images again.")
+    return offsets

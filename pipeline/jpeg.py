@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.decoder import FAILURES, SAMPLE, checksum_in_c, read_sample
-from pipeline.errors import DataError
+from pipeline.decoder import CHANGED, FAILURES, NO_MEMORY, SAMPLE, UNREADABLE, checksum_in_c, read_sample
+from pipeline.errors import DaaeError, DataError, ResourceError
+from pipeline.limits import machine_fault, make_room_for_files
 from pipeline.store import Store
 
 
@@ -19,24 +20,31 @@ class StoredJpegs:
     """An address book of samples and the open files that it points into.
 
     Files are read, never mapped: one that is cut short meanwhile then costs an error and not the process, and one that
-    is replaced is read on as it was.
+    is replaced is read on as it was. All stay open: a batch may need any of them, and reads them in threads of its own.
     """
 
     def __init__(self, store: Store, paths: list[Path], file: np.ndarray, offset: np.ndarray):
-        """file: (N,) which of `paths` holds sample i; offset: (N,) the byte of it at which its JPEG begins."""
+        """file: (N,) which of `paths` holds sample i; offset: (N,) the byte of it at which its JPEG begins.
+
+        Raises DataError, ResourceError: a file cannot be opened, or the store's tables are not what was written.
+        """
+        store.hold_tables()
         self.store, self.paths, self._file, self._offset = store, paths, file, offset
         self._open: list[int] = []
+        make_room_for_files(len(paths))
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
             for path in paths:
                 try:
                     self._open.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 except OSError as error:
-                    raise DataError(f"{path} cannot be opened: {error.strerror}.") from None
+                    what = DataError(f"{path} cannot be opened: {error.strerror}.")
+                    raise machine_fault(path, error) or what from None
             stack.pop_all()
 
     @classmethod
     def in_shards(cls, store: Store) -> StoredJpegs:
+        store.hold_tables()
         return cls(store, store.shards, store.index["shard"], store.index["offset"])
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
@@ -50,20 +58,57 @@ class StoredJpegs:
         return rows
 
     def read(self, sample: int) -> np.ndarray:
-        """(size,) uint8: the JPEG file of one sample. Raises DataError where it is not whole, or not as converted."""
+        """(size,) uint8: the JPEG file of one sample.
+
+        Raises DataError where it is not whole, or not as converted; ResourceError where the machine cannot read it.
+        """
         (row,) = self.rows(np.array([sample]))
-        data = np.frombuffer(read_sample(row), np.uint8)
+        try:
+            data = np.frombuffer(read_sample(row), np.uint8)
+        except (OSError, OverflowError) as error:
+            raise self._unreadable(sample, error) from None
         if data.size < row["size"] or checksum_in_c(data) != row["sum"]:
-            raise DataError(self.sentence(sample, 4 if data.size < row["size"] else 5))
+            raise DataError(self.sentence(sample, UNREADABLE if data.size < row["size"] else CHANGED))
         return data
+
+    def failure(self, sample: int, status: int) -> DaaeError:
+        """What to raise for a decoder's status: only what is wrong with the store is a DataError.
+
+        A decoder does not say why it could not read: the picture is read once more.
+        """
+        if status == NO_MEMORY:
+            return ResourceError(
+                f"there is no memory to decode {self._named(sample)}. Use fewer --workers or a smaller --batch."
+            )
+        if status == UNREADABLE:
+            try:
+                self.read(sample)
+            except DaaeError as error:
+                return error
+            return ResourceError(
+                f"{self._path(sample)} could not be read, and a moment later it could. Look at the disk or network "
+                "that holds it."
+            )
+        return DataError(self.sentence(sample, status))
 
     def sentence(self, sample: int, status: int) -> str:
         """What a decoder's status says of a sample, where that lies and what to do."""
-        path, (store, number) = self.paths[int(self._file[sample])], self.store.owner(sample)
+        store, number = self.store.owner(sample)
         return (
-            f"sample {number:,} of {store.root} cannot be used: {FAILURES[status]} ({path.name} at byte "
+            f"{self._named(sample)} cannot be used: {FAILURES[status]} ({self._path(sample).name} at byte "
             f"{int(self._offset[sample]):,}; source {store.name(number)}). Convert the images again."
         )
+
+    def _unreadable(self, sample: int, error: Exception) -> DaaeError:
+        fault = machine_fault(self._path(sample), error) if isinstance(error, OSError) else None
+        return fault or DataError(self.sentence(sample, UNREADABLE))
+
+    def _named(self, sample: int) -> str:
+        store, number = self.store.owner(sample)
+        return f"sample {number:,} of {store.root}"
+
+    def _path(self, sample: int) -> Path:
+        return self.paths[int(self._file[sample])]
 
     def forget(self, ids: np.ndarray) -> None:
         """Ask the kernel to drop what it keeps of these samples in memory, so that the disk itself can be measured."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pipeline.decoder import open_decoder
-from pipeline.errors import DataError
 from pipeline.jpeg import StoredJpegs
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
@@ -78,10 +77,10 @@ class JpegSource:
                 failed = self.decoder.decode(
                     rows, [boxes[name] for name in images], [each.numpy() for each in images.values()]
                 )
-                self._asked = None
                 if failed.size:
                     first = int(failed[0])
-                    raise DataError(self.jpegs.sentence(int(ids[first]), int(rows["status"][first])))
+                    raise self.jpegs.failure(int(ids[first]), int(rows["status"][first]))
+                self._asked = None
                 yield send(images, self.device)
 
     def room(self, count: int) -> dict[str, Tensor]:

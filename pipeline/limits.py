@@ -1,11 +1,23 @@
-"""What affinity and control groups leave this process of the machine: less than there is, in a container or a job."""
+"""What affinity, control groups and the kernel leave this process of the machine: less than there is, in a container or
+a job; and how it sounds when that is used up."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipeline.errors import ResourceError
+
+SPARE_FILES = 256  # for whatever else this process opens
+BROKEN = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)  # a disk or network, not the file on it
+NO_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate", "cannot allocate", "allocation failed", "alloc_failed",
+    "allocator_failure", "bad_alloc",
+)  # fmt: skip
 
 
 def affinity() -> int:
@@ -60,3 +72,41 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         for place in (Path(path), *Path(path).parents):
             yield mount / place.relative_to("/") if place.is_absolute() else mount / place
+
+
+def make_room_for_files(count: int) -> None:
+    """Raise the limit of open files where `count` more would pass it, as far as this process may.
+
+    It is usually 1,024 at first, and a store of a million pictures has about as many shards.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = 0
+    with contextlib.suppress(OSError):
+        there = len(os.listdir("/proc/self/fd"))
+    wanted = there + count + SPARE_FILES
+    top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < top:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+
+
+def machine_fault(path: Path | str, error: OSError) -> ResourceError | None:
+    """What to raise where a file cannot be read for a reason that is the machine's; None where it is the file's own."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return ResourceError(
+            f"{path} cannot be opened: {error.strerror}, and this process may have {most:,} open at once. Allow more "
+            "with `ulimit -n`."
+        )
+    if error.errno == errno.ENOMEM:
+        return ResourceError(f"there is no memory to read {path}. Use fewer --workers, or give the process more.")
+    if error.errno in BROKEN:
+        return ResourceError(f"{path} cannot be read: {error.strerror}. Look at the disk or network that holds it.")
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the host's or a GPU's, is what was missing: only torch has a class for it, and not always."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error).lower() for words in NO_MEMORY)

@@ -15,6 +15,7 @@ import functools
 import importlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Literal, Protocol
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from pipeline import sampling
 from pipeline.errors import DaaeError, DataError, ResourceError, StalledError, UsageError
-from pipeline.limits import usable_cores
+from pipeline.limits import machine_fault, out_of_memory, usable_cores
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 from pipeline.views import Batch
@@ -36,6 +37,8 @@ MODULES = {
     "dali": ("pipeline.dali_loader", "DALISource"),
     "resident": ("pipeline.resident_loader", "ResidentSource"),
 }
+CLOSE_SECONDS = 5.0  # that an epoch which is left waits for the batch under way; a read that hangs is left behind
+STALLED_CLOSE_SECONDS = 1.0  # where the batch was waited for in vain
 
 
 class Source(Protocol):
@@ -84,6 +87,7 @@ class Loader:
         self.store, self.source, self.views, self.batch, self.seed = store, source, views, batch, seed
         self.device, self.shuffle, self.stall_seconds = device, shuffle, stall_seconds
         self.rank, self.ranks, self.ahead = rank, ranks, ahead
+        self._left: threading.Thread | None = None  # of an epoch that was closed in the middle of a batch
         # Training drops the last partial batch; evaluation must see every image and takes it.
         self.chosen = None if only is None else np.asarray(only, np.int64)
         self.ordered = np.arange(store.count) if self.chosen is None else self.chosen
@@ -103,11 +107,25 @@ class Loader:
         plan = [
             sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
         ]
+        self._wait_for_the_last()
         ahead = _Ahead(self._make(epoch, plan), self.source.doing, self.device, self.ahead, self.stall_seconds)
         try:
             yield from ahead
         finally:
-            ahead.close()
+            if not ahead.close():
+                self._left = ahead.thread
+
+    def _wait_for_the_last(self) -> None:
+        """A source serves one thread at a time. Raises StalledError."""
+        if self._left is not None:
+            self._left.join(self.stall_seconds)
+            if self._left.is_alive():
+                raise StalledError(
+                    f"the loader is {self.source.doing()} for an epoch that was left, and was not done with it in "
+                    f"{self.stall_seconds:.0f} s. Look at the disk that holds the store, or allow more with "
+                    "--speed.stall-seconds."
+                )
+            self._left = None
 
     def where(self, epoch: int, ids: np.ndarray) -> dict[str, Geometry]:
         """Boxes and flips of every view of these samples in this epoch."""
@@ -137,6 +155,7 @@ class _Ahead:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ready: queue.Queue = queue.Queue(ahead)
         self.stop = threading.Event()
+        self.stalled = False
         self.thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self.thread.start()
 
@@ -165,19 +184,15 @@ class _Ahead:
             try:
                 what = self.ready.get(timeout=self.stall_seconds)
             except queue.Empty:
-                waited, self.stall_seconds = self.stall_seconds, 1.0  # `close` need not wait as long again
+                self.stalled = True
                 raise StalledError(
-                    f"the loader made no batch for {waited:.0f} s: it is {self.doing()}. Look at the disk "
+                    f"the loader made no batch for {self.stall_seconds:.0f} s: it is {self.doing()}. Look at the disk "
                     "that holds the store, or allow more with --speed.stall-seconds."
                 ) from None
             if what is None:
                 return
             if isinstance(what, BaseException):
-                raise (
-                    what
-                    if isinstance(what, DaaeError)
-                    else StalledError(f"the loader stopped with {type(what).__name__}: {what}.")
-                ) from what
+                raise in_words(what) from what
             batch, done = what
             if done is not None:
                 current = torch.cuda.current_stream(self.device)
@@ -186,17 +201,29 @@ class _Ahead:
                     tensor.record_stream(current)  # made on the loader's stream, used on this one
             yield batch
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Whether its thread has ended. One that hangs is a daemon and ends with the process."""
         self.stop.set()
-        while self.thread.is_alive():  # it may hold a finished batch: make room so that it sees the flag
+        end = time.monotonic() + (STALLED_CLOSE_SECONDS if self.stalled else CLOSE_SECONDS)
+        while self.thread.is_alive() and time.monotonic() < end:
             with contextlib.suppress(queue.Empty):
-                self.ready.get_nowait()
+                self.ready.get_nowait()  # it may hold a finished batch: make room so that it sees the flag
             self.thread.join(timeout=0.05)
-            if not self.thread.is_alive():
-                break
-            self.stall_seconds -= 0.05
-            if self.stall_seconds < 0:
-                return  # a hung decoder: the thread is a daemon and ends with the process
+        return not self.thread.is_alive()
+
+
+def in_words(error: BaseException) -> DaaeError:
+    """What ended a loader, as a sentence and an exit code."""
+    if isinstance(error, DaaeError):
+        return error
+    if out_of_memory(error):
+        first = " ".join(str(error).split())[:100]
+        return ResourceError(
+            f"the loader has no memory for its batches ({type(error).__name__}{': ' * bool(first)}{first}). Use a "
+            "smaller --batch, --speed.ahead or --workers, or another --loader."
+        )
+    fault = machine_fault(error.filename or "the store", error) if isinstance(error, OSError) else None
+    return fault or StalledError(f"the loader stopped with {type(error).__name__}: {error}.")
 
 
 def decoding_threads(wish: int, device: torch.device, ranks: int = 1) -> int:
@@ -241,21 +268,30 @@ def open_loader(
     batch: images over all ranks. workers: decoding threads, 0 chooses. backend: see choose_backend for "auto". ahead:
     batches that are made and wait. hw_decoder_load: share of the JPEGs that DALI sends to a GPU's hardware decoder.
     ranks_here: processes that share this machine's cores. only: sample ids that an epoch is cut down to.
-    Raises DataError (fewer images than a batch), ResourceError (backend not installed), UsageError (not in store).
+    Raises DataError (fewer images than a batch, tables or files of the store damaged), ResourceError (backend not
+    installed, no memory, a disk that cannot be read), StalledError (`resident` reads here), UsageError (not in store).
     """
     if shuffle:
         check_batch(store, batch, only)
     if batch % ranks:
         raise UsageError(f"a batch of {batch} cannot be divided evenly among {ranks} processes.")
+    store.hold_tables()
     device = torch.device(device)
     if backend == "auto":
         backend = choose_backend(store, device)
     of_jpegs = {"ahead": ahead}
-    options = {"ffcv": of_jpegs, "shards": of_jpegs, "dali": {"hw_decoder_load": hw_decoder_load}, "resident": {}}
+    options = {
+        "ffcv": of_jpegs, "shards": of_jpegs, "dali": {"hw_decoder_load": hw_decoder_load},
+        "resident": {"stall_seconds": stall_seconds},
+    }  # fmt: skip
     threads = decoding_threads(workers, device, ranks_here)
-    source = _source_class(store, backend)(
-        store, views, device=device, workers=threads, batch=batch // ranks, **options[backend]
-    )
+    make = _source_class(store, backend)
+    try:
+        source = make(store, views, device=device, workers=threads, batch=batch // ranks, **options[backend])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise in_words(error) from None
     return Loader(
         store, source, views, batch=batch, seed=seed, device=device, label=label, shuffle=shuffle,
         stall_seconds=stall_seconds, rank=rank, ranks=ranks, ahead=ahead, only=only,

@@ -5,16 +5,18 @@ For data sets that fit, and as the upper bound of what a loader can give.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import queue
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import DataError, ResourceError
+from pipeline.decoder import DAMAGED, NO_MEMORY, OTHER_PICTURE, in_threads
+from pipeline.errors import DataError, ResourceError, StalledError
 from pipeline.geometry import crop_resize
 from pipeline.jpeg import StoredJpegs
 from pipeline.limits import memory_limit
@@ -22,11 +24,19 @@ from pipeline.sampling import Geometry, View
 from pipeline.store import Store
 
 MOST = 0.6  # of the memory that is free
-AT_ONCE = 256  # pictures that wait beside the tensor
 
 
 class ResidentSource:
-    def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int):
+    def __init__(
+        self,
+        store: Store,
+        views: dict[str, View],
+        *,
+        device: torch.device,
+        workers: int,
+        batch: int,
+        stall_seconds: float,
+    ):
         self.sides = {name: view.side for name, view in views.items()}
         shape = (store.count, store.max_height, store.max_width, 3)
         size, free = float(np.prod(shape, dtype=np.float64)), free_bytes(device)
@@ -36,20 +46,24 @@ class ResidentSource:
                 f"{size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free. Use --loader auto."
             )
         self.pictures = torch.zeros(shape, dtype=torch.uint8, device=device)
-        jpegs = StoredJpegs.in_shards(store)
+        under_way: set[int] = set()
+        with contextlib.closing(StoredJpegs.in_shards(store)) as jpegs:
 
-        def decode(sample: int) -> tuple[int, Tensor]:
+            def decoded(sample: int) -> Tensor:
+                under_way.add(sample)
+                picture = torch.from_numpy(_decoded(jpegs, sample))
+                under_way.discard(sample)
+                return picture
+
             try:
-                with Image.open(io.BytesIO(jpegs.read(sample).tobytes())) as image:
-                    return sample, torch.from_numpy(np.array(image.convert("RGB")))
-            except (OSError, SyntaxError, ValueError):
-                raise DataError(jpegs.sentence(sample, 1)) from None
-
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            for start in range(0, store.count, AT_ONCE):
-                for sample, picture in pool.map(decode, range(start, min(start + AT_ONCE, store.count))):
+                for sample, picture in in_threads(decoded, store.count, max(1, workers), stall_seconds):
                     self.pictures[sample, : picture.shape[0], : picture.shape[1]] = picture.to(device)
-        jpegs.close()
+            except queue.Empty:
+                which = next(iter(set(under_way)), 0)
+                raise StalledError(
+                    f"nothing was read for {stall_seconds:.0f} s, at sample {which:,} of {store.root}. Look at the "
+                    "disk that holds the store, or allow more with --speed.stall-seconds."
+                ) from None
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # batches are cut on another stream
 
@@ -64,7 +78,21 @@ class ResidentSource:
         return "cutting the views of a batch"
 
     def close(self) -> None:
-        del self.pictures
+        self.pictures = torch.empty(0, dtype=torch.uint8)
+
+
+def _decoded(jpegs: StoredJpegs, sample: int) -> np.ndarray:
+    """(H, W, 3) uint8. Raises DataError, ResourceError."""
+    data, row = jpegs.read(sample).tobytes(), jpegs.store.index[sample]
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.size != (int(row["width"]), int(row["height"])):
+                raise jpegs.failure(sample, OTHER_PICTURE)
+            return np.array(image.convert("RGB"))
+    except MemoryError:
+        raise jpegs.failure(sample, NO_MEMORY) from None
+    except (OSError, SyntaxError, ValueError):
+        raise DataError(jpegs.sentence(sample, DAMAGED)) from None
 
 
 def free_bytes(device: torch.device) -> float:

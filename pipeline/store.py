@@ -16,7 +16,9 @@ The place of an image in `index.npy` is its **sample id**: every random choice o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 from dataclasses import dataclass
@@ -25,12 +27,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DaaeError, DataError, UsageError
+from pipeline.limits import machine_fault
 from pipeline.sampling import epoch_order
 
 FORMAT = 2  # 2: a checksum for each sample
 MANIFEST = "manifest.json"
 BETON = "images.beton"
+# What a manifest holds that is read later, where nobody expects it to be damaged.
+KINDS = {"count": int, "max_height": int, "max_width": int, "columns": dict, "shards": list, "files": dict}
 
 # offset counts from the start of the shard to the first byte of the JPEG, not to its tar header; sum is
 # decoder.checksum of the JPEG.
@@ -41,7 +46,8 @@ INDEX = np.dtype([
 
 @dataclass(frozen=True)
 class Store:
-    """An opened store. `index` and `labels` are memory-mapped: opening costs the same for any count."""
+    """An opened store. `index` and `labels` are memory-mapped: opening costs the same for any count. A loader has them
+    checked and held in memory (`hold_tables`)."""
 
     root: Path
     manifest: dict
@@ -50,26 +56,27 @@ class Store:
     def open(cls, root: Path | str) -> Store:
         """Read the manifest and check that every file it names is there with its size.
 
-        Raises DataError: no manifest (never finished, or not a store), another format, a file missing or resized.
+        Raises DataError: no manifest (never finished, or not a store), another format, a damaged one, a file missing or
+        resized; ResourceError: the disk cannot be read.
         """
         root = Path(root)
         path = root / MANIFEST
-        if not path.is_file():
-            what = "is not a folder" if not root.is_dir() else f"has no {MANIFEST}"
-            raise DataError(f"{root} {what}: it is no finished store. Make one with `daae convert IMAGES {root}`.")
         try:
-            manifest = json.loads(path.read_text())
+            if not path.is_file():
+                what = "is not a folder" if not root.is_dir() else f"has no {MANIFEST}"
+                raise DataError(f"{root} {what}: it is no finished store. Make one with `daae convert IMAGES {root}`.")
+            manifest = json.loads(path.read_bytes())
             version = manifest["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} cannot be read ({error}). Convert the images again.") from None
-        if version != FORMAT:
-            raise DataError(f"{root} has format {version}, this program reads {FORMAT}. Convert the images again.")
-        for name, facts in manifest["files"].items():
-            file = root / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != facts["bytes"]:
-                found = "is missing" if size is None else f"has {size:,} bytes"
-                raise DataError(f"{file} {found}, the manifest says {facts['bytes']:,}. Convert the images again.")
+            if version != FORMAT:
+                raise DataError(f"{root} has format {version}, this program reads {FORMAT}. Convert the images again.")
+            _check_manifest(manifest)
+            for name, facts in manifest["files"].items():
+                _check_size(root / name, facts["bytes"])
+        except OSError as error:
+            raise _unreadable(Path(error.filename or path), error) from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            why = f"there is no {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"{path} cannot be read ({why}). Convert the images again.") from None
         return cls(root, manifest)
 
     @property
@@ -127,16 +134,59 @@ class Store:
 
     def name(self, sample: int) -> str:
         """The source path of a sample, as one printable line; for error messages, it reads the list up to there."""
-        with open(self.root / "names.txt", encoding="utf-8") as lines:
+        with contextlib.suppress(OSError), open(self.root / "names.txt", encoding="utf-8", errors="replace") as lines:
             return next(itertools.islice(lines, sample, None), "unknown").rstrip("\n")
+        return "unknown"
 
     @cached_property
     def index(self) -> np.ndarray:
-        return np.load(self.root / "index.npy", mmap_mode="r")
+        """(count,) INDEX. Raises DataError, ResourceError."""
+        return self._table("index")
 
     @cached_property
     def labels(self) -> np.ndarray:
-        return np.load(self.root / "labels.npy", mmap_mode="r")
+        """(count, columns) int32. Raises DataError, ResourceError."""
+        return self._table("labels")
+
+    def hold_tables(self) -> None:
+        """Compare both tables with the manifest's digests, and from then on have them in memory: 40 MB where there are
+        1.3 million images, read once for each store on disk.
+
+        No picture's checksum shows a wrong label or a wrong height, and a mapped file that is cut short costs the
+        process. Raises DataError, ResourceError.
+        """
+        for part in self.parts:
+            for name in ("index", "labels"):
+                part._hold(name)
+
+    def _hold(self, name: str) -> None:
+        held = vars(self).get(name)
+        if held is not None and not isinstance(held, np.memmap):
+            return
+        path = self.root / f"{name}.npy"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][path.name]["sha256"]:
+            raise DataError(f"{path} is not what was written: its sha256 differs. Convert the images again.")
+        table = self._table(name, io.BytesIO(data))
+        table.flags.writeable = False
+        vars(self)[name] = table  # where cached_property keeps it
+
+    def _table(self, name: str, data: io.BytesIO | None = None) -> np.ndarray:
+        """index.npy or labels.npy, mapped or from these bytes, with the type and the rows that the manifest says."""
+        path = self.root / f"{name}.npy"
+        shape, kind = ((self.count,), INDEX) if name == "index" else ((self.count, len(self.columns)), np.dtype("<i4"))
+        try:
+            table = np.load(path, mmap_mode="r") if data is None else np.load(data)
+            if table.shape != shape or table.dtype != kind:
+                raise ValueError(f"it holds {table.shape} {table.dtype}, the manifest says {shape} {kind}")
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except Exception as error:  # numpy's reading of a damaged header ends in almost anything
+            raise DataError(f"{path} is damaged ({' '.join(str(error).split())}). Convert the images again.") from None
+        return table
 
     @cached_property
     def fingerprint(self) -> str:
@@ -153,3 +203,27 @@ class Store:
             there = ", ".join(self.columns) or "none"
             raise DataError(f"{self.root} has no label column {column!r} (it has: {there}).")
         return np.asarray(self.labels[:, list(self.columns).index(column)]), self.columns[column]
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Whether all is there that is read of a manifest later. Raises KeyError, TypeError, ValueError."""
+    for name, kind in KINDS.items():
+        if not isinstance(manifest[name], kind):
+            raise TypeError(f"{name} is {str(manifest[name])[:40]}")
+    for facts in manifest["files"].values():
+        if not isinstance(facts["bytes"], int) or not isinstance(facts["sha256"], str):
+            raise TypeError(f"of a file it says {str(facts)[:40]}")
+    absent = {"index.npy", "labels.npy", *manifest["shards"]} - manifest["files"].keys()
+    if absent:
+        raise ValueError(f"it does not vouch for {min(absent)}")
+
+
+def _check_size(file: Path, expected: int) -> None:
+    size = file.stat().st_size if file.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size:,} bytes"
+        raise DataError(f"{file} {found}, the manifest says {expected:,}. Convert the images again.")
+
+
+def _unreadable(path: Path, error: OSError) -> DaaeError:
+    return machine_fault(path, error) or DataError(f"{path} cannot be read: {error.strerror or error}.")

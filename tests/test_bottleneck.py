@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 
 import pipeline.jpeg_loader
+from pipeline.decoder import CHANGED
+from pipeline.errors import DataError, StalledError
 from pipeline.loader import Loader
 from tests.conftest import PYTHON, needs_compiler
 from tests.images import make_folder
@@ -179,6 +183,19 @@ def test_on_a_cpu_a_faster_loader_can_still_cost_the_step():
     assert "since they share 2 cores" in verdict(shared)
 
 
+def test_pillow_in_the_decoders_place_is_a_thing_to_change():
+    facts = GPU | {"workers": 1, "no_decoder": "no C compiler (cc, gcc or clang)"}
+    found = measured(stage(1000, 1.0), stage(4000, 0.3), stage(980, 1.3, 0.75), **facts)
+    ending = "Pillow decodes here: install libjpeg's headers (libjpeg-dev) and run `make setup`, which brings a decoder"
+    assert verdict(found).endswith(f"Raise --workers from 1 to 8 (up to 4.1x). {ending} several times as fast.")
+    assert "Pillow" not in verdict(replace(found, no_decoder=None))
+    of_dali = replace(found, backend="dali", loader={"dali": stage(1000, 1.0)}, both={"dali": stage(980, 1.3, 0.75)})
+    assert "Pillow" not in verdict(of_dali)
+    beside = measured(stage(900, 2.0), stage(400, 5.0), stage(285, 7.0, 0.05), no_decoder="no C compiler")
+    assert "run `make setup`" in verdict(beside)
+    assert "Pillow" not in verdict(measured(stage(2300, 0.4), stage(118, 16), stage(117, 16.4), no_decoder="none"))
+
+
 def test_a_round_that_was_disturbed_does_not_contradict_another():
     """Together they cannot be faster than either is alone: the higher rate stands, whichever round it is from."""
     found = measured(stage(1569, 0.6), stage(7, 138.0), stage(42, 22.9, 0.01), other_cores=1.1)
@@ -273,6 +290,41 @@ def test_no_two_timings_read_the_same_epoch(store_path: Path, monkeypatch):
     profile(Profile(data=store_path, loader="shards", batch=48, seconds=0.2, device="cpu", quiet=True))
     timed = [number for number in begun if number >= 10_000]  # those before warm up
     assert len(timed) == len(set(timed)) >= 2
+
+
+class Refusing(StagedDecoder):
+    """Makes the batches of the loader; where it only reads it finds other bytes."""
+
+    def decode(self, samples, where, outs) -> np.ndarray:
+        if where:
+            return super().decode(samples, where, outs)
+        samples["status"] = CHANGED
+        return np.arange(len(samples))
+
+
+def test_what_cannot_be_read_is_not_timed(store_path: Path, monkeypatch):
+    seconds = dict.fromkeys(("storage", "decode", "cut"), 0.0)
+    monkeypatch.setattr(pipeline.jpeg_loader, "open_decoder", lambda workers: Refusing(seconds))
+    monkeypatch.setattr(stages.Machine, "step", lambda self, batch: time.sleep(0.002))
+    with pytest.raises(DataError, match=r"sample \d+ of .*its bytes are not those that were converted"):
+        profile(Profile(data=store_path, loader="shards", batch=8, seconds=0.2, device="cpu", quiet=True))
+
+
+def test_a_read_that_hangs_is_given_up_and_a_slow_one_is_not():
+    free = threading.Event()
+    with pytest.raises(StalledError, match="nothing was read for 0 s while a tape was timed"):
+        stages.watched(lambda got_on: free.wait(60), 0.4, "a tape was timed")
+    free.set()
+
+    def slowly(got_on: Callable[[], None]) -> int:
+        for _ in range(6):
+            time.sleep(0.5)
+            got_on()
+        return 7
+
+    assert stages.watched(slowly, 2.0, "a tape was timed") == 7
+    with pytest.raises(ZeroDivisionError):
+        stages.watched(lambda got_on: 1 // 0, 2.0, "a tape was timed")
 
 
 def real_profile(data: Path, *flags: str, env: dict[str, str] | None = None) -> dict:

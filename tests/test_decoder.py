@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import queue
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +154,41 @@ def test_a_closed_file_is_a_failure_and_no_crash(tmp_path: Path):
     _, failed = views(rows, [random_boxes(rows, 1)], [16])
     assert failed.tolist() == [0]
     assert rows["status"].tolist() == [4]
+
+
+def test_pictures_come_from_threads_that_may_be_left_behind():
+    """One hangs in the third picture; the other goes on."""
+    free, found = threading.Event(), []
+
+    def work(place: int) -> int:
+        if place == 2:
+            free.wait(60)
+        return 10 * place
+
+    with pytest.raises(queue.Empty):
+        found.extend(decoder.in_threads(work, 6, 2, patience=0.5))
+    assert sorted(found) == [(place, 10 * place) for place in (0, 1, 3, 4, 5)]
+    left = [thread for thread in threading.enumerate() if thread.name == "pictures"]
+    assert left
+    assert all(thread.daemon for thread in left)
+    free.set()
+    for thread in left:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert sorted(decoder.in_threads(work, 200, 3)) == [(place, 10 * place) for place in range(200)]
+
+
+def test_what_a_picture_raises_ends_the_others():
+    seen = []
+
+    def work(place: int) -> None:
+        seen.append(place)
+        if place == 5:
+            raise ValueError("picture 5")
+
+    with pytest.raises(ValueError, match="picture 5"):
+        list(decoder.in_threads(work, 100_000, 2))
+    assert len(seen) < 100_000
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 4096, 100_001])

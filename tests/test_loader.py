@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -18,7 +20,7 @@ from PIL import Image
 from pipeline import decoder as decoders
 from pipeline import sampling
 from pipeline.beton import picture_offsets
-from pipeline.errors import DataError, StalledError, UsageError
+from pipeline.errors import DataError, ResourceError, StalledError, UsageError
 from pipeline.jpeg import StoredJpegs, picture
 from pipeline.jpeg_loader import Blocks
 from pipeline.loader import Loader, open_loader
@@ -298,6 +300,189 @@ def test_a_loader_that_hangs_or_breaks_ends_the_wait(store, source, words):
     assert time.monotonic() - begin < 4
 
 
+class _Failing(_Hanging):
+    def __init__(self, error: BaseException):
+        self.error = error
+
+    def batches(self, plan, where):
+        raise self.error
+        yield
+
+
+class _Stuck(_Hanging):
+    """Makes one batch and hangs in the second."""
+
+    def __init__(self):
+        self.free = threading.Event()
+
+    def batches(self, plan, where):
+        yield {}
+        self.free.wait(60)
+
+
+def loader_of(store: Store, source: _Hanging, stall_seconds: float = 10.0) -> Loader:
+    return Loader(
+        store, source, VIEWS, batch=BATCH, seed=0, device=torch.device("cpu"), label=None, shuffle=True,
+        stall_seconds=stall_seconds, rank=0, ranks=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), r"no memory for its batches \(MemoryError\)\. Use a smaller --batch"),
+        (torch.OutOfMemoryError("tried to allocate 3 GiB"), "no memory for its batches"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "smaller --batch"),
+        (OSError(errno.EIO, "Input/output error", "shard-00000.tar"), "shard-00000.tar cannot be read: Input/output"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "no memory"),
+    ],
+)
+def test_what_the_machine_lacks_has_the_code_of_a_resource(store, error, words):
+    with pytest.raises(ResourceError, match=words):
+        next(loader_of(store, _Failing(error)).epoch(0))
+
+
+def test_an_epoch_that_is_left_beside_a_hung_read_is_not_waited_for(store):
+    """Though a read may hang for five minutes before it is given up: who leaves has pressed Ctrl-C."""
+    source = _Stuck()
+    loader = loader_of(store, source, stall_seconds=300.0)
+    epoch = loader.epoch(0)
+    next(epoch)
+    begin = time.monotonic()
+    epoch.close()
+    assert time.monotonic() - begin < 20
+    # Its thread is still in the source, which serves one thread at a time.
+    loader.stall_seconds = 0.2
+    with pytest.raises(StalledError, match="waiting for a tape for an epoch that was left"):
+        next(loader.epoch(1))
+    source.free.set()
+    loader.stall_seconds = 30.0
+    assert len(next(loader.epoch(1)).id) == BATCH
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loader_may_be_closed_twice(store, backend):
+    opened = open_loader(store, VIEWS, batch=BATCH, backend=backend)
+    opened.close()
+    opened.close()
+
+
+# --- who is at fault --------------------------------------------------------------------------------------------------
+
+
+class _Refusing(decoders.PillowDecoder):
+    """Gives one picture this status."""
+
+    def __init__(self, status: int):
+        super().__init__(1)
+        self.status = status
+
+    def decode(self, samples, where, outs) -> np.ndarray:
+        samples["status"][3] = self.status
+        return np.array([3])
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (decoders.NO_MEMORY, r"no memory to decode sample \d+ of .*\. Use fewer --workers or a smaller --batch\."),
+        (decoders.UNREADABLE, r"shard-00000\.tar could not be read, and a moment later it could\. Look at the disk"),
+    ],
+)
+def test_what_is_not_wrong_with_the_picture_is_no_damage(store, monkeypatch, status: int, words: str):
+    opened = open_loader(store, VIEWS, batch=BATCH, backend="shards")
+    genuine = opened.source.decoder
+    monkeypatch.setattr(opened.source, "decoder", _Refusing(status))
+    with pytest.raises(ResourceError, match=words):
+        list(opened.epoch(0))
+    genuine.close()
+    opened.close()
+
+
+def test_pillow_without_memory_says_so(store, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(decoders.native, "_load", lambda: "no C compiler")
+    monkeypatch.setattr(decoders, "_cut", full)
+    opened = open_loader(store, VIEWS, batch=BATCH, backend="shards")
+    with pytest.raises(ResourceError, match=r"no memory to decode sample \d+ of "):
+        list(opened.epoch(0))
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "words", ["Can't allocate 129499136 bytes on device 0.", "CUDA allocation failed", "bad_alloc"]
+)
+def test_dali_without_memory_says_so(store, monkeypatch, words: str):
+    def run():
+        raise RuntimeError(f"Critical error in pipeline:\n{words}\nCurrent pipeline object is no longer valid.")
+
+    opened = open_loader(store, VIEWS, batch=BATCH, backend="dali")
+    monkeypatch.setattr(opened.source.pipeline, "run", run)
+    with pytest.raises(ResourceError, match=rf"DALI has no memory to decode {BATCH} pictures at once"):
+        list(opened.epoch(0))
+    opened.close()
+
+
+def test_dali_pads_a_batch_to_its_own_largest_picture(store, monkeypatch):
+    """Padded to the store's, one huge picture among a million would be paid for in every batch."""
+    from pipeline import dali_loader
+
+    genuine, padded, largest = dali_loader.crop_resize, [], []
+
+    def watched(canvas, where, side: int):
+        padded.append(tuple(canvas.shape[1:3]))
+        return genuine(canvas, where, side)
+
+    monkeypatch.setattr(dali_loader, "crop_resize", watched)
+    opened = open_loader(store, {"small": View(side=32)}, batch=2, backend="dali")
+    for batch in opened.epoch(0):
+        rows = store.index[batch.id.numpy()]
+        largest.append((int(rows["height"].max()), int(rows["width"].max())))
+    opened.close()
+    assert padded == largest
+    assert len(set(largest)) > 1
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("backend", [pytest.param("ffcv", marks=needs_ffcv), "shards", "dali"])
+def test_a_disk_that_fails_is_no_damage(store, monkeypatch, backend, compiled: bool):
+    """C meets a file that cannot be read, and Python, when it looks why, the disk's error."""
+    if not compiled:
+        monkeypatch.setattr(decoders.native, "_load", lambda: "no C compiler")
+    opened = open_loader(store, VIEWS, batch=BATCH, backend=backend)
+    for file in opened.source.jpegs._open:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, file)
+        os.close(nothing)
+
+    def fail(*_) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ResourceError, match=r"cannot be read: Input/output error\. Look at the disk or network"):
+        list(opened.epoch(0))
+    opened.close()
+
+
+def test_a_store_of_more_shards_than_files_that_may_be_open(store, monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 20
+    shards, which = [store.shards[0]] * 200, np.arange(store.count) % 200
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+        jpegs = StoredJpegs(store, shards, which, store.index["offset"])
+        assert picture(jpegs.read(95)).shape[:2] == (store.index["height"][95], store.index["width"][95])
+        jpegs.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+        monkeypatch.setattr("pipeline.jpeg.make_room_for_files", lambda count: None)  # nothing more may be had
+        with pytest.raises(ResourceError, match=rf"this process may have {few:,} open at once.*`ulimit -n`"):
+            StoredJpegs(store, shards, which, store.index["offset"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 GROWTH = """
 import sys
 import psutil
@@ -341,12 +526,19 @@ def test_large_batches_stay_small_in_memory(tmp_path):
     assert most < 1.0e9
 
 
+WITHOUT_COMPILER = "native._load = lambda: 'no C compiler'"
+
+
 @needs_compiler
-def test_a_disk_that_hangs_is_named_with_the_sample(store_path):
-    """And the process ends: the thread that hangs in the kernel is left behind."""
+@pytest.mark.parametrize(
+    ("before", "doing"), [("pass", "reading sample "), (WITHOUT_COMPILER, "reading and decoding 20 samples of ")]
+)
+def test_a_disk_that_hangs_is_named(store_path, before: str, doing: str):
+    """With the sample where that is known. And the process ends: threads that hang in the kernel are left behind."""
     code = (
-        "import sys; from pipeline.loader import open_loader; from pipeline.sampling import View; "
-        "from pipeline.store import Store; from train.command import run\n"
+        "import sys; from pipeline import native; from pipeline.loader import open_loader; "
+        "from pipeline.sampling import View; from pipeline.store import Store; from train.command import run\n"
+        f"{before}\n"
         "loader = open_loader(Store.open(sys.argv[1]), {'v': View(side=32)}, batch=20, backend='shards', "
         "stall_seconds=1.0)\n"
         "try: code = run(lambda _: next(loader.epoch(0)), [])\n"
@@ -354,10 +546,31 @@ def test_a_disk_that_hangs_is_named_with_the_sample(store_path):
         "sys.exit(code)"
     )
     begin = time.monotonic()
-    done = subprocess.run(
-        [PYTHON, "-c", code, str(store_path)], env=slow_disk(milliseconds=20_000), capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
+    done = on_a_hung_disk(code, store_path)
     assert done.returncode == 6
-    assert "no batch for 1 s: it is reading sample " in done.stderr
+    assert f"no batch for 1 s: it is {doing}" in done.stderr
     assert time.monotonic() - begin < 15
+
+
+@needs_compiler
+def test_a_disk_that_hangs_while_the_store_is_read_into_memory_is_named(store_path):
+    code = (
+        "import sys; from pipeline.loader import open_loader; from pipeline.sampling import View; "
+        "from pipeline.store import Store; from train.command import run\n"
+        "def read(_):\n"
+        "    open_loader(Store.open(sys.argv[1]), {'v': View(side=32)}, batch=20, backend='resident', "
+        "stall_seconds=1.0)\n"
+        "    return 0\n"
+        "sys.exit(run(read, []))"
+    )
+    begin = time.monotonic()
+    done = on_a_hung_disk(code, store_path)
+    assert done.returncode == 6
+    assert "nothing was read for 1 s, at sample " in done.stderr
+    assert time.monotonic() - begin < 15
+
+
+def on_a_hung_disk(code: str, store: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [PYTHON, "-c", code, str(store)], env=slow_disk(milliseconds=20_000), capture_output=True, text=True, timeout=60
+    )

@@ -8,10 +8,13 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from tools.profiling import peer_process
 from tools.profiling.peer_process import rates, ratio, serve, start
 
 COST = 0.04  # CPU-seconds of a batch of one image
@@ -56,6 +59,67 @@ def test_ratios_are_taken_within_a_round():
     assert ratio(one, other, "images_per_second") == 2
     assert ratio(one, other, "images_per_cpu_second") == 1
     assert (one["images_per_second"], one["slowest"], one["fastest"]) == (240, 100, 300)
+
+
+class Answering:
+    """A peer that has done its round at once, and remembers how long it would have been waited for."""
+
+    def __init__(self) -> None:
+        self.patience: list[float] = []
+
+    def ask(self, what: str | None, patience: float) -> dict:
+        self.patience.append(patience)
+        return {"images": 1, "seconds": 1.0, "cpu_seconds": 1.0}
+
+    def close(self) -> None: ...
+
+
+def test_a_long_round_is_waited_for(monkeypatch):
+    """--seconds may be a day."""
+    one = Answering()
+    monkeypatch.setattr(peer_process, "start", lambda name, words: one)
+    peer_process.measure({"one": []}, 5000.0, lambda _: None)
+    ready = peer_process.READY_SECONDS
+    assert one.patience == [ready, *[ready + 5000.0 / peer_process.ROUNDS] * peer_process.ROUNDS]
+
+
+def test_a_store_without_tar_shards_leaves_dali_out(monkeypatch):
+    from tools.profiling import peers  # here: this file is a peer too, which need not wait for torch
+
+    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+    beton, shard = Path("images.beton"), Path("shard-00000.tar")
+    assert peers.missing(SimpleNamespace(beton=beton, shards=[beton])) == {"DALI": "the store has no tar shards"}
+    assert peers.missing(SimpleNamespace(beton=beton, shards=[shard])) == {}
+
+
+def test_what_a_reader_of_the_table_has_to_know_stands_under_it(monkeypatch, capsys):
+    from tools.profiling import peers
+
+    monkeypatch.setattr(peers.native, "why_not", lambda: None)
+    assert peers.notes(SimpleNamespace(count=peers.MOST_IMAGES)) == []
+    monkeypatch.setattr(peers.native, "why_not", lambda: "no C compiler")
+    notes = peers.notes(SimpleNamespace(count=5000))
+    assert notes == [
+        "torchvision reads the first 4,096 of the 5,000 images, as files; the others read all.",
+        "Ours: Pillow decodes, several times slower than our decoder: no C compiler.",
+    ]
+    one = rates([{"images": 100, "seconds": 1.0, "cpu_seconds": 2.0}] * 3)
+    peers.show_peers({"224": {"DAAE, shards": one, "DALI": one}}, {"224": one}, {1: one}, notes)
+    shown = capsys.readouterr().out
+    assert all(note in shown for note in notes)
+
+
+def test_the_files_for_torchvision_are_the_stores_pictures(store, tmp_path):
+    from pipeline.jpeg import StoredJpegs
+    from tools.profiling import peers
+
+    steps: list[int] = []
+    peers.write_files(store, tmp_path, lambda: steps.append(1))
+    jpegs = StoredJpegs.in_shards(store)
+    files = sorted((tmp_path / "all").iterdir())
+    assert [path.read_bytes() for path in files] == [jpegs.read(sample).tobytes() for sample in range(store.count)]
+    assert len(steps) == store.count
+    jpegs.close()
 
 
 if __name__ == "__main__":

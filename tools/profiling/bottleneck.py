@@ -16,6 +16,7 @@ from train.timing import Stage
 ROUNDS = 5
 BALANCED = 0.10  # loader and step this close to one another: neither is the bottleneck
 FREE_RIDE = 0.85  # together at least this share of the step alone: the loader costs the step nothing to speak of
+OURS = ("ffcv", "shards")  # loaders that decode by our decoder, or by Pillow in its place
 Part = Literal["storage", "decode", "cut", "copy"]
 Limit = Literal["balanced", "storage", "decode", "cut", "copy", "loader", "step"]
 
@@ -49,6 +50,7 @@ class Measured:
     other_cores: float = 0.0  # taken by other processes while the machine had none to spare
     warm_up_seconds: dict[str, float] = field(default_factory=dict)
     rounds: int = ROUNDS
+    no_decoder: str | None = None  # why Pillow decodes where our decoder would
 
     @property
     def images_per_second(self) -> float:
@@ -97,13 +99,40 @@ def _slowest_part(measured: Measured) -> Part | Literal["loader"]:
     return slowest if len(seconds) > 1 or known > 0.5 else "loader"
 
 
+def decoder_facts(no_decoder: str | None) -> dict[str, str | None]:
+    """What the record of a timing says. no_decoder: why the compiled one is not there (native.why_not)."""
+    return {"decoder": "region" if no_decoder is None else "pillow", "no_decoder": no_decoder}
+
+
+def pillow_note(why: str) -> str:
+    return f"Pillow decodes, several times slower than our decoder: {why.rstrip('.')}."
+
+
 def verdict(measured: Measured) -> str:
     """What limits the run, by how much, and the setting to change with the gain to expect at most."""
+    sentence = _verdict(measured)
+    if measured.no_decoder is None or measured.backend not in OURS or not _loading_costs(measured):
+        return sentence
+    return (
+        f"{sentence} Pillow decodes here: install libjpeg's headers (libjpeg-dev) and run `make setup`, which brings a "
+        "decoder several times as fast."
+    )
+
+
+def _loading_costs(measured: Measured) -> bool:
+    """Whether a run waits for the loader, or the loader takes its cores."""
+    loader, step, limited = measured.loader_rate, measured.step_rate, limit(measured)
+    if limited == "balanced":
+        return measured.images_per_second < FREE_RIDE * min(loader, step)
+    return limited != "step" or (measured.device == "cpu" and measured.images_per_second < FREE_RIDE * step)
+
+
+def _verdict(measured: Measured) -> str:
     loader, step, both = measured.loader_rate, measured.step_rate, measured.both[measured.backend]
     wait, limited = f"data-wait {percent(both.data_wait)}", limit(measured)
     if limited == "balanced":
         together = f"{loader:,.0f} and {step:,.0f} images/s, {both.rate:,.0f} together"
-        if both.rate < FREE_RIDE * min(loader, step):
+        if _loading_costs(measured):
             return (
                 f"Balanced: loader and step are within 10 % ({together}, since they share {measured.cores:g} cores). "
                 f"{_advice(_cheaper_loading(measured)) or 'More cores help both'}."
@@ -114,7 +143,7 @@ def verdict(measured: Measured) -> str:
             f"The loader limits this run: {loader:,.0f} images/s against the step's {step:,.0f} ({wait}). "
             f"{_of_the_loader(measured, limited)}."
         )
-    if both.rate < FREE_RIDE * step and measured.device == "cpu":
+    if _loading_costs(measured):
         advice = _advice(_cheaper_loading(measured)) or "Use a GPU, or more cores"
         return (
             f"The step limits this run, and the loader takes cores from it: {both.rate:,.0f} images/s together, "

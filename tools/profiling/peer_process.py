@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import psutil
 
 ROUNDS = 5
-READY_SECONDS = 300.0
+READY_SECONDS = 300.0  # of patience, beside what a round takes by itself
 DRAIN_SECONDS = 0.5  # of a round, not counted: full queues are emptied, and from then on what is taken is made
 SETTLED_SECONDS = 0.25  # of rest, after which a contender's queues are full
 SETTLED_CORES = 0.05  # that rest uses at most: a clock tick of one worker
@@ -150,7 +150,7 @@ def measure(commands: dict[str, list[str]], seconds: float, say: Callable[[str],
         for turn in range(ROUNDS):
             say(f"round {turn + 1} of {ROUNDS}")
             for name, peer in peers.items():
-                rounds[name].append(peer.ask(f"{seconds / ROUNDS}", READY_SECONDS))
+                rounds[name].append(peer.ask(f"{seconds / ROUNDS}", READY_SECONDS + seconds / ROUNDS))
     return {name: rates(each) for name, each in rounds.items()}
 
 

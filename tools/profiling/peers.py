@@ -1,4 +1,4 @@
-"""`daae profile --peers`: our loader beside torchvision's, FFCV's and DALI's own, on the very same JPEG bytes.
+"""`daae profile --peers`: our loader beside torchvision's, FFCV's and DALI's own, on the JPEGs of one store.
 
 Each peer is a process of its own, set up as its documentation does it, with as many workers as ours has threads. Rounds
 are interleaved: one peer works while the others wait with full queues, which are emptied before its round counts. What
@@ -21,13 +21,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline import native
 from pipeline.jpeg import StoredJpegs
 from pipeline.loader import check_batch
 from pipeline.store import Store
+from tools.profiling.bottleneck import pillow_note
 from tools.profiling.peer_process import measure, ratio, serve
 from train.command import run
 
 MOST_IMAGES = 4096  # of the store, written out as files for torchvision
+STALL_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,13 @@ SCALED = (OURS, "224 + 112, shared crop")  # what is measured with 1, 2, … thr
 
 def compare_peers(
     data: Path, *, seconds: float, batch: int, workers: int, say: Callable[[str], None]
-) -> tuple[dict[str, dict[str, dict]], dict[str, dict], dict[int, dict]]:
-    """views -> peer -> rates; of ours alone views -> rates and threads -> rates. seconds: of each, in all rounds."""
+) -> tuple[dict[str, dict[str, dict]], dict[str, dict], dict[int, dict], list[str]]:
+    """views -> peer -> rates; of ours alone views -> rates and threads -> rates; what is to be said beside them.
+
+    seconds: of each, in all rounds. Raises DataError, ResourceError, StalledError.
+    """
+    from tools.profiling.stages import watched  # which no peer's process waits for
+
     store = Store.open(data)
     check_batch(store, batch)
     absent = missing(store)
@@ -195,7 +203,7 @@ def compare_peers(
         print(f"note: {name} is left out: {why}.", file=sys.stderr)
     results: dict[str, dict[str, dict]] = {}
     with tempfile.TemporaryDirectory(prefix="daae-peers-") as files:
-        write_files(store, Path(files))
+        watched(lambda got_on: write_files(store, Path(files), got_on), STALL_SECONDS, f"{store.root} was copied")
         for views, names in PLAN.items():
             there = [name for name in names if name not in absent]
             tasks = {name: command(Task(name, views, str(data), files, batch, workers)) for name in there}
@@ -206,7 +214,7 @@ def compare_peers(
         counts = sorted({1, *(2**power for power in range(1, 10) if 2**power < workers), workers})
         tasks = {f"{count} threads": command(Task(*SCALED, str(data), files, batch, count)) for count in counts}
         scaled = measure(tasks, seconds, lambda doing: say(f"scaling: {doing}"))
-    return results, costs, dict(zip(counts, scaled.values(), strict=True))
+    return results, costs, dict(zip(counts, scaled.values(), strict=True)), notes(store)
 
 
 def command(task: Task) -> list[str]:
@@ -218,6 +226,8 @@ def missing(store: Store) -> dict[str, str]:
     found = {}
     if store.beton is None:
         found |= dict.fromkeys(("DAAE, FFCV file", "FFCV", "FFCV, small view pooled"), "the store has no FFCV file")
+    if not any(path.suffix == ".tar" for path in store.shards):
+        found["DALI"] = "the store has no tar shards"
     for package, names in (("ffcv", ("FFCV", "FFCV, small view pooled")), ("nvidia.dali", ("DALI",))):
         with contextlib.suppress(ModuleNotFoundError):
             if find_spec(package) is not None:
@@ -226,16 +236,30 @@ def missing(store: Store) -> dict[str, str]:
     return found
 
 
-def write_files(store: Store, folder: Path) -> None:
-    """The store's JPEGs as an ImageFolder."""
-    jpegs = StoredJpegs.in_shards(store)
+def write_files(store: Store, folder: Path, got_on: Callable[[], None]) -> None:
+    """The store's JPEGs, or its first MOST_IMAGES, as an ImageFolder."""
     (folder / "all").mkdir()
-    for sample in range(min(store.count, MOST_IMAGES)):
-        (folder / "all" / f"{sample:09d}.jpg").write_bytes(jpegs.read(sample).tobytes())
-    jpegs.close()
+    with contextlib.closing(StoredJpegs.in_shards(store)) as jpegs:
+        for sample in range(min(store.count, MOST_IMAGES)):
+            (folder / "all" / f"{sample:09d}.jpg").write_bytes(jpegs.read(sample).tobytes())
+            got_on()
 
 
-def show_peers(results: dict[str, dict[str, dict]], costs: dict[str, dict], scaled: dict[int, dict]) -> None:
+def notes(store: Store) -> list[str]:
+    """What a reader of the table has to know."""
+    found = []
+    if store.count > MOST_IMAGES:
+        found.append(
+            f"torchvision reads the first {MOST_IMAGES:,} of the {store.count:,} images, as files; the others read all."
+        )
+    if (why := native.why_not()) is not None:
+        found.append(f"Ours: {pillow_note(why)}")
+    return found
+
+
+def show_peers(
+    results: dict[str, dict[str, dict]], costs: dict[str, dict], scaled: dict[int, dict], notes: list[str]
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -254,6 +278,8 @@ def show_peers(results: dict[str, dict[str, dict]], costs: dict[str, dict], scal
             )  # fmt: skip
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     out.print(table)
+    for note in notes:
+        out.print(f"\n{note}", markup=False)
     out.print(f"\nWhat views cost ours ({OURS}), in CPU-seconds of one 224 px view:")
     for views, each in costs.items():
         out.print(f"  {views}: {ratio(costs['224'], each, 'images_per_cpu_second'):.2f}")

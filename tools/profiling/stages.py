@@ -9,16 +9,20 @@ What the machine could give at most stands beside them: whole pictures decoded, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
 from pipeline import sampling
 from pipeline.decoder import RegionDecoder, fetch
+from pipeline.errors import StalledError
 from pipeline.jpeg_loader import JpegSource, send
 from pipeline.loader import Loader
 from pipeline.views import Batch
@@ -28,6 +32,7 @@ from train.rehearsal import Machine, endless
 from train.timing import Sample, Watch
 
 if TYPE_CHECKING:
+    from pipeline.decoder import Decoder
     from pipeline.jpeg import StoredJpegs
     from pipeline.loader import Backend
     from pipeline.store import Store
@@ -36,6 +41,41 @@ if TYPE_CHECKING:
 COPIES_TO = ("cuda",)  # kinds of devices that crops are sent to over a bus
 LIMIT_SECONDS = 0.3  # for each of the machine's limits
 COPY_BYTES = 64 << 20
+
+T = TypeVar("T")
+
+
+def watched(work: Callable[[Callable[[], None]], T], seconds: float, doing: str) -> T:
+    """What `work` returns or raises, from a thread of its own: one that hangs in a read is left behind.
+
+    work: is given what it has to call each time that it has got on. Raises StalledError where it did not for `seconds`.
+    """
+    done: Future[T] = Future()
+    moved = time.monotonic()
+
+    def got_on() -> None:
+        nonlocal moved
+        moved = time.monotonic()
+
+    def settle() -> None:
+        try:
+            done.set_result(work(got_on))
+        except BaseException as error:  # whatever it is, the one that waits must hear of it
+            done.set_exception(error)
+
+    threading.Thread(target=settle, name="profile", daemon=True).start()
+    while not wait([done], min(1.0, seconds / 4)).done:
+        if time.monotonic() - moved > seconds:
+            raise StalledError(f"nothing was read for {seconds:.0f} s while {doing}. Look at the disk that holds it.")
+    return done.result()
+
+
+def _check(jpegs: StoredJpegs, ids: np.ndarray, rows: np.ndarray, failed: np.ndarray) -> None:
+    """What cannot be read or decoded is not timed. Raises DataError, ResourceError."""
+    if failed.size:
+        place = int(failed[0])
+        raise jpegs.failure(int(ids[place]), int(rows["status"][place]))
+
 
 # --- the loader's parts -----------------------------------------------------------------------------------------------
 
@@ -56,21 +96,32 @@ class Parts:
             epoch += 1
 
     def round(self, seconds: float) -> dict[Part, Sample]:
-        """Each part for the same images, for so many seconds in all."""
-        if isinstance(self.source, JpegSource):
-            return self._of_jpegs(self.source, seconds)
-        jpegs, reader = stored_jpegs(self.source), getattr(self.source, "reader", None)
-        if jpegs is None or reader is None:
-            return {}
+        """Each part for the same images, for so many seconds in all. Raises DataError, ResourceError, StalledError."""
+        source = self.source
+        if isinstance(source, JpegSource):
+            work = functools.partial(self._of_jpegs, source, seconds)
+        else:
+            jpegs, reader = stored_jpegs(source), getattr(source, "reader", None)
+            if jpegs is None or reader is None:
+                return {}
+            work = functools.partial(self._reading, jpegs, reader, seconds)
+        return watched(work, self.loader.stall_seconds, f"the loader's parts of {self.loader.store.root} were timed")
+
+    def _reading(
+        self, jpegs: StoredJpegs, reader: Decoder, seconds: float, got_on: Callable[[], None]
+    ) -> dict[Part, Sample]:
         watch, images, end = Watch(), 0, time.perf_counter() + seconds
         while images == 0 or time.perf_counter() < end:
-            rows = jpegs.rows(next(self.ids))
+            ids = next(self.ids)
+            rows = jpegs.rows(ids)
             with watch:
-                fetch(reader, rows)
+                _room, failed = fetch(reader, rows)
+            _check(jpegs, ids, rows, failed)
+            got_on()
             images += len(rows)
         return {"storage": watch.sample(images)}
 
-    def _of_jpegs(self, source: JpegSource, seconds: float) -> dict[Part, Sample]:
+    def _of_jpegs(self, source: JpegSource, seconds: float, got_on: Callable[[], None]) -> dict[Part, Sample]:
         read, region, whole, copy = Watch(), Watch(), Watch(), Watch()
         images, end = 0, time.perf_counter() + seconds
         while images == 0 or time.perf_counter() < end:
@@ -79,12 +130,17 @@ class Parts:
             where = [boxes[name] for name in self.views]
             rows = source.jpegs.rows(ids)
             with read:
-                _room, _ = fetch(source.decoder, rows)  # the rows point into it from here on
+                _room, failed = fetch(source.decoder, rows)  # the rows point into it from here on
+            _check(source.jpegs, ids, rows, failed)
+            got_on()
             with region:
-                source.decoder.decode(rows, where, [np.empty((len(ids), 0, 0, 3), np.uint8) for _ in where])
+                failed = source.decoder.decode(rows, where, [np.empty((len(ids), 0, 0, 3), np.uint8) for _ in where])
+            _check(source.jpegs, ids, rows, failed)
             crops = source.room(len(ids))
             with whole:
-                source.decoder.decode(rows, where, [each.numpy() for each in crops.values()])
+                failed = source.decoder.decode(rows, where, [each.numpy() for each in crops.values()])
+            _check(source.jpegs, ids, rows, failed)
+            got_on()
             if self.device.type in COPIES_TO:
                 with copy:
                     send(crops, self.device)
@@ -118,22 +174,35 @@ LIMITS = {
 
 
 def machine_limits(loader: Loader, device: torch.device) -> dict[str, float]:
-    """The figures of LIMITS that this machine has, a third of a second each."""
+    """The figures of LIMITS that this machine has, a third of a second each. Raises DataError, ResourceError,
+    StalledError."""
     found = {"copy_gb": _copy_gb(torch.device("cpu"))}
     if device.type == "cuda":
         found["to_gpu_gb"] = _copy_gb(device)
     jpegs = stored_jpegs(loader.source)
     if jpegs is None:
         return found
-    order = loader.store.order(loader.seed, 2_000_000)[:512]
+    work = functools.partial(_limits_of_jpegs, loader, jpegs)
+    return found | watched(work, loader.stall_seconds, f"the disk under {loader.store.root} was timed")
+
+
+def _limits_of_jpegs(loader: Loader, jpegs: StoredJpegs, got_on: Callable[[], None]) -> dict[str, float]:
+    def read(ids: np.ndarray) -> None:
+        for sample in ids.tolist():
+            jpegs.read(sample)
+            got_on()
+
+    found, order = {}, loader.store.order(loader.seed, 2_000_000)[:512]
     jpegs.forget(order)
-    found["read_disk"], seen = _rate(lambda ids: [jpegs.read(sample) for sample in ids.tolist()], order)
-    found["read_cached"], _ = _rate(lambda ids: [jpegs.read(sample) for sample in ids.tolist()], seen)
+    found["read_disk"], seen = _rate(read, order)
+    found["read_cached"], _ = _rate(read, seen)
     with contextlib.suppress(OSError), contextlib.closing(RegionDecoder(1)) as decoder:
         rows = jpegs.rows(seen[:128])
-        _room, _ = fetch(decoder, rows)
+        _room, failed = fetch(decoder, rows)
+        _check(jpegs, seen[:128], rows, failed)
         for name, denominator in (("decode_whole", 1), ("decode_half", 2)):
             found[name], _ = _rate(lambda part, d=denominator: decoder.decode_whole(part, d), rows)
+            got_on()
     return found
 
 

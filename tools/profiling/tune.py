@@ -110,9 +110,11 @@ def tune(flags: Profile) -> int:
     """Search, write the file, say what was found."""
     import torch
 
+    from pipeline import native
     from pipeline.limits import usable_cores
     from pipeline.loader import decoding_threads
     from tools.profile import settings, telling
+    from tools.profiling.bottleneck import OURS, decoder_facts, pillow_note
     from tools.profiling.stages import usable_backends
     from train.data import open_store
     from train.device import resolve
@@ -139,15 +141,18 @@ def tune(flags: Profile) -> int:
         tried = candidates(default, backends, max(1, int(usable_cores())), on_gpu)
         best = search(machine, store, batch, tried, flags.tune_seconds, say)
     write_whole(path, as_yaml(best, default))
-    measured = [one for one in tried if one.rates]
+    measured, no_decoder = [one for one in tried if one.rates], native.why_not()
     if flags.json:
         rows = [{**one.settings(), "images_per_second": one.rate} for one in measured]
-        print(json.dumps({"chosen": best.settings(), "default": default.settings(), "tried": rows}))
+        found = {"chosen": best.settings(), "default": default.settings(), "tried": rows, **decoder_facts(no_decoder)}
+        print(json.dumps(found))
         return 0
     for one in sorted(measured, key=lambda one: -one.rate):
         print(f"{one.rate:8,.0f} images/s  {one.words()}{'  (by itself)' if one is default else ''}")
     if len(measured) < len(tried):
         print(f"Tried {len(measured)} of {len(tried)}: a longer --tune-seconds tries all.")
+    if no_decoder is not None and any(one.loader in OURS for one in measured):
+        print(pillow_note(no_decoder))
     if best is default:
         print(f"Nothing is more than {LEAST_GAIN:.0%} faster than what a run takes by itself; {path} says that.")
     else:
