@@ -26,12 +26,14 @@ import numpy as np
 
 from pipeline.beton import picture_offsets
 from pipeline.errors import ResourceError, StalledError
+from pipeline.handles import Handles
 from pipeline.staging import size_in_words
 from pipeline.store import BETON
 
 MIB = 1 << 20
 POLL_SECONDS = 0.2
 IMPORT_SECONDS = 120.0
+END_SECONDS = 5.0  # that a killed process is waited for: one that hangs in the kernel would not end
 
 
 def ffcv_missing() -> str | None:
@@ -123,7 +125,7 @@ def _kill(child: subprocess.Popen) -> None:
         return
     child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(5)
+        child.wait(END_SECONDS)
         return
     import psutil
 
@@ -131,7 +133,8 @@ def _kill(child: subprocess.Popen) -> None:
         with contextlib.suppress(psutil.Error):
             if not any("resource_tracker" in word for word in process.cmdline()):
                 process.kill()
-    child.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(END_SECONDS)
 
 
 # ------------------------------------------------------------------------------------------------- the child process
@@ -145,17 +148,15 @@ class _Pictures:
         self.index = np.load(folder / "index.npy")
         labels = np.load(folder / "labels.npy")
         self.labels = labels[:, 0] if labels.shape[1] else np.full(len(labels), -1)
-        self.files: dict[int, int] = {}
+        self.files = Handles()
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[tuple[np.ndarray, int, int], int]:
         row = self.index[i]
-        shard = int(row["shard"])
-        if shard not in self.files:
-            self.files[shard] = os.open(self.folder / f"shard-{shard:05d}.tar", os.O_RDONLY)
-        data = os.pread(self.files[shard], int(row["size"]), int(row["offset"]))
+        shard = self.folder / f"shard-{int(row['shard']):05d}.tar"
+        data = self.files.read(shard, int(row["size"]), int(row["offset"]))
         return (np.frombuffer(data, dtype="<u1"), int(row["height"]), int(row["width"])), int(self.labels[i])
 
 

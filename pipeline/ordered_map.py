@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import threading
@@ -28,6 +29,7 @@ QUEUED = 2
 STARTING = -1
 DEATHS_IN_A_ROW = 5  # items that each killed two processes with none between that did not: it is not the items
 START_SECONDS = 120.0  # a fresh process imports first, on a busy machine or a cold disk for long
+END_SECONDS = 5.0  # that killed processes are waited for, all of them together
 
 
 class Tasks(Protocol[T_co]):
@@ -58,9 +60,13 @@ class _Worker:
         within = list(items)[max(0, min(self.item.value, len(items) - 1))]
         return place, within, items[within]
 
-    def end(self) -> None:
+    def end(self, seconds: float = END_SECONDS) -> None:
+        """One that hangs in the kernel does not die of a kill: it is left behind after so many seconds."""
         self.process.kill()
-        self.process.join()
+        self.process.join(max(0.0, seconds))
+        if self.process.exitcode is None:
+            # At its own end this process would wait for it, without a limit.
+            vars(multiprocessing.process)["_children"].discard(self.process)
         self.pipe.close()
 
 
@@ -166,8 +172,9 @@ def ordered_map(
     finally:
         for worker in team:
             worker.process.kill()
+        ends = time.monotonic() + END_SECONDS
         for worker in team:
-            worker.end()
+            worker.end(ends - time.monotonic())
 
 
 MAYBE_MEMORY = " (out of memory?)"

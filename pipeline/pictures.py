@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipeline.decoder import clean
+from pipeline.handles import steadily
 
 # The formats that Pillow may try. Each further one is more parser code that a hostile file can reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -26,6 +27,15 @@ EXTENSIONS = frozenset(
     b" .heic .heif".split()
 )
 ORIENTATION = 0x0112
+TURNS = {  # EXIF orientation -> what makes such a picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +137,12 @@ def check_picture(data: bytes, encoding: Encoding) -> Stored:
 
 
 def read_file(path: bytes | str | Path, largest: int) -> bytes:
-    """The bytes of a regular file. Raises Rejected, without reading it, where it is none, empty or too large."""
-    try:
+    """The bytes of a regular file.
+
+    Raises Rejected, without reading it, where it is none, empty or too large; ResourceError where the machine fails.
+    """
+
+    def read() -> bytes:
         # Not blocking: a FIFO that took the place of a file since the listing must not stop us.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
@@ -137,6 +151,9 @@ def read_file(path: bytes | str | Path, largest: int) -> bytes:
                 raise Rejected("is no regular file")
             check_size(facts.st_size, largest)
             return file.read()
+
+    try:
+        return steadily(path, read)
     except OSError as error:
         raise Rejected(f"cannot be read: {error.strerror}") from None
 
@@ -166,14 +183,14 @@ def _normalise(image: Image.Image, data: bytes, encoding: Encoding) -> Stored:
     if min(image.size) < encoding.min_side:
         raise Rejected(f"is {image.width} x {image.height} pixels, under --min-side {encoding.min_side}")
     is_jpeg = image.format in ("JPEG", "MPO")
-    orientation = image.getexif().get(ORIENTATION, 1)
     image.load()
     _check_pixels(image, encoding)  # some formats tell their true size only now
+    orientation = _orientation(image)
     if is_jpeg and orientation in (0, 1) and max(image.size) <= encoding.max_side:
         plain = plain_jpeg(data)
         if plain is not None and clean(plain):
             return Stored(plain, image.height, image.width, kept=True)
-    picture = to_rgb(ImageOps.exif_transpose(image))
+    picture = to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image.copy())
     long = max(picture.size)
     if long > encoding.max_side:
         width, height = (max(1, round(side * encoding.max_side / long)) for side in picture.size)
@@ -181,6 +198,18 @@ def _normalise(image: Image.Image, data: bytes, encoding: Encoding) -> Stored:
             raise Rejected(f"is {picture.width} x {picture.height} pixels: too narrow at {encoding.max_side} pixels")
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return Stored(encode(picture, encoding), picture.height, picture.width, kept=False)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The tag of a decoded picture (Pillow turns some formats itself and drops it); 1 where its EXIF block is damaged.
+
+    That says nothing about the pixels, and other programs show such a picture as it lies.
+    """
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # whatever the parsers of Pillow raise
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _check_pixels(image: Image.Image, encoding: Encoding) -> None:

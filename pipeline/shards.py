@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -146,12 +146,18 @@ def write_file(folder: Path, name: str, data: bytes) -> dict[str, dict]:
     return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
 
 
-def describe_file(path: Path) -> dict[str, dict]:
-    """The manifest's entry for a file that something else wrote; makes sure that it is on the disk."""
+def describe_file(path: Path, heard: Callable[[], None] = lambda: None) -> dict[str, dict]:
+    """The manifest's entry for a file that something else wrote; makes sure that it is on the disk.
+
+    heard: called for every MiB.
+    """
+    state = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            state.update(block)
+            heard()
         os.fsync(file.fileno())
-        return {path.name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}}
+        return {path.name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": state.hexdigest()}}
 
 
 def write_tables(folder: Path, index: np.ndarray, labels: np.ndarray, names: Iterable[bytes]) -> dict[str, dict]:

@@ -17,6 +17,7 @@ workers had decoded for it. A line is written when its shard is on the disk, so 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import zipfile
@@ -28,12 +29,14 @@ import numpy as np
 
 from pipeline.errors import DataError, StalledError, UsageError
 from pipeline.shards import ShardWriter, describe_file, index_name
-from pipeline.sources.entries import Listing
+from pipeline.sources.entries import Listing, Tell, nobody
 from pipeline.sources.source import Source
 from pipeline.staging import sync, write_durably
 from pipeline.store import INDEX
 
 FOLDER = "unfinished"
+JOB = "job.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROWS = np.dtype([("place", "<u8"), ("row", INDEX)])
 
 
@@ -51,16 +54,19 @@ class Done:
 
 
 class Unfinished:
-    """Keeps the record; opening it in an adopted folder brings back what that record vouches for."""
+    """Keeps the record; opening it in an adopted folder brings back what that record vouches for.
 
-    def __init__(self, folder: Path, job: dict) -> None:
+    tell: told of every MiB of finished shards that is read anew, and of the pictures in those that are whole.
+    """
+
+    def __init__(self, folder: Path, job: dict, tell: Tell = nobody) -> None:
         self.folder, self.place = folder, folder / FOLDER
         self.done = Done()
         if self.place.is_dir():
-            self._restore()
+            self._restore(tell)
         else:
             self.place.mkdir()
-            write_durably(self.place / "job.json", json.dumps(job).encode())
+            write_durably(self.place / JOB, json.dumps(job).encode())
         self._shards, self._bad, self._rows = (len(each) for each in (self.done.shards, self.done.bad, self.done.rows))
 
     @property
@@ -108,18 +114,20 @@ class Unfinished:
         return listing
 
     def remove(self) -> None:
-        for path in self.place.iterdir():
+        # A kill on the way leaves what a next run can go on from: no listing whose spool is gone, the job to the end.
+        order = {"listing.npz": 0, "spool": 1, JOB: 3}
+        for path in sorted(self.place.iterdir(), key=lambda path: order.get(path.name, 2)):
             path.unlink()
         self.place.rmdir()
 
-    def _restore(self) -> None:
+    def _restore(self, tell: Tell) -> None:
         """Read the record and remove whatever it does not vouch for."""
         done, table = self.done, self.place / "rows.bin"
         rows = np.fromfile(table, ROWS, count=table.stat().st_size // ROWS.itemsize) if table.exists() else done.rows
         lines = []
         for line in _lines(self.place / "finished.jsonl"):
-            files = line["files"].items()
-            if line["rows"] > len(rows) or not all(_whole(self.folder / name, facts) for name, facts in files):
+            paths = [(self.folder / name, facts) for name, facts in line["files"].items()]
+            if line["rows"] > len(rows) or not all(_whole(path, facts, tell, len(done.rows)) for path, facts in paths):
                 break
             lines.append(line)
             done.shards += line["shards"]
@@ -138,7 +146,7 @@ class Unfinished:
 def fits(folder: Path, job: dict) -> bool:
     """Whether a folder that a killed process left is this job, half done."""
     try:
-        return json.loads((folder / FOLDER / "job.json").read_text()) == job
+        return json.loads((folder / FOLDER / JOB).read_text()) == job
     except (OSError, ValueError):
         return False
 
@@ -146,13 +154,18 @@ def fits(folder: Path, job: dict) -> bool:
 def worth_keeping(folder: Path, error: BaseException) -> bool:
     """Whether what a conversion leaves when it stops may help the next one: full shards, and nothing wrong with them.
 
-    A full disk is given back, and files that are wrong are wrong again. Items that killed their readers are forgotten
-    where so many did that something else must be wrong.
+    A full disk is given back, and files that are wrong are wrong again. A disk that fails otherwise may work again.
+    Items that killed their readers are forgotten where so many did that something else must be wrong.
     """
     if isinstance(error, StalledError):
         (folder / FOLDER / "lost.jsonl").unlink(missing_ok=True)
     full = any(not line["last"] for line in _lines(folder / FOLDER / "finished.jsonl"))
-    return full and not isinstance(error, (OSError, DataError, UsageError))
+    return full and not is_full(error) and not isinstance(error, (DataError, UsageError))
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk, a quota or a limit of file sizes is used up."""
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def _append(path: Path, data: bytes) -> None:
@@ -174,5 +187,11 @@ def _lines(path: Path) -> list[dict]:
     return lines
 
 
-def _whole(path: Path, facts: dict) -> bool:
-    return path.is_file() and path.stat().st_size == facts["bytes"] and describe_file(path)[path.name] == facts
+def _whole(path: Path, facts: dict, tell: Tell, images: int) -> bool:
+    def heard() -> None:
+        tell(str(path), images)
+
+    heard()
+    if not path.is_file() or path.stat().st_size != facts["bytes"]:
+        return False
+    return describe_file(path, heard)[path.name] == facts

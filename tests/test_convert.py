@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import importlib.util
 import io
 import itertools
 import json
+import multiprocessing.process
 import os
 import resource
 import signal
@@ -31,7 +33,7 @@ from pipeline.decoder import clean
 from pipeline.errors import DataError, StalledError
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
-from pipeline.shards import printable, unprintable
+from pipeline.shards import ShardWriter, printable, unprintable
 from pipeline.sources import folder as folder_module
 from pipeline.sources.entries import Entry
 from pipeline.sources.folder import FolderReader, scan
@@ -116,6 +118,15 @@ def test_orientation_is_baked_in_and_gone(tmp_path, kind, orientation):
     result = read_picture(path, Encoding())
     assert psnr(pixels(result.jpeg), pixels(upright)) > 35
     assert 0x0112 not in Image.open(io.BytesIO(result.jpeg)).getexif()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_broken_exif_block_is_no_fault_of_the_picture(tmp_path, kind):
+    # With a resolution of its own: else Pillow looks for one in the block, and forgets that it could not be read.
+    data = encoded(picture(1, 90, 60), kind, exif=b"Exif\0\0this is no TIFF header", dpi=(72, 72))
+    result = read_picture(write(tmp_path, data), Encoding())
+    assert psnr(pixels(result.jpeg), pixels(data)) > 35
+    assert result.kept == (kind == "JPEG")
 
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
@@ -753,6 +764,15 @@ def test_nothing_but_a_store_is_ever_replaced(tmp_path, capsys):
     assert len(left_beside(tmp_path / "in")) == 2
 
 
+def test_a_store_is_not_written_to_a_url(tmp_path, capsys):
+    make_folder(tmp_path / "in", 2)
+    for source in (tmp_path / "in", "s3://bucket/in.tar"):
+        assert fails(capsys, 2, source, "s3://bucket/store") == (
+            "error: DST s3://bucket/store is a URL, and a store is written to a disk. Give a folder, and copy it "
+            "afterwards.\n"
+        )
+
+
 @pytest.mark.parametrize(
     "words", [("--quality", 0), ("--max-side", 4), ("--max-bad", 2), ("--workers", -1), ("--shard-mb", 0)]
 )
@@ -836,6 +856,26 @@ def test_a_plan_foretells_the_size_and_writes_nothing(tmp_path, capsys):
     assert lines[0].startswith(f"{tmp_path}/in: 31 images, ")
     assert [line[:20].strip() for line in lines[2:5]] == ["sides as they are", "--max-side 500 *", "--max-side 400"]
     assert not (tmp_path / "t").exists()
+
+
+def test_a_plan_counts_for_each_choice_what_that_one_rejects(tmp_path, capsys):
+    paths = make_folder(tmp_path / "in", 3, 64)
+    (tmp_path / "in/strip.png").write_bytes(encoded(picture(9, 1000, 9), "PNG"))  # too narrow once it is shrunk
+    words = [str(tmp_path / "in"), "--plan", "--quiet"]
+    assert run(convert.main, [*words, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["sampled"], planned["bad"]) == (4, 0)
+    assert [one["bad"] for one in planned["choices"]] == [0, 1, 1]
+    assert [one["kept"] for one in planned["choices"]] == [0.75, 1.0, 1.0]
+    assert planned["choices"][0]["bytes"] > planned["choices"][1]["bytes"]
+    for path in paths:
+        path.unlink()
+    assert run(convert.main, words) == 0
+    lines = capsys.readouterr().out.splitlines()[2:5]
+    assert [line.endswith("none left") for line in lines] == [False, True, True]
+    (tmp_path / "in/strip.png").write_text("no picture")
+    assert run(convert.main, words) == 3
+    assert "none of 1 pictures looked at is readable, e.g. is no picture" in capsys.readouterr().err
 
 
 def archive_of(folder: Path, path: Path) -> Path:
@@ -1097,6 +1137,75 @@ def test_a_file_that_killed_its_readers_is_not_tried_by_the_next_run(tmp_path):
     assert Unfinished(folder, job).done.lost == {}
 
 
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        *((OSError(number, os.strerror(number)), False) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+        *((OSError(number, os.strerror(number)), True) for number in (errno.EIO, errno.EROFS, errno.ESTALE)),
+        (DataError("too many are bad"), False),
+        (KeyboardInterrupt(), True),
+    ],
+    ids=repr,
+)
+def test_finished_shards_are_given_back_for_a_full_disk_alone(tmp_path, error, kept):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/finished.jsonl").write_text('{"last": false}\n')
+    assert worth_keeping(tmp_path, error) is kept
+
+
+def test_the_record_is_removed_when_all_else_is_written(tmp_path, monkeypatch):
+    make_folder(tmp_path / "in", 3)
+    genuine, there = Unfinished.remove, []
+
+    def remove(record: Unfinished) -> None:
+        there.extend(path.name for path in record.folder.iterdir())
+        genuine(record)
+
+    monkeypatch.setattr(Unfinished, "remove", remove)
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
+    assert set(there) == left_beside(tmp_path / "s") | {"unfinished"}
+
+
+def test_a_kill_while_the_record_is_removed_leaves_one_to_go_on_from(tmp_path, monkeypatch):
+    record = Unfinished(tmp_path, {"source": "x"})
+    for name in ("finished.jsonl", "rows.bin", "spool", "lost.jsonl", "listing.npz"):
+        (record.place / name).touch()
+    genuine, order = Path.unlink, []
+
+    def unlink(path: Path, **more) -> None:
+        order.append(path.name)
+        genuine(path, **more)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    record.remove()
+    assert order[:2] == ["listing.npz", "spool"]  # a listing of what is gone would make every picture a bad one
+    assert order[-1] == "job.json"
+    assert left_beside(tmp_path) == set()
+
+
+def half_done(folder: Path, job: dict) -> None:
+    """What a run that was killed leaves: a shard of one picture, and its record."""
+    folder.mkdir()
+    record, writer = Unfinished(folder, job), ShardWriter(folder, shard_bytes=1 << 20)
+    writer.add(encoded(picture(0, 40, 30)), label=-1, height=30, width=40)
+    writer.close()
+    record.finished(writer, [0], 1, [], 1, last=False)
+
+
+def test_finished_shards_are_read_again_within_a_limit(tmp_path, monkeypatch):
+    job, told = {"source": "x"}, []
+    half_done(tmp_path / "a", job)
+    done = Unfinished(tmp_path / "a", job, lambda place, images: told.append(place)).done
+    assert done.shards == ["shard-00000.tar"]
+    assert set(told) == {str(tmp_path / "a/shard-00000.tar"), str(tmp_path / "a/shard-00000.idx")}
+    assert told.count(told[0]) >= 2  # before it is opened, and for every MiB
+    free, watch = threading.Event(), watchdog.Watchdog(1, quiet=True)
+    monkeypatch.setattr("pipeline.unfinished.describe_file", lambda path, heard: free.wait(60))
+    with pytest.raises(StalledError, match=r"while reading what is finished, at .*/a/shard-00000\.tar\."):
+        watch.do("reading what is finished", lambda: Unfinished(tmp_path / "a", job, watch.tell))
+    free.set()
+
+
 def test_names_and_files_of_every_odd_kind_end_in_the_store_or_in_the_list(tmp_path):
     root = tmp_path / "in"
     good = [b"a" * 251 + b".jpg", b"new\nline.jpg", b"\xff\xfe.jpg", b"no picture's name"]
@@ -1222,6 +1331,78 @@ def test_who_stops_waiting_stops_the_work(monkeypatch):
     assert ended.is_set()
 
 
+def test_a_disk_that_hangs_while_the_store_is_written_ends_with_code_6_and_is_left_alone(tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "in", 6)
+    free, began = threading.Event(), time.monotonic()
+
+    def stuck(*_, **__) -> int:
+        free.wait(60)
+        raise OSError("too late")
+
+    def closed(*_) -> None:
+        raise AssertionError("closing the file would wait for the disk")
+
+    monkeypatch.setattr(ShardWriter, "add", stuck)
+    monkeypatch.setattr(ShardWriter, "abandon", closed)
+    words = [tmp_path / "in", tmp_path / "s", "--backends", "dali", "--workers", "1", "--stall-timeout", "3"]
+    assert run(convert.main, [*map(str, words)]) == StalledError.code
+    assert time.monotonic() - began < 50
+    free.set()
+    (left,) = tmp_path.glob(".s.partial-*")
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: the shards finished so far are kept in {left}; the same command goes on there.",
+        f"error: nothing has moved for 3 s while writing the store, at {left}. Look at the disk or network that holds "
+        "it, or allow more with --stall-timeout.",
+    ]
+    monkeypatch.undo()
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali") == 0
+    assert left_beside(tmp_path) == {"in", "s"}
+
+
+def test_whoever_interrupts_a_write_that_hangs_leaves_it_behind(monkeypatch):
+    free, said = threading.Event(), []
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watchdog, "END_SECONDS", 0.3)
+    monkeypatch.setattr(watchdog, "wait", interrupt)
+    monkeypatch.setattr(watchdog.Watchdog, "_end_soon", lambda watch, sentence: said.append(sentence))
+    watch = watchdog.Watchdog(60, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        watch.do("listing", lambda: free.wait(60))
+    assert (watch.hung, said) == (False, [])
+    watch = watchdog.Watchdog(60, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        watch.do("writing the store", lambda: free.wait(60), writes=True)
+    assert (watch.hung, said) == (True, ["stopped while writing the store, which hangs at ."])
+    free.set()
+    watch = watchdog.Watchdog(60, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        watch.do("writing the store", lambda: None, writes=True)
+    assert (watch.hung, len(said)) == (False, 1)
+
+
+HANGS = """
+import time
+from tools.converting import watchdog
+
+watchdog.END_SECONDS = 0.5
+with watchdog.Watchdog(1, quiet=True) as watch:
+    try:
+        watch.do("writing the store", lambda: (watch.tell("/disk/s", 0), time.sleep(60)), writes=True)
+    finally:
+        time.sleep(60)  # cleaning up waits for the same disk
+"""
+
+
+def test_a_process_whose_cleaning_up_hangs_as_well_ends_all_the_same():
+    done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == StalledError.code
+    assert done.stderr.startswith("error: nothing has moved for 1 s while writing the store, at /disk/s. Look at the ")
+    assert done.stderr.count("\n") == 1
+
+
 def sleepy(item: int, common: str) -> str:
     if common == "hang" and item == 5:
         time.sleep(60)
@@ -1291,3 +1472,45 @@ def test_ordered_map_names_the_item_that_stopped_it(how, error, words):
     assert str(caught.value) == words
     # multiprocessing's own resource tracker may have come
     assert all("resource_tracker" in " ".join(one.cmdline()) for one in set(psutil.Process().children()) - before)
+
+
+def test_a_worker_that_no_kill_ends_is_left_behind(monkeypatch):
+    """As one is that hangs in the kernel."""
+    monkeypatch.setattr("pipeline.ordered_map.END_SECONDS", 0.5)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "kill", lambda process: None)
+    before = set(psutil.Process().children())
+    mapped = ordered_map(sleepy, TASKS, "hang", workers=1, stall_seconds=2, describe=str)
+    assert next(mapped) == [f"hang {i}" for i in (0, 1, 2)]
+    began = time.monotonic()
+    with pytest.raises(StalledError, match="nothing has moved for 2 s while reading 5"):
+        next(mapped)
+    assert time.monotonic() - began < 30
+    new = set(psutil.Process().children()) - before
+    (left,) = [one for one in new if "resource_tracker" not in " ".join(one.cmdline())]
+    # Nor is it waited for at the end of this process.
+    assert left.pid not in {child.pid for child in multiprocessing.active_children()}
+    left.kill()
+    left.wait(10)
+
+
+def test_a_writer_that_no_kill_ends_is_not_waited_for():
+    process = subprocess.Popen(["sleep", "60"])
+
+    class Stubborn:
+        def __init__(self) -> None:
+            self.pid, self.waited = process.pid, []
+
+        def poll(self) -> None:
+            return None
+
+        def terminate(self) -> None:
+            pass
+
+        def wait(self, timeout: float | None = None) -> int:
+            self.waited.append(timeout)
+            raise subprocess.TimeoutExpired("sleep", timeout or 0)
+
+    child = Stubborn()
+    ffcv_writer._kill(child)
+    assert child.waited == [ffcv_writer.END_SECONDS] * 2
+    assert process.wait(10) == -signal.SIGKILL

@@ -328,6 +328,33 @@ def test_mending_a_generated_store_keeps_its_mark(generated_path, tmp_path):
     mended = Store.open(store.root)
     assert mended.count == GENERATED - 1
     assert mended.generated == store.generated
+    for name in ("generator.safetensors", "sheet.png"):  # the manifest does not name them
+        assert (mended.root / name).read_bytes() == (generated_path / name).read_bytes()
+
+
+def test_a_kill_while_the_work_is_removed_leaves_what_took_longest(tmp_path, monkeypatch):
+    work, order = tmp_path / "unfinished", []
+    for folder in ("step_000000006", "drawn"):
+        (work / folder).mkdir(parents=True)
+    for name in ("job.json", "metrics.jsonl", "status.json"):
+        (work / name).touch()
+    rmtree, unlink = shutil.rmtree, Path.unlink
+
+    def tree_removed(path: Path) -> None:
+        order.append(path.name)
+        rmtree(path)
+
+    def file_removed(path: Path) -> None:
+        order.append(path.name)
+        unlink(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inflation.shutil, "rmtree", tree_removed)
+        patched.setattr(Path, "unlink", file_removed)
+        inflation._remove(work)
+    assert (order[0], order[-2:]) == ("drawn", ["metrics.jsonl", "job.json"])
+    assert len(order) == 5
+    assert not work.exists()
 
 
 # ------------------------------------------------------------------------------------------------- both together

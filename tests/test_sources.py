@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -21,16 +22,17 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError, ResourceError, UsageError
-from pipeline.pictures import Encoding, Rejected
+from pipeline.pictures import Encoding, Rejected, Stored
 from pipeline.shards import printable
-from pipeline.sources.archives import ArchiveSource, Spool, Volume, find_volumes, plain_label
+from pipeline.sources.archives import ArchiveReader, ArchiveSource, Spool, Volume, find_volumes, plain_label
 from pipeline.sources.entries import Entries, Listing
 from pipeline.sources.imagenet import DEVKIT
 from pipeline.sources.source import Choice, Source, open_source, try_entry
-from pipeline.sources.tables import Columns
+from pipeline.sources.tables import Columns, ParquetSource, Row
 from pipeline.store import Store
 from pipeline.unfinished import Unfinished
 from tests.images import encoded, make_folder, picture
+from tests.test_handles import open_below
 from tools import convert
 from train.command import run
 
@@ -316,6 +318,62 @@ def test_what_a_cut_archive_still_holds_is_used_and_the_cut_is_listed(tmp_path, 
     assert [path for path, _ in listing.unreadable] == [b"a.tar"]
 
 
+MEMBER = 512 + 5120  # bytes in an archive of the 5,000 that each of these holds
+
+
+def four_members(tmp_path: Path) -> tuple[bytearray, dict[bytes, tuple[bytes, list[str]]]]:
+    """An archive, and what is in it."""
+    noise = [np.random.default_rng(i).bytes(5000) for i in range(4)]
+    path = write_tar(tmp_path / "whole.tar", [member(f"a/{i}.jpg", data) for i, data in enumerate(noise)])
+    return bytearray(path.read_bytes()), {b"a/%d.jpg" % i: (data, ["a"]) for i, data in enumerate(noise)}
+
+
+def write_as(path: Path, data: bytes, mode: str) -> Path:
+    path.write_bytes(data if mode == "w" else gzip.compress(data, 1))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize(
+    ("damage", "words"), [("a flipped bit", "bad checksum"), ("a cut", "truncated header"), ("text", "bad checksum")]
+)
+def test_a_damaged_header_lists_the_archive_and_what_comes_before_it_is_used(tmp_path, mode, damage, words):
+    """`tarfile` itself takes such a header for the end, without a word."""
+    data, expected = four_members(tmp_path)
+    if damage == "a cut":
+        del data[2 * MEMBER + 100 :]
+    elif damage == "text":
+        data[2 * MEMBER : 2 * MEMBER + 512] = b"-" * 148 + b"0000000\0" + b"-" * 356
+    else:
+        data[2 * MEMBER] ^= 1
+    found, listing = content(opened(write_as(tmp_path / "a.tar", data, mode)), tmp_path / "spool")
+    assert found == {name: expected[name] for name in (b"a/0.jpg", b"a/1.jpg")}
+    assert listing.unreadable == [(b"a.tar", f"cannot be read: {words} at byte 11,264, and what follows is lost")]
+    assert listing.skipped == {}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_size_below_nothing_does_not_lead_back(tmp_path, mode):
+    data, expected = four_members(tmp_path)
+    back = tarfile.TarInfo("a/back.jpg")
+    back.size = -1024
+    data[MEMBER : MEMBER + 512] = back.tobuf(tarfile.GNU_FORMAT)
+    found, listing = content(opened(write_as(tmp_path / "a.tar", data, mode)), tmp_path / "spool")
+    assert found == {b"a/0.jpg": expected[b"a/0.jpg"]}
+    ((_, why),) = listing.unreadable
+    assert "it has a file of -1,024 bytes" in why or "invalid offset" in why  # what a newer tarfile says
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_without_an_end_mark_is_read_and_counted(tmp_path, mode):
+    """As streamed ones often are; a cut between two files cannot be told from it."""
+    data, expected = four_members(tmp_path)
+    found, listing = content(opened(write_as(tmp_path / "a.tar", data[: 4 * MEMBER], mode)), tmp_path / "spool")
+    assert found == expected
+    assert listing.unreadable == []
+    assert listing.skipped == {"archives without an end mark (cut off?)": 1}
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(tmp_path, mode, kind):
@@ -355,10 +413,15 @@ def test_a_full_disk_while_copying_a_stream_is_an_error_of_the_disk_not_of_the_a
     source = ArchiveSource(str(path), find_volumes(str(path)), webdataset=False, largest=LARGEST)
     with pytest.raises(ResourceError, match="no space left"):
         source.listing(Path("/dev/full"))
-    archives = sys.modules["pipeline.sources.archives"]
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    leave(monkeypatch, 10)
     with pytest.raises(ResourceError, match=r"has 0\.0 MB free, the pictures of .* need about"):
         source.listing(tmp_path / "spool")
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Let every disk have so many bytes free."""
+    archives = sys.modules["pipeline.sources.archives"]
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
 
 
 def test_an_archive_behind_a_url_is_whole_or_an_error(tmp_path):
@@ -456,6 +519,35 @@ def test_several_archives_are_one_data_set_and_their_names_are_classes_where_the
         assert listing.labels.columns == ({"class": ["dog"]} if deep else {})
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_reader_holds_few_of_many_archives_open(tmp_path, kind):
+    root = tmp_path / "many"
+    root.mkdir()
+    jpegs = [encoded(picture(i, 24, 24)) for i in range(6)]
+    for i, jpeg in enumerate(jpegs):
+        if kind == "tar":
+            write_tar(root / f"part-{i}.tar", [member("dog/1.jpg", jpeg)])
+        else:
+            write_zip(root / f"part-{i}.zip", {"dog/1.jpg": jpeg})
+    source = opened(root)
+    listing, reader = source.listing(tmp_path / "spool"), source.reader(tmp_path / "spool")
+    assert isinstance(reader, ArchiveReader)
+    reader._files.limit = 3
+    for _ in range(2):
+        assert {reader.read(entry, LARGEST) for entry in listing.files} == set(jpegs)
+        assert len(open_below(root)) == 3
+    reader._files.close()
+
+
+def test_class_names_are_escaped_once(tmp_path):
+    for i, name in enumerate((b"a\\b", b"\xff")):
+        folder = tmp_path / "in" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(encoded(picture(i, 24, 24)))
+    for source in (tmp_path / "in", tarred(tmp_path / "in", tmp_path / "a.tar")):
+        assert opened(source).listing(tmp_path / "spool").labels.columns == {"class": ["a\\\\b", "\\xff"]}
+
+
 def test_webdataset_shards_have_their_labels_from_cls_or_json(tmp_path):
     jpegs = [encoded(picture(i, 24, 24)) for i in range(6)]
     write_tar(
@@ -530,6 +622,34 @@ def test_imagenets_training_archive_is_read_through_its_class_archives(tmp_path)
         found, listing = content(opened(path), tmp_path / "spool")
         assert found == expected
         assert listing.labels.columns == {"class": ["n01", "n02", "n03"]}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("damage", ["header", "cut", "nothing of a tar archive"])
+def test_a_damaged_class_archive_is_a_bad_file_and_the_others_are_read(tmp_path, mode, damage):
+    jpegs = {f"n0{c}": [encoded(picture(10 * c + i, 24, 24)) for i in range(2)] for c in (1, 2, 3)}
+    outer, second = [], 512 + -(-len(jpegs["n02"][0]) // 512) * 512
+    for wnid, pictures in jpegs.items():
+        path = write_tar(tmp_path / "inner.tar", [member(f"{wnid}_{i}.JPEG", one) for i, one in enumerate(pictures)])
+        inner = bytearray(path.read_bytes())
+        if wnid == "n02" and damage == "header":
+            inner[second] ^= 1
+        elif wnid == "n02" and damage == "cut":
+            del inner[second + 512 + 100 :]
+        elif wnid == "n02":
+            inner = bytearray(b"hello" * 400)
+        outer.append(member(f"{wnid}.tar", bytes(inner)))
+    path = write_tar(tmp_path / "train.tar", outer, mode)
+    words = [str(path), str(tmp_path / "s"), "--backends", "dali", "--workers", "1", "--quiet"]
+    assert run(convert.main, words) == 0
+    kept = {"n01": 2, "n02": 0 if damage == "nothing of a tar archive" else 1, "n03": 2}
+    assert set((tmp_path / "s/names.txt").read_text().split()) == {
+        f"{wnid}/{wnid}_{i}.JPEG" for wnid, count in kept.items() for i in range(count)
+    }
+    (row,) = map(json.loads, (tmp_path / "s/bad_files.jsonl").read_text().splitlines())
+    assert row["path"] == "n02.tar"
+    reasons = {"header": f"bad checksum at byte {second:,}", "cut": "unexpected end of data"}
+    assert row["reason"].startswith("cannot be read: " + reasons.get(damage, ""))
 
 
 def write_devkit(path: Path, leaves: dict[int, str], truth: list[int]) -> Path:
@@ -685,6 +805,64 @@ def test_parquet_columns_are_found_or_asked_for(tmp_path):
         opened(path).listing(tmp_path / "spool")
 
 
+def test_parquet_files_of_one_name_are_told_apart(tmp_path):
+    jpegs = [encoded(picture(i, 24, 24)) for i in range(4)]
+    for at, folder in enumerate(("cats", "dogs")):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        write_parquet(tmp_path / "in" / folder / "0000.parquet", {"image": jpegs[2 * at : 2 * at + 2]})
+    found, _ = content(opened(tmp_path / "in", kind="parquet"), tmp_path / "spool")
+    assert {name: data for name, (data, _) in found.items()} == {
+        b"00000-0000.parquet/000000000": jpegs[0], b"00000-0000.parquet/000000001": jpegs[1],
+        b"00001-0000.parquet/000000000": jpegs[2], b"00001-0000.parquet/000000001": jpegs[3],
+    }  # fmt: skip
+
+
+class Repeated(ParquetSource):
+    def rows(self) -> Iterator[Row]:
+        return iter([Row(b"a", b"one", None), Row(b"b", b"two", None), Row(b"a", b"three", None)])
+
+    def class_names(self) -> None:
+        return None
+
+
+def test_rows_that_would_replace_one_another_are_an_error(tmp_path):
+    source = Repeated("in", [Volume("in.parquet", 11, "")], Columns(), largest=LARGEST)
+    with pytest.raises(DataError, match="in has 1 rows that go by the name of another one"):
+        source.listing(tmp_path / "spool")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "pattern", "files"),
+    [
+        (
+            ("data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet"),
+            "test, train",
+            "data/test*.parquet",
+            1,
+        ),
+        (("train/0.parquet", "train/1.parquet", "validation/0.parquet"), "train, validation", "train/*.parquet", 2),
+        (("Train.parquet", "dev_0.parquet"), "train, validation", "Train*.parquet", 1),
+    ],
+)
+def test_parquet_files_of_several_splits_are_refused_with_a_pattern_for_one(tmp_path, names, splits, pattern, files):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, kind="parquet")
+    assert str(caught.value) == f"{tmp_path} holds several splits ({splits}). Name one, e.g. {tmp_path / pattern}."
+    source = opened(tmp_path / pattern, kind="parquet")
+    assert isinstance(source, ParquetSource)
+    assert len(source.volumes) == files
+
+
+@pytest.mark.parametrize("names", [("train-0", "training-1"), ("trains", "test"), ("a", "train")])
+def test_names_that_are_not_of_two_splits_are_one_data_set(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1")
+    assert opened(tmp_path).kind == "parquet"
+
+
 @pytest.mark.parametrize("package", ["pyarrow", "datasets", "fsspec"])
 def test_a_missing_package_is_named_with_code_5(tmp_path, monkeypatch, capsys, package):
     (tmp_path / "in.parquet").write_bytes(b"PAR1" + bytes(20) + b"PAR1")
@@ -717,6 +895,105 @@ def test_a_hugging_face_data_set_on_disk(tmp_path):
     with pytest.raises(DataError, match=r"holds several splits \(train, test\). Name one, e.g. .*/two/train"):
         opened(tmp_path / "two").listing(tmp_path / "spool")
     assert len(content(opened(tmp_path / "two/test"), tmp_path / "spool")[0]) == 5
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_a_table_whose_pictures_have_no_room_is_refused_before_any_is_copied(tmp_path, monkeypatch, kind):
+    jpegs = [np.random.default_rng(i).bytes(9000) for i in range(4)]
+    if kind == "parquet":
+        write_parquet(tmp_path / "a.parquet", {"image": jpegs})
+    else:
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_dict({"image": jpegs}).save_to_disk(tmp_path / "a")
+    source = opened(next(tmp_path.iterdir()))
+    assert source.kind == kind
+    leave(monkeypatch, 36_000)
+    with pytest.raises(ResourceError, match=r"has 0\.0 MB free, the pictures of .* need about 0\.0 MB there"):
+        source.listing(tmp_path / "spool")
+    assert not (tmp_path / "spool").exists()
+    leave(monkeypatch, 50_000)
+    assert len(source.listing(tmp_path / "spool").files) == 4
+
+
+# --------------------------------------------------------------------------------------- what is no fault of the source
+
+
+MACHINE = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE]
+
+
+def fail_to_open(monkeypatch: pytest.MonkeyPatch, below: Path, number: int, times: int) -> list[bytes]:
+    """Let os.open fail so often for files in a folder, or for one file. Returns what was asked for."""
+    genuine, asked = os.open, []
+
+    def fails(path, *rest, **more):
+        if os.fsencode(path).startswith(os.fsencode(below)):
+            asked.append(os.fsencode(path))
+            if len(asked) <= times:
+                raise OSError(number, os.strerror(number))
+        return genuine(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", fails)
+    return asked
+
+
+@pytest.mark.parametrize("number", MACHINE)
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_an_error_of_the_machine_is_no_verdict_on_a_picture(folder, tmp_path, monkeypatch, kind, number):
+    path = folder
+    if kind != "folder":
+        path = zipped(folder, tmp_path / "a.zip") if kind == "zip" else tarred(folder, tmp_path / "a.tar")
+    source = opened(path)
+    entry, reader = source.listing(tmp_path / "spool").files[0], source.reader(tmp_path / "spool")
+    with monkeypatch.context() as patched:
+        asked = fail_to_open(patched, path, number, 2)
+        with pytest.raises(ResourceError, match=str(path)):
+            try_entry(entry, (reader, Encoding()))
+        again = number in (errno.EIO, errno.ESTALE)
+        assert len(asked) == 1 + again
+    with monkeypatch.context() as patched:
+        fail_to_open(patched, path, number, 1)
+        if again:
+            assert isinstance(try_entry(entry, (reader, Encoding())), Stored)
+
+
+@pytest.mark.parametrize("number", MACHINE)
+def test_an_error_of_the_machine_is_no_verdict_on_a_folder(folder, monkeypatch, number):
+    def fails(path):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", fails)
+        with pytest.raises(ResourceError):
+            opened(folder, kind="folder").digest()
+    with monkeypatch.context() as patched:
+        fail_to_open(patched, folder / "class-1/no-extension", number, 2)
+        with pytest.raises(ResourceError, match="no-extension"):
+            opened(folder, kind="folder").digest()
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_a_disk_that_fails_while_an_archive_is_listed_is_asked_again_and_then_an_error(
+    folder, tmp_path, monkeypatch, kind
+):
+    path = tmp_path / f"a.{kind}"
+    _ = zipped(folder, path) if kind == "zip" else tarred(folder, path, TAR_MODES[kind])
+    expected = list(opened(path).listing(tmp_path / "spool").files)
+    data, failures = path.read_bytes(), [1]
+
+    class Shaky(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 5000 and failures[0]:
+                failures[0] -= 1
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    monkeypatch.setattr(Volume, "_open", lambda volume: Shaky(data))
+    source = ArchiveSource(str(path), find_volumes(str(path)), webdataset=False, largest=LARGEST)
+    assert list(source.listing(tmp_path / "spool").files) == expected
+    assert failures == [0]
+    failures[0] = 2
+    with pytest.raises(ResourceError, match="Input/output error"):
+        source.listing(tmp_path / "spool")
 
 
 # --------------------------------------------------------------------------------------------- where a listing stands

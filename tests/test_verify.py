@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 
 from pipeline import ffcv_writer
 from pipeline.decoder import checksum
+from pipeline.errors import ResourceError
 from pipeline.shards import ShardWriter, write_manifest, write_tables
 from pipeline.store import Store
 from tests.images import encoded, make_folder, picture, pixels
@@ -131,6 +133,68 @@ def test_flipped_bits_are_named_and_fix_leaves_the_others_as_they_were(store, tm
     assert {row["path"] for row in rows} == {"class-1/text.jpg", names[3], names[11]}
     assert daae_verify(store) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_picture_that_is_another_one_by_the_time_it_is_copied_stops_the_mending(store, tmp_path, capsys, monkeypatch):
+    """The workers have read it well: a disk or a memory that fails now must not get a checksum of its own."""
+    opened = Store.open(store)
+    row = opened.index[3]
+    flip(opened.shards[row["shard"]], int(row["offset"]) + int(row["size"]) // 2)
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    genuine = verification.SampleReader.read
+
+    def failing(reader: verification.SampleReader, sample: int) -> bytes:
+        data = bytearray(genuine(reader, sample))
+        data[len(data) // 2] ^= sample == 7
+        return bytes(data)
+
+    monkeypatch.setattr(verification.SampleReader, "read", failing)
+    assert daae_verify(store, "--fix") == 3
+    assert capsys.readouterr().err == (
+        f"error: sample 7 of {store} was good a moment ago and is not any more. Nothing was changed; look at the disk "
+        "and the memory of this machine.\n"
+    )
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_the_manifest_does_not_name_is_carried_over(store):
+    (store / "generator.safetensors").write_bytes(b"weights")
+    (store / "notes").mkdir()
+    (store / "notes/why.txt").write_text("because")
+    (store / "link").symlink_to("nowhere")
+    statistics = (store / "stats.json").read_bytes()
+    opened = Store.open(store)
+    row = opened.index[3]
+    flip(opened.shards[row["shard"]], int(row["offset"]) + int(row["size"]) // 2)
+    assert daae_verify(store, "--fix") == 0
+    assert Store.open(store).count == 15
+    assert (store / "generator.safetensors").read_bytes() == b"weights"
+    assert (store / "notes/why.txt").read_text() == "because"
+    assert os.readlink(store / "link") == "nowhere"
+    assert (store / "stats.json").read_bytes() == statistics
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE])
+def test_an_error_of_the_machine_is_no_verdict_on_a_picture(store, monkeypatch, number):
+    """`--fix` would drop it."""
+    checker = verification.Checker(store, Store.open(store).manifest)
+    assert checker.problem(0) is None
+
+    def fails(*_) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(ResourceError, match=r"shard-0000\d\.tar"):
+        checker.problem(1)
+
+
+def test_a_store_whose_path_says_format_is_looked_at_as_any_other(converted, tmp_path, capsys):
+    store = tmp_path / "format 1"
+    shutil.copytree(converted, store)
+    (store / "bad_files.jsonl").unlink()
+    assert daae_verify(store, "--quick", "--json") == 3
+    assert json.loads(capsys.readouterr().out)["files"] == [{"file": "bad_files.jsonl", "problem": "is missing"}]
 
 
 def test_what_lies_beside_the_pictures_is_written_again_to_the_byte(store, converted, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -51,7 +52,14 @@ def _check_flags(flags: Convert) -> None:
             raise UsageError(f"--{name} is from {low:g} to {high:g}, not {value:g}.")
     if flags.workers == 0:
         raise UsageError("--workers is from 1 to 4096, not 0.")
-    if flags.dst is None or "://" in flags.src:
+    if flags.dst is None:
+        return
+    if re.match(r"\w[\w+.:-]*:/", str(flags.dst)):  # Path has made one slash of two
+        url = str(flags.dst).replace(":/", "://", 1)
+        raise UsageError(
+            f"DST {url} is a URL, and a store is written to a disk. Give a folder, and copy it afterwards."
+        )
+    if "://" in flags.src:
         return
     src, dst = Path(flags.src).resolve(), flags.dst.resolve()
     if src == dst or src in dst.parents or dst in src.parents:

@@ -21,16 +21,18 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tarfile import HeaderError, ReadError, TarFile
 from typing import IO, Any, BinaryIO, Protocol, Self, cast
 
 from pipeline.errors import DaaeError, DataError, ResourceError
+from pipeline.handles import Handles, check_machine, steadily
 from pipeline.pictures import Rejected, check_size, has_picture_extension, sniff
 from pipeline.sources.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.sources.folder import LABELS, find_labels
-from pipeline.sources.zips import ENCRYPTED, ZipDirectory
+from pipeline.sources.zips import ENCRYPTED, ZipDirectory, open_member, read_record
 from pipeline.staging import disk_error, size_in_words
 
 HEAD = 512
@@ -70,20 +72,26 @@ class Volume:
         return re.sub(r"\.(tar|tgz|tbz2|txz|zip|parquet)(\.\w+)?$", "", self.name)
 
     def open(self) -> BinaryIO:
-        """Raises DataError."""
+        """Raises DataError, ResourceError."""
         try:
-            if self.remote:
-                system, path = file_system(self.path)
-                return system.open(path, "rb")
-            return open(self.path, "rb")
+            return steadily(self.path, self._open)
         except DaaeError:
             raise
         except Exception as error:  # each protocol has errors of its own
             raise DataError(f"{self.path} {_words(error)}.") from None
 
+    def _open(self) -> BinaryIO:
+        if self.remote:
+            system, path = file_system(self.path)
+            return system.open(path, "rb")
+        return open(self.path, "rb")
+
     def head(self) -> bytes:
-        with self.open() as file:
-            return file.read(HEAD)
+        def read() -> bytes:
+            with self.open() as file:
+                return file.read(HEAD)
+
+        return steadily(self.path, read)
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -125,7 +133,7 @@ def find_volumes(name: str, tell: Tell = nobody) -> list[Volume]:
         for each in paths:
             tell(each, 0)
             try:
-                fact = os.stat(each)
+                fact = steadily(each, partial(os.stat, each))
             except OSError as error:
                 missing = isinstance(error, FileNotFoundError)
                 raise DataError(f"{each} {'does not exist' if missing else 'cannot be read'}.") from None
@@ -135,6 +143,13 @@ def find_volumes(name: str, tell: Tell = nobody) -> list[Volume]:
     if not volumes:
         raise DataError(f"{name} names no file.")
     return volumes
+
+
+def told_apart(names: list[str]) -> list[bytes]:
+    """Names of volumes as folders, with numbers before them where two are alike."""
+    folders = [os.fsencode(name) for name in names]
+    unique = len(set(folders)) == len(folders)
+    return folders if unique else [b"%05d-%s" % (place, folder) for place, folder in enumerate(folders)]
 
 
 def volumes_digest(kind: str, volumes: list[Volume]) -> str:
@@ -165,31 +180,27 @@ class ArchiveReader:
 
     def __init__(self, volumes: list[tuple[str, str]]) -> None:
         self.volumes = volumes  # (zip or tar, path); an entry's volume is a place here
-        self._open: dict[int, Any] = {}
+        self._files = Handles()
 
     def read(self, entry: Entry, largest: int) -> bytes:
-        """Raises Rejected."""
+        """Raises Rejected; ResourceError where the machine fails and not the archive."""
         check_size(entry.size, largest)
         kind, path = self.volumes[entry.volume]
         try:
             if kind == "zip":
-                return self._from_zip(entry, path)
-            if entry.volume not in self._open:
-                self._open[entry.volume] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            data = os.pread(self._open[entry.volume], entry.size, entry.at)
+                return self._files.using(path, partial(_from_zip, entry))
+            data = self._files.read(path, entry.size, entry.at)
         except DAMAGED as error:
             raise Rejected(_words(error)) from None
         if len(data) < entry.size:
             raise Rejected(f"is cut off: the archive ends {entry.size - len(data):,} bytes before it does")
         return data
 
-    def _from_zip(self, entry: Entry, path: str) -> bytes:
-        if entry.volume not in self._open:
-            self._open[entry.volume] = ZipDirectory(open(path, "rb"))  # noqa: SIM115 (as long as the process)
-        directory = self._open[entry.volume]
-        # What it inflates to is bounded by the size that the directory claims, which check_size has seen.
-        with directory.open(directory.record(entry.at)) as file:
-            return file.read(entry.size)
+
+def _from_zip(entry: Entry, handle: int) -> bytes:
+    # What it inflates to is bounded by the size that the directory claims, which check_size has seen.
+    with open(handle, "rb", closefd=False) as file, open_member(file, read_record(file, entry.at)) as member:
+        return member.read(entry.size)
 
 
 # -------------------------------------------------------------------------------------------------------------- list
@@ -197,6 +208,16 @@ class ArchiveReader:
 
 class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
+
+
+def check_room(spool: Path, name: str, copied: int) -> None:
+    """Raises ResourceError where the disk of the spool has no room for so many bytes of the source `name`."""
+    free = shutil.disk_usage(spool.parent).free
+    if copied > free:
+        raise ResourceError(
+            f"{spool.parent} has {size_in_words(free)} free, the pictures of {name} need about "
+            f"{size_in_words(copied)} there while they are converted. Free some, or choose another disk."
+        )
 
 
 class Spool:
@@ -270,40 +291,59 @@ def inside(path: bytes, skipped: dict[str, int]) -> bytes | None:
     return path
 
 
-def tar_members(
-    archive: tarfile.TarFile, skipped: dict[str, int], *, streamed: bool, nested: bool = True
-) -> Iterator[Member]:
-    """Members in order, and those of tar archives among them, one level deep, as if each were a folder.
+def each_in_tar(
+    archive: _Tar,
+    listing: Listing,
+    prefix: bytes,
+    take: Callable[[Member], None],
+    *,
+    streamed: bool,
+    nested: bool = True,
+) -> None:
+    """Give `take` the files in order, and those of tar archives among them, one level deep, as if each were a folder.
 
-    Links, devices and names that lead out are counted in `skipped` and never followed. Raises one of DAMAGED.
+    Links, devices and names that lead out are counted in the listing and never followed. An archive inside that is
+    damaged is listed as unreadable, under `prefix`, and what comes behind it is read. Raises one of DAMAGED.
     """
     while (info := archive.next()) is not None:
         vars(archive)["members"].clear()  # it would keep all of them
         if info.isdir():
             continue
         if not info.isreg() or info.issparse():
-            skipped["links" if info.issym() or info.islnk() else "not regular files"] += 1
+            listing.skipped["links" if info.issym() or info.islnk() else "not regular files"] += 1
             continue
-        path = inside(info.name.encode("utf-8", "surrogateescape"), skipped)
+        path = inside(info.name.encode("utf-8", "surrogateescape"), listing.skipped)
         if path is None:
             continue
         if nested and path.lower().endswith(b".tar"):
             try:
                 with _content(archive, info) as file, _open_tar(file, "r|" if streamed else "r:") as inner:
-                    for member in tar_members(inner, skipped, streamed=streamed, nested=False):
-                        # Offsets of the inner archive count from its own beginning.
-                        whole = posixpath.join(path[:-4], member.path)
-                        yield Member(whole, member.size, info.offset_data + member.at, member.stamp, member.open)
-            except tarfile.TarError:
-                skipped["damaged archives inside"] += 1
+                    shifted = partial(_take_shifted, take, path[:-4], info)
+                    each_in_tar(inner, listing, prefix, shifted, streamed=streamed, nested=False)
+            except (tarfile.TarError, EOFError) as error:
+                listing.unreadable.append((posixpath.join(prefix, path), _words(error)))
             continue
-        yield Member(path, info.size, info.offset_data, int(info.mtime * 1e9), partial(_content, archive, info))
+        take(Member(path, info.size, info.offset_data, int(info.mtime * 1e9), partial(_content, archive, info)))
+    if archive.open_end:
+        listing.skipped["archives without an end mark (cut off?)"] += 1
 
 
-def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+def _take_shifted(take: Callable[[Member], None], folder: bytes, outer: tarfile.TarInfo, member: Member) -> None:
+    """Take a member of an archive inside: offsets count from the beginning of that one."""
+    if member.at + member.size > outer.size:  # what lies behind is another's
+        raise ReadError("unexpected end of data")
+    take(replace(member, path=posixpath.join(folder, member.path), at=outer.offset_data + member.at))
+
+
+def _content(archive: TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = archive.extractfile(info)
     assert file is not None  # it is a regular file
     return file
+
+
+# The types that pyright knows lack both: the empty block that ends an archive, and the end of the file where a header
+# should be.
+_END, _NOTHING = (vars(tarfile)[name] for name in ("EOFHeaderError", "EmptyHeaderError"))
 
 
 class _Header(tarfile.TarInfo):
@@ -312,13 +352,38 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
-        if header.type in EXTENDED and header.size > LARGEST_HEADER:
-            raise tarfile.HeaderError(f"it has a header of {header.size:,} bytes")
+        if header.type in EXTENDED and not 0 <= header.size <= LARGEST_HEADER:
+            raise HeaderError(f"it has a header of {header.size:,} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile: TarFile) -> Self:
+        """Raises ReadError where a header is damaged or cut off: `next()` would take that for the end."""
+        try:
+            header = super().fromtarfile(tarfile)
+        except _END:
+            raise
+        except _NOTHING:
+            # What was streamed or never closed lacks the blocks that end an archive, and tar itself takes it as it is.
+            # One that was cut off just between two members looks the same: so it is counted, and not a bad file.
+            vars(tarfile)["open_end"] = True
+            raise
+        except HeaderError as error:
+            if tarfile.offset == 0 or type(error) is HeaderError:
+                raise
+            raise ReadError(f"{error} at byte {tarfile.offset:,}, and what follows is lost") from None
+        if header.size < 0:  # the next one would be one that was read already, for ever
+            raise ReadError(f"it has a file of {header.size:,} bytes")
         return header
 
 
-def _open_tar(file: IO[bytes], mode: Any) -> tarfile.TarFile:
-    return tarfile.open(fileobj=file, mode=mode, encoding="utf-8", errors="surrogateescape", tarinfo=_Header)
+class _Tar(TarFile):
+    tarinfo = _Header
+    open_end = False
+
+
+def _open_tar(file: IO[bytes], mode: Any) -> _Tar:
+    return _Tar.open(fileobj=file, mode=mode, encoding="utf-8", errors="surrogateescape")
 
 
 def zip_members(directory: ZipDirectory, skipped: dict[str, int]) -> Iterator[Member]:
@@ -334,7 +399,7 @@ def zip_members(directory: ZipDirectory, skipped: dict[str, int]) -> Iterator[Me
             continue
         path = inside(record.name, skipped)
         if path is not None:
-            yield Member(path, record.size, record.at, 0, partial(directory.open, record))
+            yield Member(path, record.size, record.at, 0, partial(open_member, directory.file, record))
 
 
 class ArchiveSource:
@@ -378,7 +443,7 @@ class ArchiveSource:
         the network as likely, and then half of it would be missing.
         """
         listing = Listing()
-        self._check_room(spool)
+        check_room(spool, self.name, sum(each.size for place, each in enumerate(self.volumes) if self._streamed(place)))
         with Spool(spool, self.largest) as pile:
             reader = _Lister(listing, pile, self.webdataset, len(self.volumes))
             for place, (volume, prefix) in enumerate(zip(self.volumes, self._prefixes(), strict=True)):
@@ -388,13 +453,14 @@ class ArchiveSource:
                     raise
                 # Each protocol has errors of its own.
                 except Exception as error:
+                    check_machine(volume.path, error)
                     if volume.remote:
                         raise DataError(f"{volume.path} {_words(error)}.") from None
                     if not isinstance(error, DAMAGED):
                         raise
                     listing.unreadable.append((os.fsencode(volume.name), _words(error)))
                 reader.flush()
-        if len(listing.unreadable) == len(self.volumes) and not len(listing.files):
+        if len(listing.unreadable) >= len(self.volumes) and not len(listing.files):
             raise DataError(f"{self.name} {listing.unreadable[0][1]}.")
         replaced = listing.files.shuffle()
         if replaced:
@@ -402,31 +468,18 @@ class ArchiveSource:
         listing.labels = reader.labels() if self.webdataset else self._labels(listing, reader)
         return listing
 
-    def _check_room(self, spool: Path) -> None:
-        copied = sum(each.size for place, each in enumerate(self.volumes) if self._streamed(place))
-        free = shutil.disk_usage(spool.parent).free
-        if copied > free:
-            raise ResourceError(
-                f"{spool.parent} has {size_in_words(free)} free, the pictures of {self.name} need about "
-                f"{size_in_words(copied)} there while they are converted. Free some, or choose another disk."
-            )
-
     def _streamed(self, place: int) -> bool:
         return self.volumes[place].remote or self._kinds[place] == "compressed tar"
 
     def _prefixes(self) -> list[bytes]:
         """The folders that the archives stand for; a single one is the whole source."""
-        stems = [os.fsencode(volume.stem) for volume in self.volumes]
-        if len(stems) == 1:
-            return [b""]
-        unique = len(set(stems)) == len(stems)
-        return stems if unique else [b"%05d-%s" % (place, stem) for place, stem in enumerate(stems)]
+        return told_apart([volume.stem for volume in self.volumes]) if len(self.volumes) > 1 else [b""]
 
     def _walk(self, reader: _Lister, place: int, volume: Volume, prefix: bytes) -> None:
         kind = self._kinds[place]
         streamed = self._streamed(place)
-        with volume.open() as plain:
-            file = cast(IO[bytes], _Heard(plain, lambda: self.tell(volume.path, len(reader.listing.files))))
+        with _Heard(volume, lambda: self.tell(volume.path, len(reader.listing.files))) as heard:
+            file = cast(IO[bytes], heard)
             if kind == "zip":
                 for member in zip_members(ZipDirectory(file), reader.listing.skipped):
                     try:
@@ -438,8 +491,8 @@ class ArchiveSource:
                 return
             # A stream is read in order only; the other mode may also go back, for the first bytes of a file.
             with _open_tar(file, "r|*" if streamed else "r:") as archive:
-                for member in tar_members(archive, reader.listing.skipped, streamed=streamed):
-                    reader.take(member, prefix, None if streamed else place)
+                take = partial(reader.take, prefix=prefix, volume=None if streamed else place)
+                each_in_tar(archive, reader.listing, prefix, take, streamed=streamed)
 
     def _labels(self, listing: Listing, reader: _Lister) -> Labels:
         depth = 0
@@ -527,14 +580,34 @@ def _words(error: Exception) -> str:
 
 
 class _Heard:
-    """A file that tells of every read: a stream that flows differs from one that has stopped."""
+    """An open volume that tells of every read: a stream that flows differs from one that has stopped."""
 
-    def __init__(self, file: BinaryIO, heard: Callable[[], None]) -> None:
-        self.file, self.heard = file, heard
+    def __init__(self, volume: Volume, heard: Callable[[], None]) -> None:
+        self.volume, self.heard, self.file = volume, heard, volume.open()
 
     def read(self, size: int = -1) -> bytes:
+        """Raises ResourceError where the disk fails twice; behind a URL whatever the protocol does."""
         self.heard()
-        return self.file.read(size)
+        if self.volume.remote:  # it tries again by itself
+            return self.file.read(size)
+        at = self.file.tell()
+
+        def read() -> bytes:
+            try:
+                return self.file.read(size)
+            except OSError:
+                self.file.close()
+                self.file = self.volume.open()
+                self.file.seek(at)
+                raise
+
+        return steadily(self.volume.path, read)
+
+    def __enter__(self) -> _Heard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
@@ -583,7 +656,7 @@ def looks_like_webdataset(volume: Volume) -> bool:
     """Whether the first files of a tar archive are pictures, each with a .cls or .json of the same key beside it."""
     pictures, labelled = set(), set()
     try:
-        with volume.open() as file, _open_tar(file, "r|*") as archive:
+        with _Heard(volume, lambda: None) as file, _open_tar(cast(IO[bytes], file), "r|*") as archive:
             for count, info in enumerate(iter(archive.next, None)):
                 folder, name = posixpath.split(info.name)
                 stem, _, extension = name.partition(".")
@@ -593,6 +666,6 @@ def looks_like_webdataset(volume: Volume) -> bool:
                     labelled.add((folder, stem))
                 if count >= 40:
                     break
-    except DAMAGED:
-        pass
+    except DAMAGED as error:
+        check_machine(volume.path, error)
     return bool(pictures & labelled)

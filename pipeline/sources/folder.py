@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.handles import check_machine, steadily
 from pipeline.pictures import has_picture_extension, read_file, sniff
-from pipeline.shards import printable
 from pipeline.sources.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 
 LABELS = b"labels.csv"
@@ -45,15 +45,16 @@ class FolderSource:
         return self._listing.digest()
 
     def listing(self, spool: Path) -> Listing:
-        listing = self._listing
+        listing, path = self._listing, self.root / os.fsdecode(LABELS)
         table = None
         if listing.others.find(LABELS) is not None:
             try:
-                table = (self.root / os.fsdecode(LABELS)).read_bytes()
+                table = steadily(path, path.read_bytes)
             except OSError as error:
-                raise DataError(f"{self.root / os.fsdecode(LABELS)} cannot be read: {error.strerror}.") from None
-        name = str(self.root / os.fsdecode(LABELS))
-        listing.labels = find_labels(listing, table, name, lambda one: sniff(_head(os.fsencode(self.root), one.path)))
+                raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        listing.labels = find_labels(
+            listing, table, str(path), lambda one: sniff(_head(os.fsencode(self.root), one.path))
+        )
         return listing
 
     def reader(self, spool: Path) -> FolderReader:
@@ -61,14 +62,15 @@ class FolderSource:
 
 
 def scan(root: Path, tell: Tell = nobody) -> Listing:
-    """Find the pictures under a folder, at any depth. Raises DataError if it is missing or cannot be read.
+    """Find the pictures under a folder, at any depth.
 
     Regular files and links to them; links to folders are followed once each, so loops end. Hidden names and __MACOSX
     are left out. A file counts as a picture by its extension or by its first bytes, and is opened only where the
     extension does not tell.
+    Raises DataError if it is missing or cannot be read, ResourceError where the disk or the network fails.
     """
     tell(str(root), 0)
-    if not root.is_dir():
+    if not steadily(root, root.is_dir):
         raise DataError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}.")
     listing, place = Listing(), os.fsencode(root)
     seen: set[tuple[int, int]] = set()
@@ -91,15 +93,16 @@ def _scan_folder(
 ) -> tuple[list[bytes], list[bytes]]:
     """Enter what lies in a folder. Returns the folders in it and the links to folders, in the order of their names."""
     folders, links = [], []
-    tell(os.path.join(root, folder), len(listing.files))
+    place = os.path.join(root, folder)
+    tell(place, len(listing.files))
     try:
-        facts = os.stat(os.path.join(root, folder))
+        facts = steadily(place, lambda: os.stat(place))
         if (facts.st_dev, facts.st_ino) in seen:
             listing.skipped["links to folders seen already"] += 1
             return [], []
         seen.add((facts.st_dev, facts.st_ino))
         # One by one: a folder may hold a million files, and their order is settled later.
-        with os.scandir(os.path.join(root, folder)) as entries:
+        with steadily(place, lambda: os.scandir(place)) as entries:
             for entry in entries:
                 if entry.name.startswith(b".") or entry.name == b"__MACOSX":
                     listing.skipped["hidden"] += 1
@@ -111,20 +114,21 @@ def _scan_folder(
                 else:
                     _enter(root, listing, path, entry)
     except OSError as error:
+        check_machine(place, error)
         listing.unreadable.append((folder + b"/", f"cannot be read: {error.strerror or 'unknown reason'}"))
     return sorted(folders), sorted(links)
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
-        return entry.is_dir()
+        return steadily(entry.path, entry.is_dir)
     except OSError:  # a link to itself
         return False
 
 
 def _enter(root: bytes, listing: Listing, path: bytes, entry: os.DirEntry[bytes]) -> None:
     try:
-        facts = entry.stat()
+        facts = steadily(entry.path, entry.stat)
     except OSError:
         listing.skipped["broken links"] += 1
         return
@@ -138,16 +142,19 @@ def _enter(root: bytes, listing: Listing, path: bytes, entry: os.DirEntry[bytes]
 
 
 def _head(root: bytes, path: bytes) -> bytes:
+    place = os.path.join(root, path)
+
+    def read() -> bytes:
+        handle = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.read(handle, 32)
+        finally:
+            os.close(handle)
+
     try:
-        handle = os.open(os.path.join(root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return steadily(place, read)
     except OSError:
         return b""
-    try:
-        return os.read(handle, 32)
-    except OSError:
-        return b""
-    finally:
-        os.close(handle)
 
 
 def find_labels(
@@ -163,7 +170,7 @@ def find_labels(
     words, codes = Vocabulary(), np.empty(len(listing.files), np.int32)
     for place, path in enumerate(listing.files.paths()):
         parts = path.split(b"/", depth + 1)
-        text = printable(parts[depth]) if len(parts) > depth + 1 else ""
+        text = parts[depth].decode("utf-8", "surrogateescape") if len(parts) > depth + 1 else ""
         # A stray file beside the class folders that is no picture says nothing about them.
         if not text and is_picture(listing.files[place]):
             return no_labels(listing.files)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError, ResourceError
+from pipeline.handles import check_machine
 from pipeline.sources.entries import Labels, Listing, Vocabulary
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -66,6 +67,7 @@ def read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
         raise DataError(f"{devkit} does not exist.") from None
     # SciPy raises almost anything over a file that is no MATLAB file.
     except Exception as error:
+        check_machine(devkit, error)
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(f"{devkit} is not ImageNet's development kit ({why}).") from None
     return wnids, truth

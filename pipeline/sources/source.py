@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pipeline.errors import DataError, UsageError
+from pipeline.handles import check_machine, steadily
 from pipeline.pictures import Encoding, Rejected, Stored, check_picture, has_picture_extension
 from pipeline.shards import printable
 from pipeline.sources.archives import ArchiveSource, archive_kind, find_volumes, is_url, looks_like_webdataset
@@ -131,6 +132,7 @@ def _look_at_folder(name: str) -> Kind:
         with os.scandir(name) as entries:
             inside = [(one.name, one.is_dir()) for one in itertools.islice(entries, LOOKED_AT)]
     except OSError as error:
+        check_machine(name, error)
         raise DataError(f"{name} cannot be read: {error.strerror}.") from None
     files = sorted(file for file, is_folder in inside if not is_folder and not file.startswith("."))
     if any(file in HUGGING_FACE for file in files):
@@ -195,7 +197,7 @@ class Refined:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return steadily(path, path.read_bytes)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 

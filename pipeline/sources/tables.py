@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, ResourceError
-from pipeline.sources.archives import ArchiveReader, Spool, Volume, plain_label, volumes_digest
+from pipeline.handles import check_machine
+from pipeline.sources.archives import (
+    ArchiveReader,
+    Spool,
+    Volume,
+    check_room,
+    plain_label,
+    told_apart,
+    volumes_digest,
+)
 from pipeline.sources.entries import Labels, Listing, Tell, Vocabulary, no_labels, nobody
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo", "image_bytes", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "target", "fine_label")
 ROWS = 64  # read at once
+# How the Hugging Face hub names the files and folders of a split: train-00000-of-00002.parquet, test/0000.parquet.
+SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(?![a-z])", re.IGNORECASE)
+SAME = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 
 
 @dataclass(frozen=True)
@@ -53,11 +66,16 @@ class TableSource(ABC):
     def rows(self) -> Iterator[Row]: ...
 
     @abstractmethod
+    def size(self) -> int:
+        """Bytes of its files: the pictures in them are hardly ever compressed once more."""
+
+    @abstractmethod
     def class_names(self) -> list[str] | None:
         """The names behind integer labels, where the table tells them."""
 
     def listing(self, spool: Path) -> Listing:
         listing, words, names = Listing(), Vocabulary(), self.class_names()
+        check_room(spool, self.name, self.size())
         with Spool(spool, self.largest) as pile:
             for row in self.rows():
                 self.tell(row.name, len(listing.files))
@@ -67,7 +85,9 @@ class TableSource(ABC):
                 code = _named(row.label, names) if names is not None else words.code(plain_label(row.label))
                 at = pile.add(_Bytes(row.data), len(row.data))
                 listing.files.add(row.name, len(row.data), at=at, label=code)
-        listing.files.shuffle()
+        replaced = listing.files.shuffle()
+        if replaced:
+            raise DataError(f"{self.name} has {replaced:,} rows that go by the name of another one, and would be lost.")
         codes = listing.files.labels
         if names is not None:
             listing.labels = Labels({"class": names}, codes[:, None])
@@ -124,10 +144,19 @@ class ParquetSource(TableSource):
     def __init__(
         self, name: str, volumes: list[Volume], columns: Columns, *, largest: int, tell: Tell = nobody
     ) -> None:
+        """Raises DataError where the files are of several splits."""
         self.name, self.volumes, self.columns, self.largest, self.tell = name, volumes, columns, largest, tell
+        splits = splits_in([volume.path for volume in volumes])
+        if len(splits) > 1:
+            raise DataError(
+                f"{name} holds several splits ({', '.join(splits)}). Name one, e.g. {next(iter(splits.values()))}."
+            )
 
     def digest(self) -> str:
         return volumes_digest(f"{self.kind} {self.columns.image} {self.columns.label}", self.volumes)
+
+    def size(self) -> int:
+        return sum(volume.size for volume in self.volumes)
 
     @cached_property
     def _chosen(self) -> tuple[str, str | None, list[str] | None]:
@@ -166,7 +195,8 @@ class ParquetSource(TableSource):
         image, label, _ = self._chosen
         arrow, parquet = _package("pyarrow", self.name), _package("pyarrow.parquet", self.name)
         wanted = [image] if label is None else [image, label]
-        for volume in self.volumes:
+        folders = told_apart([volume.name for volume in self.volumes])
+        for volume, folder in zip(self.volumes, folders, strict=True):
             at = 0
             try:
                 with volume.open() as file, parquet.ParquetFile(file) as table:
@@ -178,18 +208,39 @@ class ParquetSource(TableSource):
                             else [None] * len(pictures)
                         )
                         for cell, text in zip(pictures, texts, strict=True):
-                            yield _row(f"{volume.name}/{at:09d}", cell, text)
+                            yield _row(b"%s/%09d" % (folder, at), cell, text)
                             at += 1
             except (arrow.ArrowException, OSError, KeyError) as error:
                 raise _damaged(volume, error) from None
 
 
-def _row(name: str, cell: Any, label: object) -> Row:
+def splits_in(paths: list[str]) -> dict[str, str]:
+    """Splits that names of files begin with, or of folders that not all of them lie in -> a pattern for each.
+
+    paths: at least one.
+    """
+    places = [path.split("/") for path in paths]
+    columns = enumerate(zip(*places, strict=False))
+    shared = next((at for at, parts in columns if len(set(parts)) > 1), len(places[0]))
+    found: dict[str, str] = {}
+    for place in places:
+        for at in range(len(place) - 1, shared - 1, -1):
+            word = SPLIT.match(place[at])
+            if word is None:
+                continue
+            name = word[0] if at == len(place) - 1 else place[at] + "/"
+            found.setdefault(SAME.get(word[0].lower(), word[0].lower()), "/".join([*place[:at], name]) + "*.parquet")
+            break
+    return found
+
+
+def _row(name: bytes, cell: Any, label: object) -> Row:
     """cell: bytes, or {"bytes": …, "path": …} as Hugging Face stores pictures."""
     if isinstance(cell, dict):
         path, cell = cell.get("path"), cell.get("bytes")
-        name += f"/{os.path.basename(path)}" if isinstance(path, str) and path else ""
-    return Row(name.encode("utf-8", "surrogateescape"), cell, label)
+        if isinstance(path, str) and path:
+            name += b"/" + os.path.basename(path).encode("utf-8", "surrogateescape")
+    return Row(name, cell, label)
 
 
 def _names_in(metadata: dict | None, label: str | None) -> list[str] | None:
@@ -202,6 +253,8 @@ def _names_in(metadata: dict | None, label: str | None) -> list[str] | None:
 
 
 def _damaged(volume: Volume, error: Exception) -> DataError:
+    """Raises ResourceError where the disk or the network failed, and not the file."""
+    check_machine(volume.path, error)
     return DataError(f"{volume.path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}.")
 
 
@@ -213,8 +266,14 @@ class HuggingFaceSource(TableSource):
     def __init__(self, root: Path, columns: Columns, *, largest: int, tell: Tell = nobody) -> None:
         self.root, self.name, self.columns, self.largest, self.tell = root, str(root), columns, largest, tell
 
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.root.rglob("*") if path.is_file())
+
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self._files())
+
     def digest(self) -> str:
-        paths = sorted(path for path in self.root.rglob("*") if path.is_file())
+        paths = self._files()
         facts = [(str(path.relative_to(self.root)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         return hashlib.sha256(json.dumps([self.kind, str(self.columns), facts]).encode()).hexdigest()
 
@@ -227,6 +286,7 @@ class HuggingFaceSource(TableSource):
             table = datasets.load_from_disk(str(self.root))
         # A damaged folder makes it raise almost anything.
         except Exception as error:
+            check_machine(self.root, error)
             why = " ".join(str(error).split())[:200]
             raise DataError(f"{self.root} cannot be read as a Hugging Face data set: {why}.") from None
         if isinstance(table, datasets.DatasetDict):
@@ -264,5 +324,5 @@ class HuggingFaceSource(TableSource):
         for batch in table.iter(batch_size=ROWS):
             texts = batch[label] if label is not None else [None] * len(batch[image])
             for cell, text in zip(batch[image], texts, strict=True):
-                yield _row(f"{at:09d}", cell, text)
+                yield _row(b"%09d" % at, cell, text)
                 at += 1

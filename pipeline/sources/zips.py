@@ -66,53 +66,55 @@ class ZipDirectory:
             if len(block) - used < LARGEST_RECORD and place + len(block) < self.stop:
                 place, used = self.file.seek(place + used), 0
                 block = self.file.read(min(BLOCK, self.stop - place))
-            record, length = self._parse(block, used, place + used)
+            record, length = _parse(block, used, place + used)
             yield record
             used += length
 
-    def record(self, at: int) -> Record:
-        """The one that stands there. Raises BadZipFile."""
-        self.file.seek(at)
-        fixed = self.file.read(RECORD.size)
-        return self._parse(fixed + self.file.read(sum(struct.unpack_from("<2H", fixed.ljust(32), 28))), 0, at)[0]
 
-    @staticmethod
-    def _parse(block: bytes, start: int, at: int) -> tuple[Record, int]:
-        """The record that begins at block[start], and its length with the comment behind it."""
-        try:
-            (
-                mark, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, _, _,
-                attributes, header,
-            ) = RECORD.unpack_from(block, start)  # fmt: skip
-        except struct.error:
-            raise zipfile.BadZipFile("its directory is cut off") from None
-        name_at = start + RECORD.size
-        extra_at = name_at + name_length
-        name, extra = block[name_at:extra_at], block[extra_at : extra_at + extra_length]
-        if mark != b"PK\1\2" or len(extra) < extra_length:
-            raise zipfile.BadZipFile("its directory is damaged")
-        if not flags & UTF8:
-            name = name.decode("cp437").encode()
-        size, packed, header = _wide(extra, (size, packed, header))
-        found = Record(at, name, flags, method, crc, packed, size, attributes >> 16, header)
-        return found, RECORD.size + name_length + extra_length + comment_length
+def read_record(file: IO[bytes], at: int) -> Record:
+    """The one that stands there. Raises BadZipFile."""
+    file.seek(at)
+    fixed = file.read(RECORD.size)
+    return _parse(fixed + file.read(sum(struct.unpack_from("<2H", fixed.ljust(32), 28))), 0, at)[0]
 
-    def open(self, record: Record) -> IO[bytes]:
-        """A member, inflated as it is read, to no more than the size in its record; its sum is compared at the end.
 
-        Raises BadZipFile; NotImplementedError where it is compressed in a way that Python does not know.
-        """
-        header = b""
-        if record.header < record.at:
-            self.file.seek(record.header)
-            header = self.file.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(b"PK\3\4"):
-            raise zipfile.BadZipFile("it does not lie where the directory says")
-        self.file.seek(record.header + HEADER.size + sum(HEADER.unpack(header)[-2:]))
-        info = zipfile.ZipInfo(record.name.decode("utf-8", "replace"))
-        info.compress_type, info.compress_size, info.file_size = record.method, record.packed, record.size
-        info.CRC, info.flag_bits = record.crc, record.flags
-        return cast(IO[bytes], zipfile.ZipExtFile(self.file, "r", info))
+def open_member(file: IO[bytes], record: Record) -> IO[bytes]:
+    """A member, inflated as it is read, to no more than the size in its record; its sum is compared at the end.
+
+    Raises BadZipFile; NotImplementedError where it is compressed in a way that Python does not know.
+    """
+    header = b""
+    if record.header < record.at:
+        file.seek(record.header)
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(b"PK\3\4"):
+        raise zipfile.BadZipFile("it does not lie where the directory says")
+    file.seek(record.header + HEADER.size + sum(HEADER.unpack(header)[-2:]))
+    info = zipfile.ZipInfo(record.name.decode("utf-8", "replace"))
+    info.compress_type, info.compress_size, info.file_size = record.method, record.packed, record.size
+    info.CRC, info.flag_bits = record.crc, record.flags
+    return cast(IO[bytes], zipfile.ZipExtFile(file, "r", info))
+
+
+def _parse(block: bytes, start: int, at: int) -> tuple[Record, int]:
+    """The record that begins at block[start], and its length with the comment behind it."""
+    try:
+        (
+            mark, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, _, _,
+            attributes, header,
+        ) = RECORD.unpack_from(block, start)  # fmt: skip
+    except struct.error:
+        raise zipfile.BadZipFile("its directory is cut off") from None
+    name_at = start + RECORD.size
+    extra_at = name_at + name_length
+    name, extra = block[name_at:extra_at], block[extra_at : extra_at + extra_length]
+    if mark != b"PK\1\2" or len(extra) < extra_length:
+        raise zipfile.BadZipFile("its directory is damaged")
+    if not flags & UTF8:
+        name = name.decode("cp437").encode()
+    size, packed, header = _wide(extra, (size, packed, header))
+    found = Record(at, name, flags, method, crc, packed, size, attributes >> 16, header)
+    return found, RECORD.size + name_length + extra_length + comment_length
 
 
 def _wide(extra: bytes, values: tuple[int, int, int]) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.ffcv_writer import move_index, write_beton
 from pipeline.shards import ShardWriter, describe_file, write_tables
 from pipeline.store import BETON, INDEX
+from tools.converting.watchdog import WRITING, Watchdog
 from tools.progress import Progress
 
 
@@ -28,21 +29,29 @@ def assemble(
     names: Callable[[], Iterable[bytes]],
     *,
     backends: list[str],
-    stall_seconds: float,
-    quiet: bool,
+    watchdog: Watchdog,
 ) -> Assembled:
     """labels: (count, columns). names: source paths, afresh at each call. Raises ResourceError, StalledError."""
     files, index, shards = dict(writer.files), writer.index, writer.shards
-    tables = write_tables(folder, index, labels, names())
+
+    def write() -> dict[str, dict]:
+        watchdog.tell(str(folder), len(index))
+        return write_tables(folder, index, labels, names())
+
+    tables = watchdog.do(WRITING, write, writes=True)
     if "ffcv" in backends:
-        progress = Progress("FFCV file", total_bytes=int(index["size"].sum()), quiet=quiet)
+        progress = Progress("FFCV file", total_bytes=int(index["size"].sum()), quiet=watchdog.quiet)
         with progress.show():
-            beton = write_beton(folder, stall_seconds=stall_seconds, progress=lambda done: progress.at(done_bytes=done))
+            beton = write_beton(
+                folder,
+                stall_seconds=watchdog.stall_seconds,
+                progress=lambda done: progress.at(done_bytes=done),
+            )
         files |= describe_file(beton)
         if "dali" not in backends:
             # The FFCV file is then the only shard: the index points at the JPEGs inside it.
             index, shards = np.array(move_index(beton, index.tolist()), INDEX), [BETON]
-            tables = write_tables(folder, index, labels, names())
+            tables = watchdog.do(WRITING, write, writes=True)
             for name in writer.files:
                 (folder / name).unlink()
             files = {BETON: files[BETON]}

@@ -15,6 +15,7 @@ import sys
 import time
 from array import array
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
 from pipeline.limits import usable_cores
 from pipeline.ordered_map import ordered_map
-from pipeline.pictures import Encoding
+from pipeline.pictures import Encoding, Stored
 from pipeline.shards import ShardWriter, printable, write_file, write_manifest
 from pipeline.sources.entries import Entry, Listing, Tell
 from pipeline.sources.source import Choice, Reader, Source, open_source, try_entry
@@ -33,11 +34,13 @@ from pipeline.store import FORMAT, MANIFEST, Store
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tools.converting.assembly import assemble
 from tools.converting.flags import Convert
-from tools.converting.watchdog import Watchdog
+from tools.converting.watchdog import WRITING, Watchdog
 from tools.progress import Progress
 
 BAD_FILES, STATS = "bad_files.jsonl", "stats.json"
 TASK = 8  # files that a worker takes at once
+# Pictures are written, in a thread of its own each time, when so many bytes of them wait or so much time has passed.
+HELD_BYTES, HELD_SECONDS = 4 << 20, 0.5
 SPLITS = {"train", "val", "valid", "validation", "test", "training", "testing"}
 
 
@@ -45,12 +48,17 @@ def convert(flags: Convert, dst: Path) -> dict:
     """Do what the flags say. Returns what `--json` prints.
 
     Raises DataError, ResourceError, StalledError, UsageError; then DST is as it was, and nothing else is left but
-    `DST.bad_files.jsonl` where too many files were bad, and beside DST the shards that the same command can go on from.
+    `DST.bad_files.jsonl` where too many files were bad, and beside DST the shards that the same command can go on from,
+    or whatever is there where the disk that it is written to hangs.
     """
+    with Watchdog(flags.stall_timeout, quiet=flags.quiet) as watchdog:
+        return _convert(flags, dst, watchdog)
+
+
+def _convert(flags: Convert, dst: Path, watchdog: Watchdog) -> dict:
     start = time.monotonic()
     backends = _backends(flags)
     options = _options(flags, backends)
-    watchdog = Watchdog(flags.stall_timeout, quiet=flags.quiet)
     source = watchdog.do("looking at the source", lambda: source_of(flags, watchdog.tell))
     digest = watchdog.do("listing", source.digest)
     nothing_to_do = _earlier(flags, dst, options, digest)
@@ -59,9 +67,11 @@ def convert(flags: Convert, dst: Path) -> dict:
     complaint = dst.parent / f"{dst.name}.{BAD_FILES}"
     # The FFCV file is made of the shards at the end: with or without it they are the same.
     job = {"format": FORMAT, "source": digest, "encode": {**options, "backends": None}}
-    adopt, keep = (lambda left: fits(left, job)), (lambda left, error: _keep(left, error, flags.quiet))
+    adopt, keep = (lambda left: fits(left, job)), (lambda left, error: _keep(left, error, watchdog))
     with staging(dst, replace=flags.overwrite, adopt=adopt, keep=keep) as folder:
-        unfinished = Unfinished(folder, job)
+        unfinished = watchdog.do(
+            "reading what is finished", lambda: Unfinished(folder, job, watchdog.tell), writes=True
+        )
         listing = watchdog.do("listing", lambda: unfinished.listing(source))
         if not listing.files:
             raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
@@ -69,7 +79,7 @@ def convert(flags: Convert, dst: Path) -> dict:
             _note(flags, f"{printable(path)} {why}; what else is there is used.")
         _check_disk(flags, dst, listing, backends, int(unfinished.done.rows["row"]["size"].sum()))
         complaint.unlink(missing_ok=True)
-        made = _decode(flags, listing, source.reader(unfinished.spool), folder, unfinished)
+        made = _decode(flags, listing, source.reader(unfinished.spool), folder, unfinished, watchdog)
         _check_bad(flags, listing, made, complaint)
         chosen = np.array(made.chosen, np.int64)
         whole = assemble(
@@ -78,25 +88,30 @@ def convert(flags: Convert, dst: Path) -> dict:
             listing.labels.table[chosen],
             lambda: (listing.files.path(place) for place in made.chosen),
             backends=backends,
-            stall_seconds=flags.stall_timeout,
-            quiet=flags.quiet,
+            watchdog=watchdog,
         )
-        unfinished.remove()
-        bad = write_file(folder, BAD_FILES, bad_lines(made.bad))
         seconds = time.monotonic() - start
-        # The one file that differs from run to run, so the manifest does not vouch for it.
-        write_durably(folder / STATS, (json.dumps(_stats(listing, made, seconds), indent=1) + "\n").encode())
-        write_manifest(
-            folder,
-            files=whole.files | bad,
-            index=whole.index,
-            columns=listing.labels.columns,
-            shards=whole.shards,
-            encode=options,
-            source={"path": _shown(flags.src), "files": len(listing.files), "listing": digest},
-            bad=len(made.bad),
-            skipped=dict(sorted(listing.skipped.items())),
-        )
+
+        def finish() -> None:
+            watchdog.tell(str(folder), len(chosen))
+            bad = write_file(folder, BAD_FILES, bad_lines(made.bad))
+            # The one file that differs from run to run, so the manifest does not vouch for it.
+            write_durably(folder / STATS, (json.dumps(_stats(listing, made, seconds), indent=1) + "\n").encode())
+            write_manifest(
+                folder,
+                files=whole.files | bad,
+                index=whole.index,
+                columns=listing.labels.columns,
+                shards=whole.shards,
+                encode=options,
+                source={"path": _shown(flags.src), "files": len(listing.files), "listing": digest},
+                bad=len(made.bad),
+                skipped=dict(sorted(listing.skipped.items())),
+            )
+            # Last of all: killed before, the same command goes on here.
+            unfinished.remove()
+
+        watchdog.do(WRITING, finish, writes=True)
     return _result(dst, seconds, done="converted")
 
 
@@ -116,9 +131,9 @@ def _shown(src: str) -> str:
     return printable(os.fsencode(src))
 
 
-def _keep(folder: Path, error: BaseException, quiet: bool) -> bool:
-    kept = worth_keeping(folder, error)
-    if kept and not quiet:
+def _keep(folder: Path, error: BaseException, watchdog: Watchdog) -> bool:
+    kept = watchdog.hung or worth_keeping(folder, error)
+    if kept and (watchdog.hung or not watchdog.quiet):
         print(
             f"note: the shards finished so far are kept in {folder}; the same command goes on there.", file=sys.stderr
         )
@@ -156,7 +171,9 @@ class _Tasks:
         return [self.files[place] for place in self.places(task) if place not in self.lost]
 
 
-def _decode(flags: Convert, listing: Listing, reader: Reader, folder: Path, unfinished: Unfinished) -> Made:
+def _decode(
+    flags: Convert, listing: Listing, reader: Reader, folder: Path, unfinished: Unfinished, watchdog: Watchdog
+) -> Made:
     """Decode everything, write what is good in order, list what is bad."""
     labels, files = listing.labels, listing.files
     made = Made(ShardWriter(folder, shard_bytes=flags.shard_mb << 20, label_width=label_width(labels.columns)))
@@ -178,7 +195,7 @@ def _decode(flags: Convert, listing: Listing, reader: Reader, folder: Path, unfi
 
     def lose(entry: Entry, how: str) -> str:
         reason = f"the process that decoded it {how}, and so did a second one"
-        unfinished.lose(entry.path, reason)
+        watchdog.do(WRITING, lambda: unfinished.lose(entry.path, reason), writes=True)
         return reason
 
     results = ordered_map(
@@ -190,32 +207,48 @@ def _decode(flags: Convert, listing: Listing, reader: Reader, folder: Path, unfi
         describe=lambda entry: os.path.join(_shown(flags.src), printable(entry.path)),
         lost=lose,
     )
-    done_bytes = 0
+
+    def take(held: list[tuple[int, list[Stored | str]]]) -> None:
+        for task, answers in held:
+            answer_of = iter(answers)
+            for place in tasks.places(task):
+                entry = files[place]
+                watchdog.tell(str(folder), place)
+                answer = done.lost[entry.path] if place in tasks.lost else next(answer_of)
+                if isinstance(answer, str):
+                    made.bad.append({"path": printable(entry.path), "reason": answer, "bytes": entry.size})
+                # Past the limit the rest is still checked, so that the list is whole, but no longer written.
+                elif len(made.bad) <= allowed:
+                    label = int(labels.table[place, 0]) if labels.columns else -1
+                    finished = made.shards.finished
+                    made.shards.add(answer.jpeg, label=label, height=answer.height, width=answer.width)
+                    if made.shards.finished > finished:
+                        _vouch(unfinished, made, place, last=False)
+                    made.chosen.append(place)
+                    made.kept += answer.kept
+
+    def end(held: list[tuple[int, list[Stored | str]]]) -> None:
+        take(held)
+        made.shards.close()
+        if made.chosen and len(made.bad) <= allowed:
+            _vouch(unfinished, made, len(files), last=True)
+
+    held, held_bytes, written, done_bytes = [], 0, time.monotonic(), 0
     try:
         with contextlib.closing(results), progress.show():
             for task, answers in enumerate(results):
-                answer_of = iter(answers)
-                for place in tasks.places(task):
-                    entry = files[place]
-                    done_bytes += entry.size
-                    answer = done.lost[entry.path] if place in tasks.lost else next(answer_of)
-                    if isinstance(answer, str):
-                        made.bad.append({"path": printable(entry.path), "reason": answer, "bytes": entry.size})
-                    # Past the limit the rest is still checked, so that the list is whole, but no longer written.
-                    elif len(made.bad) <= allowed:
-                        label = int(labels.table[place, 0]) if labels.columns else -1
-                        finished = made.shards.finished
-                        made.shards.add(answer.jpeg, label=label, height=answer.height, width=answer.width)
-                        if made.shards.finished > finished:
-                            _vouch(unfinished, made, place, last=False)
-                        made.chosen.append(place)
-                        made.kept += answer.kept
-                progress.at(images=tasks.places(task).stop - done.next, done_bytes=done_bytes, bad=len(made.bad))
-            made.shards.close()
-            if made.chosen and len(made.bad) <= allowed:
-                _vouch(unfinished, made, len(files), last=True)
+                held.append((task, answers))
+                held_bytes += sum(len(answer.jpeg) for answer in answers if not isinstance(answer, str))
+                if held_bytes > HELD_BYTES or time.monotonic() - written > HELD_SECONDS:
+                    watchdog.do(WRITING, partial(take, held), writes=True)
+                    held, held_bytes, written = [], 0, time.monotonic()
+                places = tasks.places(task)
+                done_bytes += int(sizes[places.start : places.stop].sum())
+                progress.at(images=places.stop - done.next, done_bytes=done_bytes, bad=len(made.bad))
+            watchdog.do(WRITING, partial(end, held), writes=True)
     except BaseException:
-        made.shards.abandon()
+        if not watchdog.hung:
+            made.shards.abandon()
         raise
     made.bad.sort(key=lambda row: row["path"])
     return made

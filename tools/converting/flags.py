@@ -17,8 +17,8 @@ class Convert:
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Folder of images; tar or zip archive, also one that holds tar archives (ImageNet); WebDataset shards; Parquet
-    files; Hugging Face data set on disk. Archives may be URLs (s3://, https://), and several: a folder, or a pattern
-    with *. Labels come from labels.csv (path,column,...) or else from sub-folder names."""
+    files; Hugging Face data set on disk. Archives and Parquet files may be URLs (s3://, https://), and several: a
+    folder, or a pattern with *. Labels come from labels.csv (path,column,...) or else from sub-folder names."""
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None
     """The store to make; --plan needs none."""
     kind: Literal["auto", "folder", "archive", "webdataset", "parquet", "hf"] = "auto"

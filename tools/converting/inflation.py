@@ -37,10 +37,11 @@ from pipeline.sampling import key
 from pipeline.shards import ShardWriter, printable, write_manifest
 from pipeline.staging import size_in_words, staging, write_durably, write_whole
 from pipeline.store import MANIFEST, Store
-from pipeline.unfinished import FOLDER, fits
+from pipeline.unfinished import FOLDER, fits, is_full
 from tools.converting.assembly import assemble
 from tools.converting.conversion import STATS
 from tools.converting.flags import Inflate
+from tools.converting.watchdog import Watchdog
 from tools.progress import Progress
 from train.checkpoint import list_steps, share
 from train.device import autocast, choose_device
@@ -68,14 +69,19 @@ def inflate(flags: Inflate) -> dict:
         return _result(flags, start, done="nothing to do")
     device = choose_device(flags.device)
     _check_disk(flags)
-    adopt, keep = (lambda left: _adopt(flags, left, job)), (lambda left, error: _keep(flags, left, error))
-    with Stop(quiet=flags.quiet) as stop, staging(flags.out, replace=flags.overwrite, adopt=adopt, keep=keep) as folder:
+    watchdog = Watchdog(STALL_SECONDS, quiet=flags.quiet)
+    adopt, keep = (lambda left: _adopt(flags, left, job)), (lambda left, error: _keep(flags, left, error, watchdog))
+    with (
+        watchdog,
+        Stop(quiet=flags.quiet) as stop,
+        staging(flags.out, replace=flags.overwrite, adopt=adopt, keep=keep) as folder,
+    ):
         work = folder / FOLDER
         for path in folder.iterdir():  # of a store that was being written
             if path != work:
                 path.unlink()
-        if not work.exists():
-            (work / "drawn").mkdir(parents=True)
+        (work / "drawn").mkdir(parents=True, exist_ok=True)
+        if not (work / "job.json").exists():
             write_durably(work / "job.json", json.dumps(job).encode())
         training = Training(recipe_of(flags), store, work, device, quiet=flags.quiet)
         with contextlib.closing(training):
@@ -87,11 +93,11 @@ def inflate(flags: Inflate) -> dict:
         _draw_all(flags, generator, training.precision, work / "drawn", stop)
         save_file(generator.state_dict(), folder / GENERATOR)
         share(folder / GENERATOR)
-        _write_store(flags, store, folder, {**job, "steps": training.steps})
+        _write_store(flags, store, folder, {**job, "steps": training.steps}, watchdog)
         losses = read_rows(work / "metrics.jsonl")
         stats = {"seconds": round(time.monotonic() - start, 2), "training": losses}
         write_durably(folder / STATS, (json.dumps(stats, indent=1) + "\n").encode())
-        shutil.rmtree(work)
+        _remove(work)
     return _result(flags, start, done="generated")
 
 
@@ -151,7 +157,7 @@ def _pixels(drawn: Path, number: int) -> Path:
 # ------------------------------------------------------------------------------------------------------------- write
 
 
-def _write_store(flags: Inflate, real: Store, folder: Path, origin: dict) -> None:
+def _write_store(flags: Inflate, real: Store, folder: Path, origin: dict, watchdog: Watchdog) -> None:
     """Shards, tables and manifest, encoded as the real pictures are: their JPEGs must not tell the two apart."""
     facts, missing = real.manifest["encode"], ffcv_missing()
     encoding = Encoding(**{field.name: facts[field.name] for field in dataclasses.fields(Encoding)})
@@ -175,7 +181,7 @@ def _write_store(flags: Inflate, real: Store, folder: Path, origin: dict) -> Non
     whole = assemble(
         folder, writer, np.empty((flags.count, 0), np.int64),
         lambda: (b"generated-%09d" % number for number in range(flags.count)),
-        backends=backends, stall_seconds=STALL_SECONDS, quiet=flags.quiet,
+        backends=backends, watchdog=watchdog,
     )  # fmt: skip
     generator = hashlib.sha256((folder / GENERATOR).read_bytes()).hexdigest()[:16]
     write_manifest(
@@ -184,6 +190,14 @@ def _write_store(flags: Inflate, real: Store, folder: Path, origin: dict) -> Non
         source={"path": printable(bytes(flags.store)), "files": flags.count, "listing": generator}, bad=0, skipped={},
         generated={"generator": generator, **origin},
     )  # fmt: skip
+
+
+def _remove(work: Path) -> None:
+    """Killed on the way, the same command goes on: what took longest stays longest, and job.json to the end."""
+    order = {"drawn": 0, "metrics.jsonl": 2, "job.json": 3}
+    for path in sorted(work.iterdir(), key=lambda path: order.get(path.name, 1)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    work.rmdir()
 
 
 def _sheet(pixels: np.ndarray) -> Image.Image:
@@ -236,11 +250,11 @@ def _adopt(flags: Inflate, left: Path, job: dict) -> bool:
     return False
 
 
-def _keep(flags: Inflate, folder: Path, error: BaseException) -> bool:
+def _keep(flags: Inflate, folder: Path, error: BaseException, watchdog: Watchdog) -> bool:
     """Whether what is there may help the next process; a full disk is given back, and what is wrong stays wrong."""
-    wrong = isinstance(error, (OSError, DataError, UsageError, NumericsError))
-    kept = bool(list_steps(folder / FOLDER)) and not wrong
-    if kept and not flags.quiet:
+    wrong = is_full(error) or isinstance(error, (DataError, UsageError, NumericsError))
+    kept = watchdog.hung or (bool(list_steps(folder / FOLDER)) and not wrong)
+    if kept and (watchdog.hung or not flags.quiet):
         print(f"note: what is done so far is kept in {folder}; the same command goes on there.", file=sys.stderr)
     return kept
 

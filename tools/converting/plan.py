@@ -57,31 +57,34 @@ def plan(flags: Convert) -> dict:
             "reading",
             lambda: [_Made(encoding, source.reader(spool), sample, watchdog.tell) for encoding in choices(flags)],
         )
-    good = len(made[0].stored)
-    if not good:
+    if not any(each.good for each in made):
         raise DataError(f"{flags.src}: none of {len(sample)} pictures looked at is readable, {made[0].reason}.")
     cores = usable_cores()
     workers = min(flags.workers or cores, cores)
     scale = len(listing.files) / len(sample)
     copies = 2 if flags.backends == "both" else 1
-    loads = load_seconds([each.stored for each in made])
+    loads = load_seconds([each.good for each in made])
     return {
         "source": flags.src,
         "kind": source.kind,
         "images": len(listing.files),
         "source_bytes": int(listing.files.sizes.sum()),
         "sampled": len(sample),
-        "bad": len(sample) - good,
+        "bad": len(sample) - len(made[0].good),
         "cores": cores,
         "choices": [
             {
                 "max_side": one.encoding.max_side if one.encoding.max_side < MAX_SIDE else None,
                 "quality": one.encoding.quality,
-                "bytes": round(good * scale * (copies * one.mean_bytes + (flags.backends != "ffcv") * TAR_BYTES)),
+                "bytes": round(
+                    len(one.good) * scale * (copies * one.mean_bytes + (flags.backends != "ffcv") * TAR_BYTES)
+                ),
                 # Only the first read of a file is one from the disk.
                 "seconds": round(max(one.seconds / workers, made[0].read_seconds) * scale, 1),
-                "load_images_per_second": round(cores / load),
-                "kept": round(one.kept / good, 3),
+                # A choice may reject what another one keeps: a strip is too narrow once it is shrunk.
+                "bad": len(sample) - len(one.good),
+                "load_images_per_second": None if load is None else round(cores / load),
+                "kept": None if not one.good else round(one.kept / len(one.good), 3),
                 "psnr": {f"{area:g}": psnr(one.stored, made[0].stored, area) for area in AREAS},
             }
             for one, load in zip(made, loads, strict=True)
@@ -101,38 +104,49 @@ class _Made:
 
     def __init__(self, encoding: Encoding, reader: Reader, sample: list[Entry], tell: Tell) -> None:
         self.encoding = encoding
-        self.stored: list[Stored] = []
+        self.stored: list[Stored | None] = []  # as long as the sample; None where this choice rejects a picture
         self.reason = ""
         self.read_seconds = 0.0  # by the clock: a disk or a network may be slower than the decoder
         began = time.process_time()
         for entry in sample:
             tell(entry.path, len(self.stored))
+            stored = None
             try:
                 asked = time.perf_counter()
                 data = reader.read(entry, encoding.max_bytes)
                 self.read_seconds += time.perf_counter() - asked
-                self.stored.append(check_picture(data, encoding))
+                stored = check_picture(data, encoding)
             except Rejected as reason:
                 self.reason = f"e.g. {reason}"
+            self.stored.append(stored)
         self.seconds = time.process_time() - began  # of a core: what else runs here does not count
 
     @property
+    def good(self) -> list[Stored]:
+        return [one for one in self.stored if one is not None]
+
+    @property
     def mean_bytes(self) -> float:
-        return sum(len(one.jpeg) for one in self.stored) / max(1, len(self.stored))
+        return sum(len(one.jpeg) for one in self.good) / max(1, len(self.good))
 
     @property
     def kept(self) -> int:
-        return sum(one.kept for one in self.stored)
+        return sum(one.kept for one in self.good)
 
 
-def load_seconds(made: list[list[Stored]]) -> list[float]:
-    """Core seconds to decode one random 224 px crop of a picture of each choice; the median of interleaved rounds."""
+def load_seconds(made: list[list[Stored]]) -> list[float | None]:
+    """Core seconds to decode one random 224 px crop of a picture of each choice; the median of interleaved rounds.
+
+    None for a choice that has no picture.
+    """
     times: list[list[float]] = [[] for _ in made]
     decoder = open_decoder(1)
     try:
         for epoch in range(ROUNDS):
             for at, stored in enumerate(made):
                 count = len(stored)
+                if not count:
+                    continue
                 samples = np.zeros(count, SAMPLE)
                 jpegs = [np.frombuffer(one.jpeg, np.uint8) for one in stored]
                 samples["data"] = [jpeg.ctypes.data for jpeg in jpegs]
@@ -147,17 +161,18 @@ def load_seconds(made: list[list[Stored]]) -> list[float]:
                 times[at].append((time.process_time() - began) / count)
     finally:
         decoder.close()
-    return [max(statistics.median(each), 1e-9) for each in times]
+    return [max(statistics.median(each), 1e-9) if each else None for each in times]
 
 
-def psnr(stored: list[Stored], whole: list[Stored], area: float) -> float | None:
+def psnr(stored: list[Stored | None], whole: list[Stored | None], area: float) -> float | None:
     """Decibels between a central 224 px crop of a picture as it is stored and the same crop of the picture as it was.
 
-    area: share of the picture that the crop covers. The median over what is not the same bytes; None where all are.
+    stored, whole: of the same pictures, None where one is rejected. area: share of the picture that the crop covers.
+    The median over what is there twice and not the same bytes; None where nothing is.
     """
     found = []
     for one, other in list(zip(stored, whole, strict=True))[:LOOKED_AT]:
-        if one.jpeg == other.jpeg:
+        if one is None or other is None or one.jpeg == other.jpeg:
             continue
         mine, theirs = (_central(each.jpeg, math.sqrt(area)) for each in (one, other))
         found.append(10 * math.log10(255**2 / max(1e-9, float(np.square(mine - theirs).mean()))))
@@ -184,8 +199,12 @@ def table(flags: Convert, planned: dict) -> str:
     for one in planned["choices"]:
         asked = (one["max_side"], one["quality"]) == (flags.max_side, flags.quality)
         name = "sides as they are" if one["max_side"] is None else f"--max-side {one['max_side']}"
+        name = f"{name + (' *' if asked else ''):<20}{'q' + str(one['quality']):<6}"
+        if one["load_images_per_second"] is None:
+            lines.append(f"{name}{'none left':>12}")
+            continue
         lines.append(
-            f"{name + (' *' if asked else ''):<20}{'q' + str(one['quality']):<6}{size_in_words(one['bytes']):>12}"
+            f"{name}{size_in_words(one['bytes']):>12}"
             f"{_time(one['seconds']):>14}{one['load_images_per_second']:>13,} images/s{one['kept']:>12.0%}"
             f"{_decibels(one['psnr']):>14}"
         )

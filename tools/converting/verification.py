@@ -9,9 +9,10 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
+import sys
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -20,20 +21,22 @@ from PIL import Image
 
 from pipeline.decoder import checksum, clean
 from pipeline.errors import DataError
+from pipeline.handles import Handles, steadily
 from pipeline.limits import usable_cores
 from pipeline.ordered_map import ordered_map
 from pipeline.shards import ShardWriter, unprintable, write_file, write_manifest
 from pipeline.sources.entries import Tell
 from pipeline.staging import staging
-from pipeline.store import MANIFEST, Store
+from pipeline.store import FORMAT, MANIFEST, Store
 from tools.converting.assembly import assemble
-from tools.converting.conversion import BAD_FILES, STATS, bad_lines, label_width
+from tools.converting.conversion import BAD_FILES, bad_lines, label_width
 from tools.converting.flags import Verify
-from tools.converting.watchdog import Watchdog
+from tools.converting.watchdog import WRITING, Watchdog
 from tools.progress import Progress
 
 TASK = 64  # pictures that a worker takes at once
 TABLES = ("index.npy", "labels.npy", "names.txt")  # what no other file of the store can replace
+NEEDED = {"files", "shards", "columns", "count", "encode"}  # of a manifest
 
 
 def verify(flags: Verify) -> dict:
@@ -63,11 +66,11 @@ def _open(root: Path) -> Store:
     """The store, also where files of it are missing or have another size: naming them is the task here."""
     try:
         return Store.open(root)
-    except DataError as error:
+    except DataError:
+        manifest = None
         with contextlib.suppress(OSError, ValueError):
-            manifest = json.loads((root / MANIFEST).read_text())
-            if "format" in str(error) or not {"files", "shards", "count", "encode"} <= set(manifest):
-                raise
+            manifest = json.loads((root / MANIFEST).read_bytes())
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT and set(manifest) >= NEEDED:
             return Store(root, manifest)
         raise
 
@@ -106,7 +109,7 @@ def _file(path: Path, facts: dict, tell: Tell) -> str | None:
         return f"has {size:,} bytes, the manifest says {facts['bytes']:,}"
     state = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with steadily(path, lambda: open(path, "rb")) as file:
             while block := file.read(1 << 20):
                 state.update(block)
                 tell(path.name, 0)
@@ -126,21 +129,16 @@ class SampleReader:
     """Reads the pictures of a store in one process; shards are opened when they are first needed."""
 
     def __init__(self, store: Store) -> None:
-        self.store = store
-        self._files: dict[int, int] = {}
+        self.store, self.shards = store, store.shards
+        self._files = Handles()
 
     def read(self, sample: int) -> bytes:
-        """As many of its bytes as there are. Raises OSError."""
+        """As many of its bytes as there are. Raises OSError; ResourceError where the machine fails, not the shard."""
         row = self.store.index[sample]
-        shard = int(row["shard"])
-        if shard not in self._files:
-            self._files[shard] = os.open(self.store.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(self._files[shard], int(row["size"]), int(row["offset"]))
+        return self._files.read(self.shards[int(row["shard"])], int(row["size"]), int(row["offset"]))
 
     def close(self) -> None:
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
+        self._files.close()
 
 
 class Checker:
@@ -217,7 +215,14 @@ def fix(flags: Verify, store: Store, samples: list[dict]) -> int:
     """Put a store without these samples in the place of this one. Returns how many are left.
 
     Shards, tables, FFCV file and manifest are all written anew, so files beside the pictures are right again as well.
+    What the old manifest does not name is carried over as it is. Raises DataError where a picture that was good a
+    moment ago is not any more.
     """
+    with Watchdog(flags.stall_timeout, quiet=flags.quiet) as watchdog:
+        return _fix(flags, store, samples, watchdog)
+
+
+def _fix(flags: Verify, store: Store, samples: list[dict], watchdog: Watchdog) -> int:
     bad = {one["sample"] for one in samples}
     good = np.array([sample for sample in range(store.count) if sample not in bad], np.int64)
     if not len(good):
@@ -225,21 +230,29 @@ def fix(flags: Verify, store: Store, samples: list[dict]) -> int:
     manifest, labels, index = store.manifest, np.asarray(store.labels), np.asarray(store.index)
     rejected = [{"path": one["name"], "reason": f"dropped: {one['reason']}", "bytes": int(index[one["sample"]]["size"])}
                 for one in samples]  # fmt: skip
-    with staging(store.root, replace=True) as folder:
+    with staging(store.root, replace=True, keep=lambda left, error: _left_alone(left, watchdog)) as folder:
         writer = ShardWriter(
             folder, shard_bytes=manifest["encode"]["shard_mb"] << 20, label_width=label_width(store.columns)
         )
         progress = Progress("writing", total_images=len(good), quiet=flags.quiet)
+
+        def copy(some: list[int]) -> None:
+            for sample in some:
+                watchdog.tell(str(folder), writer.count)
+                row = index[sample]
+                label = int(labels[sample, 0]) if labels.shape[1] else -1
+                jpeg = _still_good(reader, sample, row)
+                writer.add(jpeg, label=label, height=int(row["height"]), width=int(row["width"]))
+
         with contextlib.closing(SampleReader(store)) as reader, progress.show():
             try:
-                for done, sample in enumerate(good.tolist(), 1):
-                    row = index[sample]
-                    label = int(labels[sample, 0]) if labels.shape[1] else -1
-                    writer.add(reader.read(sample), label=label, height=int(row["height"]), width=int(row["width"]))
-                    progress.at(images=done)
-                writer.close()
+                for at in range(0, len(good), TASK):
+                    watchdog.do(WRITING, partial(copy, good[at : at + TASK].tolist()), writes=True)
+                    progress.at(images=writer.count)
+                watchdog.do(WRITING, writer.close, writes=True)
             except BaseException:
-                writer.abandon()
+                if not watchdog.hung:
+                    writer.abandon()
                 raise
         names = list(_names(store))
         whole = assemble(
@@ -248,19 +261,53 @@ def fix(flags: Verify, store: Store, samples: list[dict]) -> int:
             labels[good],
             lambda: (unprintable(names[sample]) for sample in good),
             backends=manifest["encode"]["backends"],
-            stall_seconds=flags.stall_timeout,
-            quiet=flags.quiet,
+            watchdog=watchdog,
         )
-        listed = sorted([*_listed(store.root / BAD_FILES), *rejected], key=lambda row: row["path"])
-        files = whole.files | write_file(folder, BAD_FILES, bad_lines(listed))
-        if (store.root / STATS).is_file():
-            shutil.copyfile(store.root / STATS, folder / STATS)
-        facts = ("columns", "encode", "source", "skipped", "generated")
-        kept = {name: manifest[name] for name in facts if name in manifest}
-        write_manifest(
-            folder, files=files, index=whole.index, shards=whole.shards, bad=manifest["bad"] + len(rejected), **kept
-        )
+
+        def finish() -> None:
+            watchdog.tell(str(folder), len(good))
+            listed = sorted([*_listed(store.root / BAD_FILES), *rejected], key=lambda row: row["path"])
+            files = whole.files | write_file(folder, BAD_FILES, bad_lines(listed))
+            _carry(store.root, folder, {MANIFEST, *manifest["files"], *files})
+            facts = ("columns", "encode", "source", "skipped", "generated")
+            kept = {name: manifest[name] for name in facts if name in manifest}
+            write_manifest(
+                folder, files=files, index=whole.index, shards=whole.shards, bad=manifest["bad"] + len(rejected), **kept
+            )
+
+        watchdog.do(WRITING, finish, writes=True)
     return len(good)
+
+
+def _left_alone(folder: Path, watchdog: Watchdog) -> bool:
+    """Whether the disk hangs, so that nobody can clean up."""
+    if watchdog.hung:
+        print(f"note: {folder} is left as it is; the next `daae verify --fix` removes it.", file=sys.stderr)
+    return watchdog.hung
+
+
+def _still_good(reader: SampleReader, sample: int, row: np.void) -> bytes:
+    """A picture that was checked before, read once more. Raises DataError where it is another one now."""
+    data = b""
+    with contextlib.suppress(OSError):
+        data = reader.read(sample)
+    if len(data) != int(row["size"]) or checksum(data) != int(row["sum"]):
+        raise DataError(
+            f"sample {sample} of {reader.store.root} was good a moment ago and is not any more. Nothing was changed; "
+            "look at the disk and the memory of this machine."
+        )
+    return data
+
+
+def _carry(root: Path, folder: Path, ours: set[str]) -> None:
+    """Copy what lies in a store and is not `ours`: statistics, a generator and its sheet, a person's notes."""
+    for path in root.iterdir():
+        if path.name in ours:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, folder / path.name, symlinks=True)
+        elif path.is_symlink() or path.is_file():
+            shutil.copy2(path, folder / path.name, follow_symlinks=False)
 
 
 def _listed(path: Path) -> list[dict]:

@@ -5,6 +5,8 @@ A call into a file system that hangs cannot be interrupted, not even by a signal
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import threading
 import time
@@ -17,6 +19,8 @@ from pipeline.shards import printable
 from tools.progress import LINE_SECONDS
 
 T = TypeVar("T")
+WRITING = "writing the store"
+END_SECONDS = 10.0  # for a write that somebody interrupts to come back, and for cleaning up where one does not
 
 
 class _Abandoned(Exception):
@@ -24,12 +28,24 @@ class _Abandoned(Exception):
 
 
 class Watchdog:
-    """`watchdog.do("listing", work)`: `work` calls `watchdog.tell` before whatever it may have to wait for."""
+    """`watchdog.do("listing", work)`: `work` calls `watchdog.tell` before whatever it may have to wait for.
+
+    Where the work writes, `with` goes around all that cleans up after it.
+    """
 
     def __init__(self, stall_seconds: float, *, quiet: bool) -> None:
         self.stall_seconds, self.quiet = stall_seconds, quiet
+        self.hung = False  # a write has not come back: to close or remove what it is about would wait for it as well
         self._place, self._images, self._moved = "", 0, 0.0
         self._over = False
+        self._end: threading.Timer | None = None
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._end is not None:
+            self._end.cancel()
 
     def tell(self, place: bytes | str, images: int) -> None:
         """Where the work stands, and how many pictures it has found so far (pipeline.sources.entries.Tell)."""
@@ -37,17 +53,20 @@ class Watchdog:
             raise _Abandoned
         self._place, self._images, self._moved = place, images, time.monotonic()
 
-    def do(self, stage: str, work: Callable[[], T]) -> T:
+    def do(self, stage: str, work: Callable[[], T], *, writes: bool = False) -> T:
         """What `work` returns or raises. Raises StalledError where it has told nothing for `stall_seconds`.
 
-        Says every LINE_SECONDS how far it is, or that it stands still and where.
+        Says every LINE_SECONDS how far it is, or that it stands still and where. It costs a thread, a tenth of a
+        millisecond on an idle machine and a few on a busy one, so it is not for every picture.
+        writes: what is left may not be closed or removed before the work has come back. Where it does not, `hung` is
+        set, and END_SECONDS later the process ends, whatever it waits for then.
         """
         done: Future[T] = Future()
         thread = threading.Thread(target=_settle, args=(done, work), name=stage, daemon=True)
         self._moved = time.monotonic()
         next_line = self._moved + LINE_SECONDS
-        thread.start()
         try:
+            thread.start()
             while not wait([done], min(1.0, self.stall_seconds / 4)).done:
                 now = time.monotonic()
                 still = now - self._moved
@@ -59,11 +78,25 @@ class Watchdog:
                 if now > next_line and not self.quiet:
                     next_line = now + LINE_SECONDS
                     self._say(stage, still)
-        except BaseException:
-            self._over = True
-            thread.join(1.0)
+        except BaseException as error:
+            self._over, self.hung = True, writes
+            stalled = isinstance(error, StalledError)
+            with contextlib.suppress(TimeoutError):
+                done.exception(END_SECONDS if writes and not stalled else 1.0)
+            self.hung = writes and not done.done()
+            if self.hung:
+                self._end_soon(str(error) if stalled else f"stopped while {stage}, which hangs at {self._shown()}.")
             raise
         return done.result()
+
+    def _end_soon(self, sentence: str) -> None:
+        def end() -> None:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            os._exit(StalledError.code)
+
+        self._end = threading.Timer(END_SECONDS, end)
+        self._end.daemon = True
+        self._end.start()
 
     def _say(self, stage: str, still: float) -> None:
         if still > LINE_SECONDS:
