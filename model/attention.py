@@ -124,6 +124,7 @@ CANDIDATES = ("any", "flash", "efficient", "cudnn", "products")
 WORTH = 0.9  # of the usual way's time
 
 _chosen: dict[tuple[int, ...] | None, str] = {}  # None: every length
+_choice = ""  # _chosen as it was asked for
 _seen: set[Lengths] | None = None
 
 
@@ -132,9 +133,12 @@ def choose(ways: str) -> None:
 
     Lengths that are not named go by `usual`. Raises UsageError.
     """
-    wanted = parse_ways(ways)
-    _chosen.clear()
-    _chosen.update(wanted)
+    global _choice
+    if ways != _choice:
+        wanted = parse_ways(ways)
+        _chosen.clear()
+        _chosen.update(wanted)
+        _choice = ways
 
 
 @contextlib.contextmanager

@@ -29,8 +29,11 @@ class MomentumCopy(nn.Module):
     @torch.no_grad()
     def follow(self, source: nn.Module, momentum: float) -> None:
         """weights <- momentum * weights + (1 - momentum) * source's; buffers are copied."""
-        for mine, theirs in zip(self.module.parameters(), source.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - momentum)
+        mine: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(source.parameters())
+        assert len(mine) == len(theirs)
+        # On a GPU a few kernels instead of one for each weight.
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)
 

@@ -17,7 +17,9 @@ from model.losses import (
     nt_xent,
     queue_info_nce,
     regression,
+    sinkhorn,
     sup_con,
+    swapped_prediction,
     symmetric_info_nce,
 )
 from tests import textbook
@@ -158,6 +160,23 @@ def test_nt_xent_and_sup_con_equal_those_of_pytorch_metric_learning():
     label = image % 5
     theirs = losses.SupConLoss(temperature=0.1)(features.flatten(0, 1), label.repeat(2)).item()
     assert sup_con(features, label, temperature=0.1).item() == pytest.approx(theirs, abs=1e-5)
+
+
+def test_losses_equal_those_of_lightly():
+    theirs = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    one, other = pair(16, 32)
+    nt_xents = theirs.NTXentLoss(temperature=0.2)(one, other)
+    assert nt_xent(one, other, temperature=0.2).item() == pytest.approx(nt_xents.item(), abs=1e-5)
+    bank = theirs.NTXentLoss(temperature=0.2, memory_bank_size=(64, 32))
+    bank(one, other)  # draws the bank's first rows
+    queue = bank.memory_bank.bank.clone()
+    found = queue_info_nce(one, other, torch.nn.functional.normalize(queue, dim=1), temperature=0.2)
+    assert found.item() == pytest.approx(bank(one, other).item(), abs=1e-5)
+    assert regression(one, other).item() == pytest.approx(2 + 2 * theirs.NegativeCosineSimilarity()(one, other).item())
+    scores = [torch.nn.functional.normalize(each, dim=1) @ torch.eye(32)[:, :20] for each in (one, other, one + other)]
+    codes = [sinkhorn(each, epsilon=0.05, rounds=3) for each in scores[:2]]
+    swapped = theirs.SwaVLoss(temperature=0.1, sinkhorn_iterations=3, sinkhorn_epsilon=0.05)(scores[:2], scores[2:])
+    assert swapped_prediction(scores, codes, temperature=0.1).item() == pytest.approx(swapped.item(), abs=1e-4)
 
 
 def test_info_nce_ignores_scale_and_the_order_of_the_batch():  # L12

@@ -147,6 +147,8 @@ def test_shares_that_leave_nothing_to_do_are_refused():
         (MAE(decoded_share=0.0), r"--method.decoded-share 0: a share above 0, at most 1"),
         (DAAE(decoded_share=1.5), r"--method.decoded-share 1.5: a share"),
         (DAAE(reconstruct_weight=0.0, feature="asym"), r"--method.reconstruct-weight 0 leaves none"),
+        (DAAE(feature="asym", target="stop"), r"--method.target stop: the small view's head is trained by nothing"),
+        (DAAE(feature="asym", target="ema"), r"--method.target ema: the small view's head"),
     ):
         with pytest.raises(UsageError, match=words):
             objective.check(16)

@@ -50,6 +50,8 @@ def test_a_run_goes_back_passes_the_bad_data_and_resumes_to_the_bit(store_path, 
     assert "behind those of step 5 (rollback 1 of 1)" in said
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 10))
+    # Rows of steps that were not taken tell no loss rather than one of 0.
+    assert [row["step"] for row in rows if "loss" not in row] == [3, 4]
     # The rate is that of the step, whichever batch it gets.
     optim = export.run_settings(out).optim
     assert [row["lr"] for row in rows] == [learning_rate(optim, step, 9, 0.05 * 9) for step in range(9)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import replace
 
 import psutil
@@ -13,6 +14,7 @@ from torch import Tensor
 from model import attention
 from model.attention import WAYS, Lengths, attend_by_products, choose, listening
 from model.network import Network
+from model.objectives import Outcome
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE
 from pipeline.errors import ResourceError, UsageError
@@ -169,8 +171,28 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(monkeypatch):
     said = r"a step of 16 images does not fit cpu .* 5 do: use --accum-iter 4, or --batch 5"
     with pytest.raises(ResourceError, match=said):
         stepper_of(run)(batch_of(run), 1e-3)
+    monkeypatch.setattr(Stepper, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
+    with pytest.raises(ResourceError, match="does not fit cpu"):
+        stepper_of(run)(batch_of(run), 1e-3)
     monkeypatch.setattr(Stepper, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("another error")))
     with pytest.raises(RuntimeError, match="another error"):
+        stepper_of(run)(batch_of(run), 1e-3)
+
+
+def test_what_a_failed_step_held_is_gone_when_smaller_ones_are_tried(monkeypatch):
+    held: list[weakref.ref] = []
+
+    def crowded(self, batch, parts):
+        alive = sum(each() is not None for each in held)
+        activations = torch.zeros(len(batch.id))
+        held.append(weakref.ref(activations))
+        if alive or len(batch.id) > 8:
+            raise RuntimeError("not enough memory: you tried to allocate")
+        return [Outcome({"loss": activations.sum()}, {}, activations)]
+
+    monkeypatch.setattr(Stepper, "backward", crowded)
+    run = small_run()
+    with pytest.raises(ResourceError, match=r"does not fit .* 8 do: use --accum-iter 2"):
         stepper_of(run)(batch_of(run), 1e-3)
 
 
@@ -256,6 +278,21 @@ def test_the_fastest_way_is_one_of_them_and_a_cpu_goes_by_rule():
     assert attention.fastest(Lengths(8, 2, 17, 8), CPU, torch.float32, rounds=1) in WAYS
     assert settle_attention(stepper_of(small_run())) == ""
     assert settle_attention(stepper_of(small_run(attention="products"))) == "products"
+
+
+def test_steps_in_turns_keep_their_own_way_to_attend(monkeypatch):
+    used = []
+    monkeypatch.setitem(WAYS, "products", lambda *inputs: used.append(1) or attend_by_products(*inputs))
+    steppers = [stepper_of(small_run(attention=way)) for way in ("products", "any")]
+    for each in steppers:
+        settle_attention(each)
+    batch, counts = batch_of(small_run()), []
+    for _ in range(2):
+        for each in steppers:
+            before = len(used)
+            each(batch, 0.0)
+            counts.append(len(used) - before)
+    assert counts == [3, 0, 3, 0]  # two blocks of the encoder, one of the decoder
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------

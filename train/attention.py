@@ -41,5 +41,6 @@ def settle_attention(stepper: Stepper) -> str:
         most = {str(one): replace(one, rows=min(MOST_ROWS, one.rows * share // looked_at)) for one in sorted(seen)}
         ways = {name: fastest(one, device, DTYPES[run.precision]) for name, one in most.items()}
         wish = stepper.ranks.share(" ".join(f"{name}={way}" for name, way in ways.items()))
+    stepper.attention = wish
     choose(wish)
     return wish

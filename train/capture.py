@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import torch
 
 from pipeline.staging import write_whole
 from pipeline.views import Batch
-from train.device import autocast
 from train.ranks import Ranks
 from train.sharded import full
-from train.step import Stepper, views_of
+from train.step import Stepper
 
 
 def write_capture(out: Path, stepper: Stepper, batch: Batch, step: int, ranks: Ranks) -> Path:
     """Take the step once more without changing a weight, and write debug/nonfinite_STEP.json; every rank its own.
 
-    Holds the samples' ids, every term of the loss, and of each parameter the gradient's norm and how many of its
-    values are not finite. All ranks call it: their gradients are averaged again.
+    batch: of that step, which goes through in the same parts. Holds the samples' ids, every term of the loss, the
+    mean of the parts, and of each parameter the gradient's norm and how many of its values are not finite. All ranks
+    call it: their gradients are averaged again.
     """
-    assert stepper.wrapped is not None
-    run = stepper.now
-    with autocast(stepper.device, run.precision):
-        outcome = stepper.wrapped(views_of(run, batch), batch.label)
-        loss = torch.stack(list(outcome.terms.values())).sum()
-    loss.backward()
-    gradients = {}
+    with stepper.ledger.aside("other"):
+        outcomes = stepper.backward(batch, stepper.run.optim.accumulate)
+    scale, gradients = stepper.scaler.get_scale(), {}
     for name, parameter in stepper.network.named_parameters():
         if parameter.grad is not None:
-            gradient = full(parameter.grad)
+            gradient = full(parameter.grad) / scale
             gradients[name] = {"norm": gradient.norm().item(), "not_finite": int((~gradient.isfinite()).sum())}
     weights = [name for name, value in stepper.network.state_dict().items() if not bool(full(value).isfinite().all())]
     stepper.optimizer.zero_grad(set_to_none=True)
@@ -38,9 +35,13 @@ def write_capture(out: Path, stepper: Stepper, batch: Batch, step: int, ranks: R
     path.parent.mkdir(exist_ok=True)
     found = {
         "step": step, "rank": ranks.rank, "epoch": batch.epoch, "ids": batch.id.tolist(),
-        "terms": {name: term.item() for name, term in outcome.terms.items()},
-        "watched": {name: value.item() for name, value in outcome.watched.items()},
+        "terms": means([outcome.terms for outcome in outcomes]),
+        "watched": means([outcome.watched for outcome in outcomes]),
         "gradients": gradients, "weights_not_finite": weights,
     }  # fmt: skip
     write_whole(path, json.dumps(found, indent=1))
     return path
+
+
+def means(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    return {name: statistics.fmean(part[name].item() for part in parts) for name in parts[0]}

@@ -179,6 +179,7 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    optimizer.state.clear()  # going back, a parameter may have moments that it had not then
     parameters = dict(network.named_parameters())
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")

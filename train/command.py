@@ -21,7 +21,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pipeline.errors import DaaeError, UsageError
+from pipeline.errors import DaaeError, ResourceError, UsageError
+from pipeline.limits import out_of_memory
 from train.help import help_text, kind, opposite
 
 T = TypeVar("T")
@@ -259,7 +260,7 @@ def exit_code(error: BaseException) -> int:
         return error.code
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return 5 if isinstance(error, MemoryError) else 1
+    return ResourceError.code if out_of_memory(error) else 1
 
 
 def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
@@ -280,6 +281,9 @@ def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DAAE_TRACEBACK"):
             raise
+        if out_of_memory(error):
+            print(f"error: out of memory: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+            return exit_code(error)
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{os.path.basename(where.filename)}:{where.lineno}"
         print(

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 def resolve(run: Run, store: Store | None) -> Run:
     """The run with every "auto" settled; without a store, the loader's stays."""
     device = choose_device(run.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and streams of whoever names no device
     loader = choose_backend(store, device) if run.loader == "auto" and store is not None else run.loader
     return dataclasses.replace(
         run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
@@ -30,7 +28,19 @@ def resolve(run: Run, store: Store | None) -> Run:
 
 
 def choose_device(wish: str) -> torch.device:
-    """Raises ResourceError where a GPU is asked for and there is none: on every process of a machine, if for one."""
+    """The device, which from here on is also that of whoever names none: Triton's kernels, new streams. Raises what
+    find_device() raises."""
+    device = find_device(wish)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def find_device(wish: str) -> torch.device:
+    """The device, and nothing is done with it yet.
+
+    Raises ResourceError where a GPU is asked for and there is none: on every process of a machine, if for one.
+    """
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = wanted()

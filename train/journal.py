@@ -76,7 +76,8 @@ class Journal:
         except BaseException as error:
             code = exit_code(error)
             self.status(state="failed", code=code, reason=f"{type(error).__name__}: {error}")
-            if code == 1:
+            # What looks like another rank's fault may be a mistake of our own: its traceback is the cause.
+            if code == 1 or error.__cause__ is not None:
                 self.keep(traceback.format_exc())
             raise
         finally:
@@ -160,6 +161,18 @@ def environment(device_name: str) -> dict:
         "malloc": os.environ.get(SETTINGS, ""), "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
+
+
+def earlier_environments(path: Path, now: dict) -> list[dict]:
+    """The code, machine and torch of earlier parts of a run, where they are others than now: its env.json before this
+    start. A run that moved is told by it."""
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    told = ("code", "device", "cores", "versions")
+    parts = [*last.get("before", []), {name: last.get(name) for name in told}]
+    return [part for part in parts if any(part[name] != now[name] for name in told)]
 
 
 def code_revision() -> str:

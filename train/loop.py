@@ -27,6 +27,7 @@ from pipeline.inflated import Inflated
 from pipeline.limits import usable_cores
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
+from pipeline.views import Batch
 from train import checkpoint, folder
 from train.attention import settle_attention
 from train.ceiling import gemm_flops
@@ -35,7 +36,7 @@ from train.config import Budget, Run, as_values, flat
 from train.data import check_data, open_data, open_store
 from train.device import device_name, memory_gb, resolve
 from train.evaluation.scores import Scores
-from train.journal import Journal, code_revision, duration, environment, read_rows
+from train.journal import Journal, code_revision, duration, earlier_environments, environment, read_rows
 from train.ledger import PARTS, TRAINING, Ledger
 from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, digest, together, wanted
@@ -105,10 +106,12 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         journal.say("--speed.shard: one process has nothing to divide.")
     if run.budget.steps is None:
         try:
-            with stop.at_once():
-                run = dataclasses.replace(run, budget=freeze_budget(run, store, journal, ranks))
+            # Of several processes none may leave alone: they agree on it between two turns.
+            with stop.at_once() if ranks.count == 1 else contextlib.nullcontext():
+                run = dataclasses.replace(run, budget=freeze_budget(run, store, journal, ranks, stop))
         except CutShort:
-            raise Preempted(f"stopped by {stop.name} before the first step. Run the same command again.") from None
+            who = stop.name or ELSEWHERE
+            raise Preempted(f"stopped by {who} before the first step. Run the same command again.") from None
     name = device_name(device)
     with contextlib.closing(Trainer(run, store, device, journal, stop, controls.baselines, ranks)) as trainer:
         attention = settle_attention(trainer.stepper)
@@ -118,6 +121,8 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
             )
             real = store.parts[0]
             facts = {**environment(name), "data": real.fingerprint, "images": real.count, "ranks": ranks.count}
+            if before := earlier_environments(out / "env.json", facts):
+                facts["before"] = before
             if isinstance(store, Inflated):
                 facts["inflated"] = {**store.artificial.manifest["generated"], "images": store.artificial.count}
             write_whole(out / "env.json", json.dumps(facts, indent=1))
@@ -138,19 +143,20 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         return trainer.finish()
 
 
-def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks) -> Budget:
+def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks, stop: Stop) -> Budget:
     """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step."""
     wish = run.budget
     if wish.epochs is not None and wish.seconds is None:
         return dataclasses.replace(wish, steps=steps_of(run, wish.epochs, store.per_epoch))
     if wish.seconds is None:
         raise UsageError("how long? Give one of --epochs, --steps and --seconds.")
-    (pace,) = seconds_per_step([(run, store)], wish.seconds, ranks)
+    (pace,) = seconds_per_step([(run, store)], wish.seconds, ranks, stop)
     budget = steps_for(wish, pace)
     journal.say(f"calibrated: {pace * 1000:.0f} ms a step, so {wish.seconds:g} s are {budget.steps:,} steps.")
     return budget
 
 
+ELSEWHERE = "a signal at another rank"
 RANKED = 256  # rows, at most, whose effective rank a row of metrics has: milliseconds, beside the steps between two
 WORTH_A_CEILING = 30.0  # seconds of training, below which measuring what the device can do would take longer
 
@@ -182,6 +188,7 @@ class Trainer:
         self.shift, self.rollbacks = 0, 0  # batches left out so far, and how often the run went back
         self.sums: dict[str, Tensor] = {}
         self.features: Tensor | None = None  # of the last step
+        self.batch: Batch | None = None  # of the last step, until the next is taken
         self.refused = 0  # steps, up to the last row
         self.alarm: str | None = None  # what the method said of the last row
         self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0, 0.0)  # step, images, seconds
@@ -232,6 +239,7 @@ class Trainer:
                         batch = next(batches, None)
                     if batch is None:
                         break
+                    self.batch = batch
                     lr = learning_rate(stage.run.optim, self.step, self.steps, self.warmup)
                     done = (self.step / self.steps, (self.step + 1) / self.steps)
                     with ranks.waiting("a step"):
@@ -305,7 +313,8 @@ class Trainer:
         saved = f"ckpt {duration(time.monotonic() - self.saved_at)} ago" if self.saved else "no ckpt yet"
         left = (self.steps - self.step) * clock.train_seconds / max(1, self.step)
         self.journal.progress(self.step, self.steps, (
-            f"ep {epochs:.1f}/{self.stages[-1].epochs(self.steps):.1f}  step {self.step:,}  loss {means['loss']:.4f}  "
+            f"ep {epochs:.1f}/{self.stages[-1].epochs(self.steps):.1f}  step {self.step:,}  "
+            f"loss {means.get('loss', math.nan):.4f}  "
             f"img/s {rate:,.0f}  data-wait {wait:.0%}  mem {used:.1f}/{total:.0f} GB  "
             f"{saved}  ETA {duration(left)}"
         ))  # fmt: skip
@@ -315,14 +324,15 @@ class Trainer:
 
     def listen(self, means: dict[str, float]) -> None:
         """Say once what the method makes of its curves; while the rate warms up they mean nothing yet."""
-        if self.step > max(self.warmup, self.steps / 10):
+        if means and self.step > max(self.warmup, self.steps / 10):
             alarm = self.run.method.alarm(means)
             if alarm is not None and self.alarm is None:
                 self.journal.say(f"step {self.step:,}: {alarm}")
             self.alarm = alarm
 
     def means(self, steps: int) -> dict[str, float]:
-        """What is watched, over the last `steps` steps and all ranks; the effective rank is the last step's.
+        """What is watched, over the last `steps` steps and all ranks; the effective rank is the last step's. Nothing
+        where none of them was taken.
 
         Raises NumericsError where too many steps in a row were refused, on every rank. It was captured then.
         """
@@ -333,10 +343,10 @@ class Trainer:
         names = sorted(self.sums)
         sums = self.ranks.mean(torch.stack([self.sums[name] for name in names])).tolist()
         self.sums.clear()
-        taken = max(1, steps - lately)
+        taken = steps - lately
         parts = taken * self.run.optim.accumulate
         times = dict.fromkeys(names, parts) | {"grad_norm": taken, "effective_rank": 1}
-        means = {name: value / times[name] for name, value in zip(names, sums, strict=True)}
+        means = {name: value / times[name] for name, value in zip(names, sums, strict=True)} if taken else {}
         if in_a_row >= patience(self.run.precision) or not all(map(math.isfinite, means.values())):
             what = f"gradient was not finite for {in_a_row:,} steps in a row" if in_a_row else "loss is not finite"
             raise NumericsError(
@@ -380,8 +390,8 @@ class Trainer:
         """What the last step was made of. It was not taken, so the weights are those that it met."""
         from train.capture import write_capture
 
-        with contextlib.closing(self.loader.epoch(*self.stage.place(self.step + self.shift - 1))) as batches:
-            return write_capture(self.journal.out, self.stepper, next(batches), self.step, self.ranks)
+        assert self.batch is not None
+        return write_capture(self.journal.out, self.stepper, self.batch, self.step, self.ranks)
 
     def accounts(self) -> dict[str, float]:
         """Seconds by part up to now. What no part has of the training clock is "other"."""
@@ -483,7 +493,7 @@ class Trainer:
     def preempted(self) -> None:
         self.save_once()
         raise Preempted(
-            f"stopped by {self.stop.name} at step {self.step:,} of {self.steps:,}; checkpoint saved. "
+            f"stopped by {self.stop.name or ELSEWHERE} at step {self.step:,} of {self.steps:,}; checkpoint saved. "
             "Run the same command again to go on."
         )
 

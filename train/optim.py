@@ -12,7 +12,7 @@ from train.config import Optim
 from train.muon import Muon
 
 # Besides everything one-dimensional: learned tokens are no matrices of a linear map, and prototypes are unit vectors.
-NO_DECAY = ("cls_token", "mask_token", "segment_token", "pos_embed", "prototypes")
+NO_DECAY = ("cls_token", "mask_token", "segment_token", "prototypes")
 ENCODER_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 HIDDEN_MATRIX = re.compile(r"(^|\.)blocks\.\d+\..*\.weight$")  # of encoder and decoder; what Muon is for
 
@@ -28,7 +28,7 @@ def layer_scales(depth: int, decay: float) -> list[float]:
 
 def layer_of(name: str, depth: int) -> int:
     """The layer of a parameter of what has an `encoder`, in pre-training and in fine-tuning alike."""
-    if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
+    if name.startswith(("encoder.cls_token", "encoder.patch_embed")):
         return 0
     block = ENCODER_BLOCK.match(name)
     return 1 + int(block.group(1)) if block else depth + 1

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
+from train.allocator import keep_memory
 from train.command import run as run_command
 
 if TYPE_CHECKING:
@@ -25,22 +26,27 @@ if TYPE_CHECKING:
     from pipeline.store import Store
     from train.config import Budget, Run
     from train.ranks import Ranks
+    from train.stop import Stop
 
 TURN_STEPS = 4
 SHARE = 0.1  # of the seconds that are planned, spent on measuring
 SECONDS = (2.0, 20.0)  # for each recipe, at least and at most
 
 
-def seconds_per_step(recipes: list[tuple[Run, Store]], wanted: float, ranks: Ranks | None = None) -> list[float]:
+def seconds_per_step(
+    recipes: list[tuple[Run, Store]], wanted: float, ranks: Ranks | None = None, stop: Stop | None = None
+) -> list[float]:
     """Median seconds of a whole step of each recipe: waiting for data, views, forward, backward, optimizer. Where a
     recipe has stages, the mean over its steps.
 
     wanted: seconds of the run that is planned; a tenth of them, within limits, is spent on each recipe. The steps are
     those of the run, on a throwaway network and at a learning rate of 0. Of several ranks rank 0's clock counts.
+    Raises CutShort on all of them between two turns, where `stop` was asked of one.
     """
     from train.data import open_data
     from train.ranks import Ranks
     from train.stages import parts_of
+    from train.stop import CutShort
 
     ranks = ranks or Ranks()
     parts = [(place, *part, store) for place, (run, store) in enumerate(recipes) for part in parts_of(run)]
@@ -56,8 +62,11 @@ def seconds_per_step(recipes: list[tuple[Run, Store]], wanted: float, ranks: Ran
             next(turns)  # allocates, compiles and fills the loader's queue
         taken: list[list[float]] = [[] for _ in parts]
         while ranks.share(min(map(sum, taken)) * TURN_STEPS < each):
+            if ranks.any(stop is not None and stop.asked):
+                raise CutShort
             for turns, seconds in zip(rehearsals, taken, strict=True):
-                seconds.append(next(turns))
+                with ranks.waiting("a step that is timed"):
+                    seconds.append(next(turns))
     paces = [0.0] * len(recipes)
     for (place, share, _, _), seconds in zip(parts, taken, strict=True):
         paces[place] += share * statistics.median(seconds)
@@ -115,4 +124,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()  # as the runs do that are planned by it
     sys.exit(run_command(main))

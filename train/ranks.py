@@ -123,7 +123,7 @@ class Ranks:
         except RuntimeError as error:
             if self.count == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise self.lost(what, str(error)) from None
+            raise self.lost(what, str(error)) from error
 
     def lost(self, what: str, why: str) -> DaaeError:
         """The error for a collective that failed: whose fault it was, as far as the beats tell."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import choose
 from model.memory import MomentumCopy
 from model.network import Network
 from model.objectives import Outcome
 from model.vit import Block, Encoder
 from pipeline.errors import ResourceError
+from pipeline.limits import out_of_memory
 from pipeline.views import Batch, Patches, group_size, make_views
 from train.config import Run
 from train.device import autocast, memory_gb
@@ -60,6 +62,7 @@ class Stepper:
         self.average = MomentumCopy(copy.deepcopy(self.network.encoder)) if run.optim.ema else None
         self.taken = 0  # steps of the run so far
         self.wrapped: nn.Module | None = None
+        self.attention = ""  # how its steps attend: train.attention settles it
 
     def prepare(self, *, watched: bool = True) -> None:
         """Compile, and join the other ranks. After weights have been loaded, before the first step.
@@ -98,17 +101,20 @@ class Stepper:
         done: share of the run's steps that are taken before this one, and after it; 0 where steps are only timed.
         Raises ResourceError where the batch does not fit the memory, with how many images would.
         """
+        choose(self.attention)  # steps of other networks may be timed between its own
         with self.ledger("optimizer"):
             self.run.method.before_step(self.network, done[0], self.taken)
             for group in self.optimizer.param_groups:
                 if group["decayed"]:
                     group["weight_decay"] = weight_decay(self.run.optim, done[0])
+        outcomes = None
         try:
             outcomes = self._step(batch, lr, self.run.optim.accumulate)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise self._too_large(len(batch.id)) from None
+        if outcomes is None:  # only out here are the tensors gone that the error's frames held
+            raise self._too_large(len(batch.id))
         with self.ledger("optimizer"):
             self.run.method.after_step(self.network, done[1])
             self.taken += 1
@@ -119,9 +125,17 @@ class Stepper:
         return outcomes
 
     def _step(self, batch: Batch, lr: float, parts: int) -> list[Outcome]:
+        set_rate(self.optimizer, lr)
+        outcomes = self.backward(batch, parts)
+        with self.ledger("optimizer"):
+            self.run.method.before_update(self.network, self.taken)
+            self.norm = update(self.network, self.optimizer, self.scaler, self.refused, self.run.optim.clip_grad)
+        return outcomes
+
+    def backward(self, batch: Batch, parts: int) -> list[Outcome]:
+        """Add the batch's gradients to those there are, in so many parts; in fp16 they are times the scaler's scale."""
         assert self.wrapped is not None
         ledger, outcomes = self.ledger, []
-        set_rate(self.optimizer, lr)
         for number, part in enumerate(cut(batch, parts)):
             with self._alone_but_for(number == parts - 1):
                 with ledger("views"):
@@ -132,9 +146,6 @@ class Stepper:
                 with ledger("backward"):
                     self.scaler.scale(loss).backward()
             outcomes.append(outcome)
-        with ledger("optimizer"):
-            self.run.method.before_update(self.network, self.taken)
-            self.norm = update(self.network, self.optimizer, self.scaler, self.refused, self.run.optim.clip_grad)
         return outcomes
 
     def _too_large(self, size: int) -> ResourceError:
@@ -269,10 +280,3 @@ def noise(run: Run, count: int, device: torch.device) -> Batch:
         for name, view in run.method.views(run.model).items()
     }
     return Batch(images, torch.full((count,), -1, device=device), torch.arange(count), 0)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """torch has a class for GPUs only; on a CPU it is a RuntimeError like any other."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

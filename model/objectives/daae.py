@@ -71,6 +71,11 @@ class DAAE(Objective):
             check_shares(self.mask_ratio, self.decoded_share)
         elif self.feature == "asym":
             raise UsageError("--method.feature asym is the decoder's, and --method.reconstruct-weight 0 leaves none.")
+        if self.feature == "asym" and self.target != "both":
+            raise UsageError(
+                f"--method.feature asym with --method.target {self.target}: the small view's head is trained by "
+                "nothing then. Use --method.target both, or another feature."
+            )
 
     def views(self, shape: Shape) -> dict[str, View]:
         from pipeline.sampling import View
