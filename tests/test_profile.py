@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -10,17 +11,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipeline import native
 from pipeline.errors import ResourceError
+from pipeline.loader import open_loader
 from pipeline.store import Store
 from tests.conftest import needs_ffcv
 from tools import profile
 from tools.profiling import tune
 from tools.profiling.bottleneck import Measured, verdict
 from tools.profiling.stages import usable_backends
+from train import gallery
 from train.command import run
 from train.presets import open_preset
 from train.rehearsal import Machine, fit_batch
@@ -95,6 +100,7 @@ def test_a_real_profile_as_json(unlabelled_path: Path):
     assert found["seconds_per_epoch"] == pytest.approx(24 / found["images_per_second"])
     assert found["memory_gb"] > 0.1
     assert found["verdict"] == verdict(from_json(found))
+    assert found["decoder"] == ("region" if native.why_not() is None else "pillow")
     assert list(found["parts"]) == ["storage"]  # what DALI does inside cannot be told
 
 
@@ -137,12 +143,50 @@ def test_the_table_ends_in_the_verdict(
     assert "--images-per-second" in text
 
 
+def test_pillow_in_the_decoders_place_is_said(
+    unlabelled_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    why = "no C compiler (cc, gcc or clang)"
+    monkeypatch.setattr(native, "_load", lambda: why)
+    words = ["--data", str(unlabelled_path), "--loader", "shards", "--batch", "8", "--device", "cpu", "--quiet"]
+    assert profile.main([*words, "--seconds", "0.3"]) == 0
+    note = f"Pillow decodes, several times slower than our decoder: {why}."
+    assert note in " ".join(capsys.readouterr().out.split())
+    found = [*words, "--tune", str(tmp_path / "fast.yaml"), "--tune-seconds", "1"]
+    assert profile.main(found) == 0
+    assert note in capsys.readouterr().out
+    assert profile.main([*found, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["decoder"], told["no_decoder"]) == ("pillow", why)
+
+
 def test_a_store_without_the_backend_is_refused(unlabelled_path: Path, capsys: pytest.CaptureFixture):
     assert Store.open(unlabelled_path).beton is None
     words = ["--data", str(unlabelled_path), "--loader", "ffcv", "--batch", "8", "--seconds", "0.2"]
     assert run(profile.main, words) == 2
     assert "was written without ffcv. Convert again with --backends both." in capsys.readouterr().err
     assert usable_backends(Store.open(unlabelled_path)) == ["shards", "dali"]
+
+
+def test_images_are_drawn_on_their_way_to_the_encoder(unlabelled_path: Path, tmp_path: Path):
+    drawn = tmp_path / "views.png"
+    assert run(profile.main, ["--data", str(unlabelled_path), "--preset", "daae-tiny", "--views", str(drawn)]) == 0
+    wish = open_preset("daae-tiny")
+    views, store = wish.method.views(wish.model), Store.open(unlabelled_path)
+    with Image.open(drawn) as page:
+        found = np.asarray(page.convert("RGB"))
+    cell, columns = gallery.LEAST_CELL + gallery.GAP, 8
+    # As stored; the masked view cut and seen; the small one cut and coloured.
+    assert found.shape == (5 * cell + gallery.GAP, gallery.LABEL_WIDTH + columns * cell + gallery.GAP, 3)
+    with contextlib.closing(open_loader(store, views, batch=columns, seed=0, backend="auto")) as loader:
+        batch = gallery.first_batch(loader)
+    for row, name in ((1, "holed"), (3, "small")):
+        side = views[name].side
+        for column, crop in enumerate(batch.images[name].numpy()):
+            top, left = gallery.GAP + row * cell, gallery.LABEL_WIDTH + gallery.GAP + column * cell
+            assert np.array_equal(found[top : top + side, left : left + side], crop)
+    holes = (found[gallery.GAP + 2 * cell :][: wish.model.side] == 128).all(axis=2).mean()
+    assert holes > 0.3  # three quarters of each view, which is two thirds of its cell wide
 
 
 @pytest.mark.parametrize(
@@ -155,6 +199,8 @@ def test_a_store_without_the_backend_is_refused(unlabelled_path: Path, capsys: p
         (["--tune", "/nowhere/fast.yaml"], 2, "there is no folder /nowhere"),
         (["--tune", "fast.yaml", "--tune-seconds", "inf"], 2, "--tune-seconds is from 0.1"),
         (["--peers", "--png", "bars.png"], 2, "pass one of them, without a picture"),
+        (["--views", "views.png", "--peers"], 2, "pass one of them, without a picture"),
+        (["--views", "views.jpg"], 2, "--views writes a .png file"),
         (["--peers", "--batch", "25"], 3, "fewer than one batch of 25"),
         (["--batch", "25", "--loader", "dali"], 3, "fewer than one batch of 25"),
         (["--device", "cuda:99"], 5, "--device cuda:99"),

@@ -17,9 +17,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline import native
 from pipeline.errors import UsageError
 from pipeline.limits import usable_cores
-from tools.profiling.bottleneck import ROUNDS, Limit, Measured, Part, limit, percent, verdict
+from tools.profiling.bottleneck import (
+    OURS,
+    ROUNDS,
+    Limit,
+    Measured,
+    Part,
+    decoder_facts,
+    limit,
+    percent,
+    pillow_note,
+    verdict,
+)
 from train.command import parse, run
 from train.timing import Neighbours, Stage, stopwatch, summarise
 
@@ -74,6 +86,8 @@ class Profile:
     """Instead: try loaders, threads and batches ahead, and write the fastest as YAML that --config takes."""
     tune_seconds: float = 120.0
     """How long --tune may take."""
+    views: Path | None = None
+    """Instead: draw some images on their way to the encoder, as stored, cut, coloured and hidden, as a PNG."""
     html: Path | None = None
     """Write the stages as a page with a bar for each."""
     png: Path | None = None
@@ -151,6 +165,7 @@ def profile(flags: Profile) -> Measured:
             loader={name: stage(f"loader {name}") for name in loaders},
             both={name: stage(f"both {name}") for name in loaders},
             limits=limits, memory_gb=memory_gb(device)[0], other_cores=others, warm_up_seconds=warm_up, rounds=rounds,
+            no_decoder=native.why_not(),
         )  # fmt: skip
 
 
@@ -162,18 +177,19 @@ def check_flags(flags: Profile) -> None:
     for name, value in (("seconds", flags.seconds), ("tune-seconds", flags.tune_seconds)):
         if not 0.1 <= value <= 86400:
             raise UsageError(f"--{name} is from 0.1 to 86400, not {value:g}.")
-    for name, path in (("html", flags.html), ("png", flags.png), ("tune", flags.tune)):
-        endings = {"tune": (".yaml", ".yml")}.get(name, (f".{name}",))
+    for name, path in (("html", flags.html), ("png", flags.png), ("tune", flags.tune), ("views", flags.views)):
+        endings = {"tune": (".yaml", ".yml"), "views": (".png",)}.get(name, (f".{name}",))
         if path is not None and path.suffix not in endings:
             raise UsageError(f"--{name} writes a {endings[0]} file, not {path.name}.")
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"--{name} {path}: there is no folder {path.parent}.")
     peers = flags.peers and not flags.step  # --step --peers is one wish
-    instead = [name for name, asked in (("tune", flags.tune), ("peers", peers), ("step", flags.step)) if asked]
+    others = (("tune", flags.tune), ("peers", peers), ("step", flags.step), ("views", flags.views))
+    instead = [name for name, asked in others if asked]
     if len(instead) > 1 or (instead and flags.html) or (flags.png and instead and instead != ["step"]):
         raise UsageError(
-            "--tune, --peers and --step each do something else instead of a profile: pass one of them, without a "
-            "picture (--step draws a --png)."
+            "--tune, --peers, --step and --views each do something else instead of a profile: pass one of them, "
+            "without a picture (--step draws a --png)."
         )
     if (flags.trace is not None or flags.knobs) and not flags.step:
         raise UsageError("--trace and --knobs go with --step.")
@@ -225,7 +241,7 @@ def as_json(measured: Measured) -> dict:
     return {
         **dataclasses.asdict(measured),
         "seconds_per_epoch": measured.seconds_per_epoch, "images_per_second": measured.images_per_second,
-        "limit": limit(measured), "verdict": verdict(measured),
+        "limit": limit(measured), "verdict": verdict(measured), **decoder_facts(measured.no_decoder),
     }  # fmt: skip
 
 
@@ -261,6 +277,8 @@ def show(measured: Measured, flags: Profile) -> None:
     out.print(f"Warm-up, not counted: {warm}.", style="dim")
     if measured.batch != measured.run_batch:
         out.print(f"The batch of {measured.run_batch:,} was cut to {measured.batch:,} for this; --batch sets it.")
+    if measured.no_decoder is not None and measured.backend in OURS:
+        out.print(pillow_note(measured.no_decoder), style="yellow", markup=False)
     if measured.other_cores:
         cores = "a core" if measured.other_cores == 1 else f"{measured.other_cores:g} cores"
         out.print(
@@ -382,12 +400,32 @@ def peers(flags: Profile) -> int:
     workers, batch = min(flags.workers or cores, cores), flags.batch or 128
     with telling(flags.quiet) as say:
         assert flags.data is not None
-        results, costs, scaled = compare_peers(flags.data, seconds=flags.seconds, batch=batch, workers=workers, say=say)
+        results, costs, scaled, notes = compare_peers(
+            flags.data, seconds=flags.seconds, batch=batch, workers=workers, say=say
+        )
     if flags.json:
         told = {"workers": workers, "batch": batch, "seconds": flags.seconds, "views": results, "costs": costs}
-        print(json.dumps(record("cpu", {**told, "threads": scaled}), indent=1))
+        facts = {"threads": scaled, "notes": notes, **decoder_facts(native.why_not())}
+        print(json.dumps(record("cpu", {**told, **facts}), indent=1))
     else:
-        show_peers(results, costs, scaled)
+        show_peers(results, costs, scaled, notes)
+    return 0
+
+
+def draw(flags: Profile) -> int:
+    import torch
+
+    from pipeline.views import check_views
+    from train.data import open_store
+    from train.device import resolve
+    from train.gallery import draw_stages
+
+    assert flags.views is not None
+    wish = settings(flags)
+    store = open_store(wish)
+    wish = resolve(wish, store)
+    check_views(wish.method.views(wish.model), wish.model.patch)
+    print(draw_stages(flags.views, wish, store, torch.device(wish.device)))
     return 0
 
 
@@ -398,6 +436,8 @@ def main(argv: list[str]) -> int:
         return beside_steps(flags) if flags.peers or flags.knobs else profile_steps(flags)
     if flags.peers:
         return peers(flags)
+    if flags.views is not None:
+        return draw(flags)
     if flags.tune is not None:
         from tools.profiling.tune import tune
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from model.network import Network
-from pipeline.loader import open_loader
+from pipeline import jpeg
+from pipeline.ffcv_loader import in_beton
+from pipeline.loader import Loader, open_loader
 from pipeline.store import Store
-from pipeline.views import Patches, denormalise, group_size, make_views, take, unpatchify
+from pipeline.views import Batch, Patches, denormalise, group_size, make_views, take, unpatchify
 from train.config import Run
 
 SHOWN = 8
 GAP, HIDDEN_GRAY = 4, 0.5
+LABEL_WIDTH, LEAST_CELL = 150, 96  # pixels, of draw_stages
+FRAMES = ("#e4572e", "#17b890", "#2e86e4", "#e4b72e", "#9b5de5", "#00bbd4", "#f15bb5", "#8d99ae")  # of the views' boxes
 
 
 def draw_gallery(out: Path, network: Network, run: Run, store: Store, device: torch.device) -> Path:
@@ -24,11 +29,8 @@ def draw_gallery(out: Path, network: Network, run: Run, store: Store, device: to
     views = run.method.views(run.model)
     group = group_size(views)
     shown = max(group, min(SHOWN, store.count) // group * group)
-    loader = open_loader(store, views, batch=shown, seed=run.seed, backend=run.loader, device=device, shuffle=False)
-    try:
-        batch = next(iter(loader.epoch(0)))
-    finally:
-        loader.close()
+    with contextlib.closing(opened(store, run, device, shown, shuffle=False)) as loader:
+        batch = first_batch(loader)
     made = make_views(batch, views, patch=run.model.patch, seed=run.seed)
     rows = []
     for view in made.values():
@@ -41,6 +43,63 @@ def draw_gallery(out: Path, network: Network, run: Run, store: Store, device: to
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(_grid(rows, run.model.side)).save(path)
     return path
+
+
+def draw_stages(path: Path, run: Run, store: Store, device: torch.device) -> Path:
+    """Write a picture of a batch on its way: a column per image, rows for what is stored, with the boxes of its views,
+    and for each view what is cut, how it is coloured, and what the encoder sees of it.
+
+    run: resolved. The images are the first of the run's first epoch, and their views those that it trains on.
+    """
+    views = run.method.views(run.model)
+    group = group_size(views)
+    shown = max(group, min(SHOWN, store.count) // group * group)
+    with contextlib.closing(opened(store, run, device, shown, shuffle=True)) as loader:
+        batch = first_batch(loader)
+        rows = [("as stored, with crops", _stored(store, loader, batch, max(LEAST_CELL, run.model.side)))]
+    made = make_views(batch, views, patch=run.model.patch, seed=run.seed)
+    for name, view in views.items():
+        rows.append((f"{name}: cut to {view.side} px", batch.images[name].cpu() / 255))
+        if view.coloured or view.strong:
+            rows.append((f"{name}: coloured", denormalise(unpatchify(made[name].pixels, run.model.patch)).cpu()))
+        if made[name].keep is not None:
+            rows.append((f"{name}: what is seen of it", _with_holes(made[name], run.model.patch).cpu()))
+    grid = _grid([pictures for _, pictures in rows], max(LEAST_CELL, run.model.side))
+    page = Image.new("RGB", (LABEL_WIDTH + grid.shape[1], grid.shape[0]), "white")
+    page.paste(Image.fromarray(grid), (LABEL_WIDTH, 0))
+    pen, height = ImageDraw.Draw(page), (grid.shape[0] - GAP) // len(rows)
+    for row, (words, _) in enumerate(rows):
+        pen.text((GAP, GAP + row * height + height // 2), words, fill="black", anchor="lm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+    return path
+
+
+def _stored(store: Store, loader: Loader, batch: Batch, cell: int) -> Tensor:
+    """(B, cell, cell, 3) in [0, 1]: the stored pictures, shrunk to fit, with a frame for each crop that is cut."""
+    ids, found = batch.id.numpy(), torch.ones(len(batch.id), cell, cell, 3)
+    boxes = {name: geometry.boxes for name, geometry in loader.where(batch.epoch, ids).items()}
+    with contextlib.closing(in_beton(store) if store.beton else jpeg.StoredJpegs.in_shards(store)) as jpegs:
+        for row, sample in enumerate(ids):
+            image = Image.fromarray(jpeg.picture(jpegs.read(int(sample))))
+            scale = min(1.0, cell / max(image.size))
+            image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            pen = ImageDraw.Draw(image)
+            for colour, box in zip(FRAMES, boxes.values(), strict=False):
+                top, left, height, width = (float(each) * scale for each in box[row])
+                pen.rectangle((left, top, left + width - 1, top + height - 1), outline=colour, width=2)
+            found[row, : image.height, : image.width] = torch.from_numpy(np.asarray(image) / 255)
+    return found
+
+
+def opened(store: Store, run: Run, device: torch.device, shown: int, *, shuffle: bool) -> Loader:
+    views = run.method.views(run.model)
+    return open_loader(store, views, batch=shown, seed=run.seed, backend=run.loader, device=device, shuffle=shuffle)
+
+
+def first_batch(loader: Loader) -> Batch:
+    with contextlib.closing(loader.epoch(0)) as batches:
+        return next(batches)
 
 
 def _with_holes(view: Patches, patch: int) -> Tensor:
