@@ -27,6 +27,7 @@ from tools import children, compare, report
 from tools.comparing import experiment as asked
 from tools.comparing.records import Cell, cells, read_lines, read_study, target_score
 from train.command import parse
+from train.device import choose_precision, device_name
 
 ROOT = Path(__file__).parent.parent
 TINY = ("model.side=32", "model.width=32", "model.depth=1", "model.heads=2", "model.decoder_width=32")
@@ -278,6 +279,20 @@ def test_other_images_and_other_machines_are_refused(plan):
         asked.check_bench({**record, "env": {**record["env"], "device": "faster"}}, [record])
 
 
+def test_another_machine_is_refused_before_anything_is_trained_there(plan):
+    record = record_of(plan, "mae-tiny")
+    here = choose_precision("auto", torch.device("cpu"))
+    machine = {**record, "env": {**record["env"], "device": device_name(torch.device("cpu"))}}
+    same = {**machine, "settings": {**record["settings"], "precision": here}}
+    asked.check_here(plan, same)
+    with pytest.raises(
+        UsageError, match=r"runs with processor Test CPU, 2 threads; here it is .*Go on where they were"
+    ):
+        asked.check_here(plan, record)
+    with pytest.raises(UsageError, match=rf"runs with precision fp16; here it is {here}"):
+        asked.check_here(plan, {**machine, "settings": {**record["settings"], "precision": "fp16"}})
+
+
 def test_arms_of_one_size_start_from_the_same_encoder(plan):
     """What lets one score of the untrained encoder stand for all arms."""
     wishes = [plan.wish(arm) for arm in plan.arms]
@@ -483,3 +498,44 @@ def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, cap
     assert json.loads(capfd.readouterr().out)["bytes"] < 3e6
     assert "experiment.yaml" in page
     assert page.count("data:image/png") == 2
+
+
+def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_path, capfd):
+    out = tmp_path / "out"
+    first = experiment(tmp_path / "a.yaml", arms={"a": "mae-tiny"}, steps=2, evaluations=1)
+    words = ["--data", str(store_path), "--label", "class", "--out", str(out), "--settings", *TINY]
+    assert compare.main(["--experiment", first, "--quiet", *words]) == 0
+    (before,) = read_lines(out / "records.jsonl")
+    assert "asked" not in before
+    evaluate, tuning = {"label_share": [0.5], "agreement": 0.5}, {"epochs": 1, "batch": 16, "magnitude": 0}
+    more = experiment(
+        tmp_path / "b.yaml", arms={"a": "mae-tiny"}, steps=2, evaluations=1, evaluate=evaluate, finetune=tuning
+    )
+    capfd.readouterr()
+    assert compare.main(["--experiment", more, *words]) == 0
+    said = capfd.readouterr().err
+    assert "evaluate a seed 0\n" in said
+    assert "finetune a seed 0\n" in said
+    (after,) = read_lines(out / "records.jsonl")
+    assert after["asked"] == {
+        "evaluate": {"label_share": [0.5], "agreement": 0.5},
+        "finetune": tuning | {"epochs": 1.0},
+    }
+    assert after["evaluation"]["leading"] == before["evaluation"]["leading"]
+    probes = after["evaluation"]["scores"]["held-out"]["class"]
+    assert probes["knn1 50%"]["draws"] == 3
+    assert set(after["evaluation"]["agreement"]["encoder"]) == {"held-out"}
+    assert after["finetune"]["epochs"] == 1
+    assert after["finetune"]["steps"] >= 1
+    assert {**after, "evaluation": 0} == {
+        **before, "evaluation": 0, "asked": after["asked"], "finetune": after["finetune"],
+    }  # fmt: skip
+    assert compare.main(["--experiment", more, *words]) == 0  # all of it is known
+    assert "a seed 0" not in capfd.readouterr().err
+    assert read_lines(out / "records.jsonl") == [after]
+
+
+def test_questions_that_would_be_refused_later_are_refused_at_once(store_path, tmp_path):
+    file = experiment(tmp_path / "e.yaml", data=str(store_path), finetune={"layer_decay": 2})
+    with pytest.raises(UsageError, match="--layer-decay above 0 and at most 1"):
+        plan_of("--experiment", file, "--out", str(tmp_path / "out"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ import yaml
 from pipeline.errors import UsageError
 from tests.study_folders import write_run
 from tools import report
-from tools.comparing.records import Cell, read_study
+from tools.comparing.records import Cell, Group, Study, read_study
 from tools.comparing.verdict import Score, baseline_score, verdict, warnings
+from train.journal import earlier_environments
 
 MAE = ((50, 0.28), (100, 0.31), (200, 0.34))
 DAAE = ((50, 0.31), (100, 0.34), (200, 0.37))
@@ -263,17 +265,18 @@ def raced(folder: Path, ratios: Sequence[float], **settings) -> list[Path]:
         (
             (2.2, 2.4, 2.3),
             "good",
-            "The claim of 2.05x holds on these images and at this size: the ratio is no less, and",
+            "The claim of 2.05x holds on these images and at this size, by the rule set beforehand: the ratio is 2.05 "
+            "or more and its interval stays above 1.5.",
         ),
-        ((2.0, 2.1, 2.2), "good", "The claim of 2.05x holds"),  # 2.10, from 1.86
+        ((2.0, 2.1, 2.2), "good", "stays above 1.5; true ratios down to 1.86 are not excluded."),
         (
             (1.2, 1.3, 1.4),
             "bad",
             "does not hold on these images and at this size: it lies above the interval. Faster bey",
         ),
         ((0.7, 0.75, 0.72), "bad", "it lies above the interval. Slower beyond chance."),
-        ((0.9, 1.0, 1.1), "bad", "it lies above the interval. No gain in speed can be told from chance."),
-        ((1.5, 2.5, 3.5), "open", "cannot be told: it lies inside the interval. No gain in speed"),
+        ((0.9, 1.0, 1.1), "bad", "it lies above the interval. The difference in speed could be chance."),
+        ((1.5, 2.5, 3.5), "open", "cannot be told: it lies inside the interval. The difference in speed"),
         ((1.7, 2.0, 2.2), "open", "cannot be told: it lies inside the interval. Faster beyond chance."),
         ((2.3,), "open", "One seed cannot tell a gain from chance, nor whether 2.05x is real"),
     ],
@@ -316,11 +319,74 @@ def test_failed_runs_and_missing_baselines_keep_a_claim_open(tmp_path):
     study = read_study([*folders, failed])
     found = verdict(study)
     assert found.tone == "open"
-    assert "One run failed, and what is left of their arms and seeds was not chosen." in found.meaning
+    assert "One run failed: the seeds that are left are no fair draw of all." in found.meaning
     assert any(line.startswith("daae-tiny seed 3 failed: means are over the seeds") for line in warnings(study))
     found = verdict(read_study(raced(tmp_path / "b", (2.2, 2.4, 2.3), baselines=None)))
     assert found.tone == "open"
     assert "An arm was scored without its baselines." in found.meaning
+
+
+def with_paces(study: Study, seconds_per_step: dict[str, float]) -> Study:
+    """The study as if a step of each arm had been measured in turns to take so long."""
+    groups = [
+        Group(group.arm, [dataclasses.replace(trial, pace=seconds_per_step[group.arm]) for trial in group.trials])
+        for group in study.groups
+    ]
+    return dataclasses.replace(study, groups=groups)
+
+
+def test_the_rule_is_asked_of_both_clocks(tmp_path):
+    """2.30 by the runs' own clock, in which a step of either takes 0.2 s."""
+    study = read_study(raced(tmp_path / "wide", (1.6, 2.4, 3.2)))
+    assert verdict(study).tone == "open"  # 2.31, but from 0.97
+    study = read_study(raced(tmp_path, (2.2, 2.4, 2.3)))
+    assert verdict(with_paces(study, {"mae-tiny": 0.2, "daae-tiny": 0.21})).tone == "good"
+    slower = verdict(with_paces(study, {"mae-tiny": 0.2, "daae-tiny": 0.26}))
+    assert slower.tone == "bad"  # 1.77, up to 1.97
+    assert "it lies above the interval. Faster beyond chance." in slower.meaning
+
+
+def test_only_daae_beside_mae_is_asked_about_the_claim(tmp_path, capsys):
+    folders = []
+    for folder in raced(tmp_path, (2.2, 2.4, 2.3)):
+        config = folder / "config.yaml"
+        if folder.name.startswith("daae"):
+            config.write_text(config.read_text().replace("objective: daae", "objective: can"))
+        folders.append(folder)
+    page, said, _ = page_of(folders, capsys)
+    assert said["meaning"] == "Faster beyond chance."
+    assert said["tone"] == "good"
+    assert "2.05" not in said["verdict"]
+    assert "Is the 2x real?" not in page.text
+
+
+def test_runs_that_were_asked_different_things_do_not_compare(tmp_path):
+    folders = raced(tmp_path, (2.2, 2.4, 2.3))
+    path = folders[1] / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"leading_name": "knn20 on category, mean of a"}))
+    study = read_study(folders)
+    said = [line for line in warnings(study) if "asked different things" in line]
+    assert said == [
+        "The runs were asked different things: knn20 on category, mean of a (1,600 pictures) and "
+        "ridge on subcategory, mean of fluent and emojione (1,600 pictures)."
+    ]
+    assert verdict(study).tone == "open"
+    assert "The runs do not compare" in verdict(study).meaning
+
+
+def test_times_from_the_middle_of_a_schedule_are_said_to_be_such(pair):
+    assert any("scores in the middle of a schedule" in line for line in warnings(read_study(pair)))
+
+
+def test_arms_beside_the_baseline_are_paired_with_one_another(tmp_path, capsys):
+    scores = {"mae": (0.30, 0.31, 0.32), "daae": (0.36, 0.38, 0.37), "contrast": (0.35, 0.36, 0.37)}
+    folders = [
+        write_run(tmp_path / f"{arm}{seed}", preset=f"{arm}-tiny", seed=seed, curve=((200, value),), gallery=None)
+        for arm, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    page, _, _ = page_of(folders, capsys)  # differences of 1, 2 and 0 points
+    assert "At the end daae-tiny is +1.0 (-1.5 to +3.5) points ahead of contrast-tiny; brackets: 95 %" in page.text
 
 
 def test_no_other_arm_stands_in_for_one_that_failed(tmp_path):
@@ -338,6 +404,23 @@ def test_runs_of_different_code_or_torch_are_said(tmp_path):
     said = warnings(read_study(folders))
     assert any("code that differs or was never committed (0123456789ab and ffff+changes)" in line for line in said)
     assert any("different versions of torch (2.11.0 and 2.15.0)" in line for line in said)
+
+
+def test_a_run_that_moved_is_told(tmp_path):
+    folders = raced(tmp_path, (2.2, 2.4, 2.3))
+    path = folders[1] / "env.json"
+    env = json.loads(path.read_text())
+    now = {**env, "code": "ffff", "device": "Another CPU, 2 threads"}
+    assert earlier_environments(path, env) == []
+    now["before"] = earlier_environments(path, now)
+    assert now["before"] == [{name: env[name] for name in ("code", "device", "cores", "versions")}]
+    path.write_text(json.dumps(now))
+    assert earlier_environments(path, now) == now["before"]
+    study = read_study(folders)
+    assert any("2 different machines" in line for line in warnings(study))
+    assert any("code that differs or was never committed (0123456789ab and ffff)" in line for line in warnings(study))
+    assert verdict(study).tone == "open"
+    assert earlier_environments(tmp_path / "nothing.json", now) == []
 
 
 def test_different_seconds_are_said(tmp_path, capsys):

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.errors import NumericsError, UsageError
 from tests.study_folders import write_run
 from tools import reproduce
 from tools.commands import Commands
@@ -45,7 +47,7 @@ def test_from_nothing_to_a_sentence(tmp_path, monkeypatch, capsys):
             study = Path(words[words.index("--out") + 1])
             for arm, scores in {"mae": (0.30, 0.34), "daae": (0.34, 0.37)}.items():
                 for seed in (0, 1):
-                    for seconds, score in zip((40, 80), scores, strict=True):
+                    for seconds, score in zip((40, 120), scores, strict=True):
                         write_run(
                             study / "runs" / f"{arm}-{seconds}s-seed{seed}", preset=f"{arm}-tiny", seed=seed,
                             seconds=seconds, curve=((seconds, score),), gallery=None,
@@ -58,7 +60,39 @@ def test_from_nothing_to_a_sentence(tmp_path, monkeypatch, capsys):
     assert [words[0] for words in called] == ["fetch", "convert", "convert", "convert", "compare", "report"]
     assert called[4][-1] == str(tmp_path / "quick")
     said = json.loads(capsys.readouterr().out)
-    # DAAE is where MAE ends after 80 s when its runs of 40 s end.
-    assert "at least 2.00 times as fast (95 % interval from 2.00; 2.05 or more in 0 of 2 seeds)" in said["sentence"]
-    assert said["arms"]["daae"]["lengths"] == {"40": [0.34, 0.34], "80": [0.37, 0.37]}
+    # DAAE is where MAE ends after 120 s when its runs of 40 s end.
+    assert "at least 3.00 times as fast (95 % interval from 3.00; 2.05 or more in 2 of 2 seeds)" in said["sentence"]
+    assert said["arms"]["daae"]["lengths"] == {"40": [0.34, 0.34], "120": [0.37, 0.37]}
     assert said["report"] == str(tmp_path / "quick.html")
+
+
+def test_a_run_that_diverged_still_leaves_a_report_and_its_code(tmp_path, monkeypatch, capsys):
+    called = []
+
+    def call(self, *words, listen=False):
+        called.append(words[0])
+        if words[0] == "compare":
+            study = Path(words[words.index("--out") + 1])
+            for seed in (0, 1):
+                write_run(study / "runs" / f"mae-120s-seed{seed}", seed=seed, seconds=120, curve=((120, 0.34),))
+            shutil.copy(words[words.index("--experiment") + 1], study / "experiment.yaml")
+            raise NumericsError("2 of 8 runs have no score.")
+        return ""
+
+    monkeypatch.setattr(Commands, "call", call)
+    assert reproduce.main(["--quick", "--out", str(tmp_path)]) == NumericsError.code == 4
+    assert called[-2:] == ["compare", "report"]
+    assert capsys.readouterr().out.startswith("mae scores 34.0 ± 1.0 %")
+
+
+def test_lengths_are_stretched_where_steps_are_slow(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.device.choose_precision", lambda wish, device: "fp32")
+    assert reproduce.usual_stretch("cpu") == 2.0
+    monkeypatch.setattr("train.device.choose_precision", lambda wish, device: "bf16")
+    assert reproduce.usual_stretch("cpu") == 1.0
+    longer = yaml.safe_load(reproduce.stretched(reproduce.EXPERIMENTS / "standard.yaml", 2.0, tmp_path).read_text())
+    assert longer["seconds"] == [240, 480, 960]
+    assert longer["arms"]["daae"] == {"preset": "daae-tiny", "also": [120]}
+    assert longer["arms"]["mae"] == "mae-tiny"
+    with pytest.raises(UsageError, match="--stretch 0: wants a factor above 0"):
+        reproduce.main(["--stretch", "0", "--out", str(tmp_path)])

@@ -41,8 +41,8 @@ def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path
     assert page.startswith("words\n<!-- results of pair -->\nridge on subcategory, mean of fluent and emojione, %:\n")
     assert page.endswith("<!-- end of results -->\nmore\n")
     assert "old" not in page
-    assert "| `daae-tiny` | 0 | 200 s | 640 | 2 | 36.0 ± 1.0 | 100 s | 2.00 (one seed) |" in page
-    assert "| untrained encoder |  |  |  |  | 24.0 ± 1.0 |  |  |" in page
+    assert "| `daae-tiny` | 0 | 200 s | 640 | 2 | 36.0 ± 1.0 | +4.0 | 100 s | 2.00 (one seed) |  |" in page
+    assert "| untrained encoder |  |  |  |  | 24.0 ± 1.0 |  |  |  |  |" in page
     assert results.filled(page) == page
     shutil.rmtree(kept / "runs")  # a record alone gives the same table
     assert results.filled(before) == page

@@ -13,6 +13,7 @@ import json
 import math
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,8 @@ from pipeline.errors import DaaeError, NumericsError
 from pipeline.staging import claimed, write_whole
 from tools.children import Stop, call, failure
 from tools.comparing.analysis import Contrast
-from tools.comparing.experiment import Compare, Plan, check_bench, check_records, make_plan, nested
+from tools.comparing.experiment import Compare, Plan, check_bench, check_here, check_records, make_plan, nested
+from tools.comparing.questions import TUNED, words
 from tools.comparing.records import (
     BASELINE_SCORES,
     EXPERIMENT,
@@ -44,6 +46,7 @@ from tools.comparing.verdict import (
     BASELINES,
     arm_score,
     baseline_score,
+    gap_words,
     leading_name,
     ratio_words,
     score_of,
@@ -54,6 +57,8 @@ from tools.comparing.verdict import (
 )
 from train.command import parse, read_yaml, run
 from train.config import as_values, flat
+from train.evaluate import EVALUATION
+from train.finetune import RESULT
 from train.journal import duration
 
 # ------------------------------------------------------------------------------------------------------- running it
@@ -126,16 +131,52 @@ def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> lis
     if not plan.labelled and not flags.quiet:
         print(f"note: {plan.data} has no labels, so runs are trained and timed but not scored.", file=sys.stderr)
     diverged: list[Cell] = []
-    if finished >= set(plan.order()):
-        return diverged
+    if records and not finished >= set(plan.order()):
+        check_here(plan, records[-1])
     for waiting in rounds(plan, finished):
         paces = measured_paces(plan, stop, times=1 + plan.seeds.index(waiting[0].seed), quiet=flags.quiet)
         for cell in take_turns(plan, waiting, paces, stop, diverged, quiet=flags.quiet):
             record = make_record(plan, cell)
             check_bench(record, records)
             records.append(record)
-            write_whole(plan.out / RECORDS, "".join(json.dumps(each) + "\n" for each in records))
+            write_records(plan, records)
+            question(plan, records, stop, quiet=flags.quiet)
+    question(plan, records, stop, quiet=flags.quiet)  # what was declared only after its runs had ended
     return diverged
+
+
+def write_records(plan: Plan, records: list[dict]) -> None:
+    write_whole(plan.out / RECORDS, "".join(json.dumps(each) + "\n" for each in records))
+
+
+def question(plan: Plan, records: list[dict], stop: Stop, *, quiet: bool) -> None:
+    """Ask every recorded run what the experiment wants to know beside its score, unless it has answered; the answers go
+    into its record. A run whose folder is gone answers no more."""
+    wanted = set(plan.order())
+    for record in records:
+        cell, answered = cell_of(record), record.get("asked", {})
+        folder = plan.folder(cell)
+        if cell not in wanted or not done(folder):
+            continue
+        commands = {
+            "evaluate": (["train.evaluate", str(folder), "--no-cache"], folder / EVALUATION),
+            "finetune": (
+                ["train.finetune", str(folder), "--out", str(folder / TUNED), "--seed", str(cell.seed)],
+                folder / TUNED / RESULT,
+            ),
+        }
+        for name, flags in plan.asked(cell).items():
+            if answered.get(name) == flags:
+                continue
+            command, answer = commands[name]
+            if not quiet:
+                print(f"{name} {cell.words}", file=sys.stderr, flush=True)
+            # What it prints is a table of one run; ours follows at the end.
+            command += ["--device", record["settings"]["device"], *words(flags)]
+            call(command, f"{name} {cell.words}", answer.parent, stop, subprocess.DEVNULL)
+            answered = {**answered, name: flags}
+            record |= {answer.stem: read_object(answer), "asked": answered}
+            write_records(plan, records)
 
 
 def measured_paces(plan: Plan, stop: Stop, *, times: int = 1, quiet: bool) -> dict[str, float]:
@@ -220,13 +261,13 @@ def done(folder: Path) -> bool:
 def go_on(plan: Plan, cell: Cell, pace: float | None, stop: Stop, *, quiet: bool) -> None:
     """Train one run as far as its next score. Raises what it failed with, or DaaeError if it stands still."""
     folder, what = plan.folder(cell), cell.words
-    words = ["train.pretrain", *plan.pretrain_words(cell, pace), "--until-score", *(["--quiet"] if quiet else [])]
+    command = ["train.pretrain", *plan.pretrain_words(cell, pace), "--until-score", *(["--quiet"] if quiet else [])]
     for other in plan.order():
         if other != cell and other.seed == cell.seed and (plan.folder(other) / BASELINE_SCORES).exists():
-            words += ["--baselines", str(plan.folder(other))]  # where seed and encoder are the same, so are they
+            command += ["--baselines", str(plan.folder(other))]  # where seed and encoder are the same, so are they
             break
     before = read_object(folder / "status.json").get("step", -1)
-    call(words, what, folder, stop)
+    call(command, what, folder, stop)
     if not done(folder) and read_object(folder / "status.json").get("step", -1) <= before:
         raise failure(6, f"{what} stands still at step {before:,}; see {folder / 'train.log'}.")
 
@@ -294,12 +335,15 @@ def _plain(versus: Contrast) -> dict:
     }
 
 
-HEADINGS = ("arm", "seeds", "training", "images/s", "s/epoch", "score", "to target", "times as fast")
+HEADINGS = (
+    "arm", "seeds", "training", "images/s", "s/epoch", "score", "ahead", "to target", "times as fast", "in turns",
+)  # fmt: skip
+OF_TARGET = 3  # the last of them: by the runs' own clock, and by steps timed in turns
 
 
 def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
     """Whether it is an arm's own row, and its cells by HEADINGS; an arm's shorter lengths come before it."""
-    contrasts = study.contrasts()
+    contrasts, paced = study.contrasts(), study.paced_contrasts()
     for group in study.groups:
         done, score = group.finished, arm_score(group)
         if not done:
@@ -310,20 +354,23 @@ def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
             if score_then is not None:
                 yield False, (
                     f"  {shorter[0].cell.long}", " ".join(str(trial.seed) for trial in shorter),
-                    seconds_words(_mean(t.seconds for t in shorter)), "", "", score_then.words(), "", "",
+                    seconds_words(_mean(t.seconds for t in shorter)), "", "", score_then.words(),
+                    gap_words(study.ahead(group, length)), "", "", "",
                 )  # fmt: skip
-        versus = contrasts.get(group.arm)
-        speed = ratio_words(versus) if versus is not None and study.targeted else ""
+        clocks = [each.get(group.arm) for each in (contrasts, paced)]
+        speeds = [ratio_words(each) if each is not None and study.targeted else "" for each in clocks]
+        last = group.lengths[-1] if group.lengths else None
         pace = _mean(trial.outcome.seconds_per_epoch or 0.0 for trial in done)
         yield True, (
             group.arm, " ".join(str(trial.seed) for trial in done), seconds_words(_mean(t.seconds for t in done)),
             f"{_mean(t.rate or 0.0 for t in done):,.0f}", f"{pace:.3g}",
-            "none" if score is None else score.words(), target_words(study, group.arm), speed,
+            "none" if score is None else score.words(), gap_words(study.ahead(group, last)),
+            target_words(study, group.arm), *speeds,
         )  # fmt: skip
-    for key, words in BASELINES.items():
+    for key, name in BASELINES.items():
         base = baseline_score(study.trials, key)
         if base is not None:
-            yield False, (words, "", "", "", "", base.words(), "", "")
+            yield False, (name, "", "", "", "", base.words(), "", "", "", "")
 
 
 def show(study: Study) -> None:

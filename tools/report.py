@@ -21,15 +21,19 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.staging import write_whole
-from tools.comparing import spent
+from tools.comparing import answers, spent
 from tools.comparing.analysis import Contrast
 from tools.comparing.charts import COLOURS, Level, Line, chart
 from tools.comparing.records import Study, Trial, as_typed, deciding, read_study
 from tools.comparing.verdict import (
     BASELINES,
     arm_score,
+    asks_the_claim,
     baseline_score,
+    between_others,
+    gap_words,
     leading_name,
+    lesser,
     listed,
     margins,
     missing,
@@ -137,7 +141,8 @@ def _head(study: Study) -> str:
     facts = [f"{finished} of {len(study.trials) + len(study.missing)} runs finished"]
     facts += [f"data {Path(str(data)).name}"] if data else []
     facts += sorted({str(t.env["device"]) for t in study.trials if t.env.get("device")})
-    question = "Is the 2x real?" if len(study.groups) > 1 else "One recipe"
+    several = "Is the 2x real?" if any(asks_the_claim(study, group) for group in study.groups) else "Side by side"
+    question = several if len(study.groups) > 1 else "One recipe"
     return (
         f'<header><p class="kicker">{question}</p><h1>{escape(_title(study))}</h1>'
         f'<div class="verdict {answer.tone}"><p class="answer">{escape(answer.sentence)}</p>'
@@ -152,24 +157,27 @@ def _tiles(study: Study) -> str:
     if not contrasts:
         return ""
     arm, each = next(iter(contrasts.items()))
-    tiles = []
+    tiles, turns = [], study.paced_contrasts().get(arm)
+    counts = lesser(each, turns)
     if each.difference is not None:
         gap = each.difference
         spread = _range(gap.low, gap.high, points) or "one seed, no interval"
         tiles.append((points(gap.mean), "points at the end of training", spread))
     if study.targeted and each.pairs:
-        ratio = each.ratio
+        ratio = counts.ratio
+        what = "as fast to the target score" + (", by steps in turns" if counts is turns else "")
         if ratio is None:
-            tiles.append(("–", "as fast to the target score", "seeds are bounds both ways"))
+            tiles.append(("–", what, "seeds are bounds both ways"))
         else:
             sign = {"": "", "at least": "≥ ", "at most": "≤ "}[ratio.side]
             spread = _range(ratio.low, ratio.high, "{:.2f}".format)
-            spread = spread or ("one seed, no interval" if ratio.count == 1 else f"95 %: {ratio_words(each)}")
-            tiles.append((f"{sign}{ratio.mean:.2f}x", "as fast to the target score", spread))
-    if each.epochs is not None:
-        tiles.append((f"{each.epochs:.2f}x", "epochs factor", "what the method saves"))
-    if each.pace is not None:
-        tiles.append((f"{each.pace:.2f}x", "seconds-per-epoch factor", "what a pass costs; below 1: more"))
+            spread = spread or ("one seed, no interval" if ratio.count == 1 else f"95 %: {ratio_words(counts)}")
+            tiles.append((f"{sign}{ratio.mean:.2f}x", what, spread))
+    pace = counts.pace if counts.seconds_per_epoch is None else counts.seconds_per_epoch
+    if counts.epochs is not None:
+        tiles.append((f"{counts.epochs:.2f}x", "epochs factor", "what the method saves"))
+    if pace is not None:
+        tiles.append((f"{pace:.2f}x", "seconds-per-epoch factor", "what a pass costs; below 1: more"))
     cells = "".join(
         f'<div class="tile"><b>{escape(number)}</b><span>{escape(name)}</span><small>{escape(note)}</small></div>'
         for number, name, note in tiles
@@ -205,6 +213,7 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
             if then is not None:
                 seconds, images = (statistics.fmean(getattr(t, n) for t in shorter) for n in ("seconds", "images"))
                 beside = ["–" if each is None else percent(each) for each in (then.error, then.spread)]
+                beside.append(escape(gap_words(study.ahead(group, length))))
                 rows.append([
                     f"<small>{escape(group.arm)}, shorter</small>", str(len(shorter)), escape(seconds_words(seconds)),
                     f"{images:,.0f}", percent(then.mean), *beside, "", "",
@@ -217,6 +226,7 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
             f"<b>{percent(score.mean)}</b>",
             "–" if score.error is None else percent(score.error),
             "–" if score.spread is None else percent(score.spread),
+            escape(gap_words(study.ahead(group, group.lengths[-1] if group.lengths else None))),
             *(_margin(above.get(name)) for name in BASELINES),
         ])  # fmt: skip
     if not rows:
@@ -225,14 +235,18 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
         base = baseline_score(study.trials, name)
         if base is not None:
             beside = ["–" if one is None else percent(one) for one in (base.error, base.spread)]
-            rows.append([f"<em>{words}</em>", "", "", "", percent(base.mean), *beside, "", ""])
-    headings = ["arm", "seeds", "training", "images", "score, %", "std. error", "between seeds", "above pixels"]
+            rows.append([f"<em>{words}</em>", "", "", "", percent(base.mean), *beside, "", "", ""])
+    headings = ["arm", "seeds", "training", "images", "score, %", "std. error", "between seeds"]
+    headings += [f"ahead of {study.base.arm}", "above pixels", "above untrained"]
     name = leading_name(study)
     return (
         f"<section><h2>Scores at the end</h2><p>{escape(name[:1].upper() + name[1:])}. Standard error: from the number "
         "of test pictures, for one run; between seeds: standard deviation. An encoder that has learned is five points "
-        "and three standard errors above both baselines. Intervals are over seeds, on these test pictures.</p>"
-        + table([*headings, "above untrained"], rows, css="scores")
+        "and three standard errors above both baselines. Ahead: points, paired by seed, and its 95 % interval over "
+        "seeds, on these test pictures.</p>"
+        + table(headings, rows, css="scores")
+        + (f"<p>{escape(others)}</p>" if (others := between_others(study)) else "")
+        + _answers(study)
         + _all_probes(study)
         + "</section>"
     )
@@ -242,6 +256,18 @@ def _margin(each: Any) -> str:
     if each is None:
         return "–"
     return f'<span class="{"yes" if each.enough else "no"}">{points(each.points)}{"" if each.enough else " !"}</span>'
+
+
+def _answers(study: Study) -> str:
+    """What the experiment asked of its runs beside the score that leads, if anything."""
+    names, found = answers.table(study)
+    if not found:
+        return ""
+    rows = [[escape(who), *("–" if each is None else escape(each.words()) for each in scores)] for who, scores in found]
+    return (
+        "<h3>What else the features are good for</h3><p>Percent right on the same label, mean of the test sets; ± is "
+        "between seeds.</p>" + table(["", *names], rows)
+    )
 
 
 def _all_probes(study: Study) -> str:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
-from tools.compare import HEADINGS, rows
-from tools.comparing.records import EXPERIMENT, PACE, RECORDS, read_study
-from tools.comparing.verdict import leading_name, verdict, warnings
+from tools.compare import HEADINGS, OF_TARGET, rows
+from tools.comparing import answers
+from tools.comparing.records import EXPERIMENT, PACE, RECORDS, Study, read_study
+from tools.comparing.verdict import between_others, leading_name, verdict, warnings
 from tools.profiling import step_records
 from train.command import parse, run
 
@@ -55,6 +56,8 @@ def keep(folder: Path) -> None:
     read_study([folder])  # what cannot be read is not kept
     (KEPT / folder.name).mkdir(parents=True, exist_ok=True)
     for name in (EXPERIMENT, RECORDS, PACE):
+        if not (folder / name).exists():  # only what is trained for seconds has a pace
+            continue
         text = (folder / name).read_text().replace(f"{folder.parent}/", "")
         write_whole(KEPT / folder.name / name, ABSOLUTE.sub(r"\1", text))
 
@@ -77,15 +80,29 @@ def markdown(folder: Path) -> str:
     if not (folder / RECORDS).exists():
         return "\n".join(step_records.markdown(folder))
     study = read_study([folder])
-    columns = len(HEADINGS) if study.targeted else len(HEADINGS) - 2  # the last two are of the target
+    columns = len(HEADINGS) if study.targeted else len(HEADINGS) - OF_TARGET
     lines = [f"{leading_name(study)}, %:", "", _row(HEADINGS[:columns]), _row(["---", *["---:"] * (columns - 1)])]
     for own, (first, *others) in rows(study):
         lines.append(_row([f"`{first.strip()}`" if own else first.strip(), *others[: columns - 1]]))
+    others = between_others(study)
+    lines += ["", *([others, ""] if others else []), *_answers(study)]
     if not study.targeted:
-        return "\n".join([*lines, ""])
+        return "\n".join(lines)
     answer = verdict(study)
     caveats = [f"- {each}" for each in warnings(study)]
-    return "\n".join([*lines, "", f"{answer.sentence} {answer.meaning}", "", *caveats, *[""] * bool(caveats)])
+    return "\n".join([*lines, f"{answer.sentence} {answer.meaning}", "", *caveats, *[""] * bool(caveats)])
+
+
+def _answers(study: Study) -> list[str]:
+    """What was asked of the runs beside the score that leads, if anything was."""
+    names, found = answers.table(study)
+    if not found:
+        return []
+    lines = ["Mean of the test sets, %, and the deviation between seeds:", "", _row(["", *names])]
+    lines.append(_row(["---", *["---:"] * len(names)]))
+    for who, scores in found:
+        lines.append(_row([who, *("" if score is None else score.words() for score in scores)]))
+    return [*lines, ""]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -72,15 +72,19 @@ class Evaluate:
     json: bool = False
     """Print one JSON object."""
 
+    def check(self) -> None:
+        """Raises UsageError."""
+        if not all(0 < share <= 1 for share in self.label_share):
+            raise UsageError("--label-share wants shares of the labels, above 0 and at most 1, such as 0.01 0.1.")
+        if not self.neighbours or min(self.neighbours) < 1:
+            raise UsageError("--neighbours wants numbers of at least 1, such as 1 20.")
+        if self.agreement is not None and not 0 < self.agreement < 1:
+            raise UsageError(f"--agreement {self.agreement:g}: wants a share of the side, such as 0.5.")
+
 
 def main(argv: list[str]) -> int:
     flags = parse(Evaluate, argv, prog="daae evaluate")
-    if not all(0 < share <= 1 for share in flags.label_share):
-        raise UsageError("--label-share wants shares of the labels, above 0 and at most 1, such as 0.01 0.1.")
-    if not flags.neighbours or min(flags.neighbours) < 1:
-        raise UsageError("--neighbours wants numbers of at least 1, such as 1 20.")
-    if flags.agreement is not None and not 0 < flags.agreement < 1:
-        raise UsageError(f"--agreement {flags.agreement:g}: wants a share of the side, such as 0.5.")
+    flags.check()
     from train import folder
     from train.device import choose_device
 

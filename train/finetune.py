@@ -22,6 +22,7 @@ from train.config import Optim
 if TYPE_CHECKING:
     from model.shape import Shape
 
+RESULT = "finetune.json"  # in the folder of a fine-tuning: what came out
 ALIASES = {
     "--accum-iter": "--accumulate", "--blr": "--base-lr", "--reprob": "--erase", "--data-path": "--data",
     "--output-dir": "--out",

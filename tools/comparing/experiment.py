@@ -17,6 +17,7 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.limits import affinity
+from tools.comparing.questions import Questions
 from tools.comparing.records import ARMS, RUNS, UNITS, Cell, cells, target_score
 from train.command import coerce, nearest, plain, read_yaml
 from train.config import Budget, Run, as_values, flat, with_values
@@ -104,6 +105,7 @@ class Plan:
     common: dict[str, Any]  # flat settings of every arm
     fingerprints: dict[str, str]  # store -> what it holds
     labelled: bool
+    questions: Questions
     generated: dict[str, str]  # arm -> what the store of generated images holds that it trains on besides
 
     def order(self) -> list[Cell]:
@@ -123,6 +125,10 @@ class Plan:
 
     def longest(self, arm: str) -> float | None:
         return max((*self.lengths, *self.arms[arm].also), default=None)
+
+    def asked(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """What is asked of a run once it is trained: flags by command."""
+        return self.questions.of(cell.length, longest=cell.length in (None, self.longest(cell.arm)))
 
     def wish(self, arm: str, length: float | None = None) -> Run:
         """The settings that `daae pretrain` is asked for, without a seed and a folder. Raises UsageError.
@@ -164,6 +170,7 @@ class Plan:
             **({self.unit: self.lengths[0] if len(self.lengths) == 1 else self.lengths} if self.lengths else {}),
             "seeds": self.seeds,
             "evaluations": self.evaluations, "target": self.target, "settings": self.common,
+            **self.questions.as_values(),
         })  # fmt: skip
 
 
@@ -197,6 +204,7 @@ def make_plan(flags: Compare) -> Plan:
     for each in stores.values():
         each.check_real("evaluation")
     labelled = bool(store.columns)
+    questions = Questions.read(values, f"{flags.experiment}: ") if labelled else Questions()
     if not labelled:
         evaluations = 0
     fingerprints = {"data": store.fingerprint, **{path.name: each.fingerprint for path, each in stores.items()}}
@@ -205,9 +213,11 @@ def make_plan(flags: Compare) -> Plan:
         evaluations = 1 if several else EVALUATIONS
     plan = Plan(
         flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled,
-        generated={},
+        questions, generated={},
     )  # fmt: skip
     check_arms(plan)
+    for name in arms:
+        questions.check(plan.wish(name).model)
     if labelled and not plan.wish(next(iter(arms))).watch.overlap:
         for each in stores.values():
             check_apart(store, each, label or next(iter(store.columns)))
@@ -222,7 +232,8 @@ KINDS: dict[str, type] = {"seconds": float, "epochs": float, "steps": int}
 FILE_KEYS: dict[str, Any] = {
     "data": Path | None, "tests": tuple[Path, ...], "label": str | None, "seconds": tuple[float, ...],
     "epochs": tuple[float, ...], "steps": tuple[int, ...], "seeds": tuple[int, ...], "evaluations": int | None,
-    "target": str | float | None, "settings": dict[str, Any],
+    "target": str | float | None, "settings": dict[str, Any], "evaluate": dict[str, Any] | None,
+    "finetune": dict[str, Any] | None,
 }  # fmt: skip
 
 
@@ -424,6 +435,24 @@ def check_records(plan: Plan, records: list[dict]) -> None:
                 what = f"arm {record['arm']}, from which arm {name} differs in what no one declared"
             if different:
                 raise UsageError(f"--out {plan.out} holds runs of {what}: {_some(different)}. {ask}")
+
+
+def check_here(plan: Plan, before: dict) -> None:
+    """This machine against the one of a recorded run, before hours are spent here. Raises UsageError."""
+    from train.device import choose_precision, device_name, find_device
+
+    wish = plan.wish(next(iter(plan.arms)))
+    device = find_device(wish.device)
+    facts = [
+        ("processor", before["env"].get("device"), device_name(device)),
+        ("precision", before["settings"].get("precision"), choose_precision(wish.precision, device)),
+    ]
+    for name, there, here in facts:
+        if there not in (None, here):
+            raise UsageError(
+                f"--out {plan.out} holds runs with {name} {there}; here it is {here}, and seconds would not compare. "
+                "Go on where they were trained, or choose another --out."
+            )
 
 
 def check_bench(record: dict, records: list[dict]) -> None:

@@ -12,6 +12,7 @@ Everything here tolerates what is missing: a run that has just begun has neither
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from tools.comparing.analysis import Contrast, Curve, Outcome, contrast, steady_rate
+from tools.comparing.analysis import Contrast, Curve, Interval, Outcome, contrast, mean_interval, steady_rate
 from train.command import read_yaml
 from train.config import flat
 
@@ -74,6 +75,8 @@ class Trial:
     gallery: Path | None
     pace: float | None = None  # seconds of a step of its arm, measured in turns with the other arms
     ledger: dict = field(default_factory=dict)  # ledger.json, which a run writes at its end
+    asked: dict = field(default_factory=dict)  # what it has answered of what the experiment asks: flags by command
+    finetuned: dict | None = None  # finetune.json, where that was asked for
 
     @property
     def arm(self) -> str:
@@ -98,6 +101,11 @@ class Trial:
     @property
     def command(self) -> str:
         return self.env.get("command", "")
+
+    @property
+    def envs(self) -> list[dict]:
+        """Where it was trained: one machine and one code, but for a run that moved."""
+        return [self.env, *self.env.get("before", [])]
 
     @property
     def final(self) -> dict | None:
@@ -258,6 +266,26 @@ class Study:
             each = contrast(self.base.outcomes(), group.outcomes(), self.target)
             if each.seeds:
                 found[group.arm] = each
+        return found
+
+    def ahead(self, group: Group, length: float | None) -> Interval | None:
+        """How much more an arm's runs of a length score than the baseline's of that length, paired by seed."""
+        base = {trial.seed: trial.final["value"] for trial in self.base.of_length(length) if trial.final is not None}
+        gaps = [
+            trial.final["value"] - base[trial.seed]
+            for trial in group.of_length(length)
+            if trial.final is not None and trial.seed in base
+        ]
+        return mean_interval(gaps) if gaps and group is not self.base else None
+
+    def differences(self) -> dict[tuple[str, str], Interval]:
+        """Two arms -> how much more the first scores at the end than the second, paired by seed, for all but the
+        baseline, which contrasts() is about."""
+        found = {}
+        for one, other in itertools.combinations(self.groups[1:], 2):
+            gap = contrast(other.outcomes(), one.outcomes(), None).difference
+            if gap is not None:
+                found[one.arm, other.arm] = gap
         return found
 
     def paced_contrasts(self) -> dict[str, Contrast]:
@@ -428,6 +456,8 @@ def read_run(folder: Path, cell: Cell | None = None, record: dict | None = None)
         metrics=metrics,
         evaluations=read_lines(folder / "evaluations.jsonl"),
         evaluation=(record["evaluation"] if record else read_object(folder / "evaluation.json")) or None,
+        asked=record.get("asked", {}) if record else {},
+        finetuned=record.get("finetune") if record else None,
         gallery=gallery if gallery.exists() else None,
         ledger=read_object(folder / LEDGER),
     )
@@ -441,6 +471,7 @@ def from_record(record: dict) -> Trial:
         cell=cell_of(record), folder=None, settings=record["settings"], env=record["env"],
         state="done", reason="", step=record["steps"], metrics=[last], evaluations=record["evaluations"],
         evaluation=record["evaluation"], gallery=None, ledger=record.get("ledger", {}),
+        asked=record.get("asked", {}), finetuned=record.get("finetune"),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from model.classifier import Classifier
 from model.network import Network
 from pipeline.augment import erase, rand_augment
 from pipeline.errors import NumericsError, Preempted, ResourceError, UsageError
+from pipeline.limits import out_of_memory
 from pipeline.loader import Backend, Loader, choose_backend, open_loader
 from pipeline.sampling import View, branch_scales, key
 from pipeline.staging import claimed, write_whole
@@ -38,14 +39,14 @@ from train.evaluation.cache import weights_digest
 from train.evaluation.exam import FOLDS, Exam, mean_score
 from train.evaluation.features import one_pass
 from train.evaluation.probes import accuracy
-from train.finetune import Finetune, Recipe
+from train.finetune import RESULT, Finetune, Recipe
 from train.journal import Journal, duration, environment
 from train.optim import make_optimizer, set_rate
 from train.schedule import learning_rate, warmup_steps
-from train.step import Refused, out_of_memory, patience, update
+from train.step import Refused, patience, update
 from train.stop import CutShort, Stop
 
-SETTINGS, RESULT = "finetune.yaml", "finetune.json"
+SETTINGS = "finetune.yaml"
 VIEW = "finetune"
 
 

@@ -1,0 +1,114 @@
+"""What an experiment asks of its runs beside the leading score: what it may ask, of whom, and the table of answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UsageError
+from tests.study_folders import exam, score, write_run
+from tools.comparing import answers
+from tools.comparing.questions import Questions, words
+from tools.comparing.records import Cell, Group, Study, read_run
+from train.command import parse
+from train.evaluate import Evaluate
+from train.finetune import Finetune
+
+# ---------------------------------------------------------------------------------------------------- what is asked
+
+
+def test_each_runs_own_questions():
+    questions = Questions.read(
+        {"evaluate": {"label_share": [0.01, 0.1]}, "finetune": {"epochs": 20, "lengths": [240, 480]}}, ""
+    )
+    few, tuning = {"label_share": [0.01, 0.1]}, {"epochs": 20.0}
+    assert questions.of(480, longest=True) == {"evaluate": few, "finetune": tuning}
+    assert questions.of(240, longest=False) == {"finetune": tuning}
+    assert questions.of(120, longest=False) == {}
+    everyone = Questions.read({"finetune": {}}, "")
+    assert everyone.of(None, longest=True) == {"finetune": {}}
+    assert everyone.of(240, longest=False) == {}
+    assert Questions.read({}, "").of(480, longest=True) == {}
+    assert Questions.read(questions.as_values(), "") == questions
+
+
+def test_questions_are_flags_of_their_commands():
+    asked = Questions.read({"evaluate": {"label_share": [0.1], "agreement": 0.5, "exits": True, "neighbours": [5]},
+                            "finetune": {"epochs": 2, "from_scratch": False, "betas": [0.9, 0.95]}}, "")  # fmt: skip
+    assert asked.evaluate is not None
+    assert asked.finetune is not None
+    flags = parse(Evaluate, ["a-run", *words(asked.evaluate)], prog="daae evaluate")
+    assert (flags.label_share, flags.agreement, flags.exits, flags.neighbours) == ((0.1,), 0.5, True, (5,))
+    tuning = parse(Finetune, ["a-run", "--out", "o", *words(asked.finetune)], prog="daae finetune")
+    assert (tuning.epochs, tuning.from_scratch, tuning.betas) == (2.0, False, (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"evaluate": {"label_shares": [0.1]}}, r"e\.yaml: evaluate: label_shares is unknown\. Did you mean label_sh"),
+        ({"evaluate": {"label_share": [2]}}, "--label-share wants shares of the labels"),
+        ({"evaluate": {"agreement": "half"}}, r"evaluate: agreement wants .*, not 'half'"),
+        ({"evaluate": {"protocols": ["knn"]}}, "protocols begin with ridge, which leads"),
+        ({"finetune": {"epoch": 3}}, r"finetune: epoch is unknown\. Did you mean epochs"),
+        ({"finetune": {"seed": 3}}, r"finetune: seed is unknown"),
+        ({"finetune": {"lengths": "long"}}, r"finetune: lengths wants"),
+    ],
+)  # fmt: skip
+def test_wrong_questions_are_one_sentence(values: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        Questions.read(values, "e.yaml: ")
+
+
+# ------------------------------------------------------------------------------------------------- what is answered
+
+
+def answered(folder: Path, arm: str, seed: int, ridge: float, few: float, tuned: float | None = None):
+    """A finished run with answers: few labels in two test sets, one a tenth above, the other a tenth below `few`."""
+    record: dict[str, Any] = {"env": {}, "asked": {"evaluate": {"label_share": [0.1]}}}
+    evaluation = exam(ridge) | {"baselines": {"pixels": exam(0.2), "untrained": exam(0.21)}}
+    evaluation["agreement"] = {"share": 0.5, "encoder": {"fluent": {"found": 0.8, "count": 400}},
+                               "untrained": {"fluent": {"found": 0.5, "count": 400}}}  # fmt: skip
+    for test, shift in (("fluent", 0.1), ("emojione", -0.1)):
+        evaluation["scores"][test]["subcategory"] = {"ridge": score(ridge), "ridge 10%": score(few + shift, 0.02)}
+    record["evaluation"] = evaluation
+    if tuned is not None:
+        record["finetune"] = {"leading": score(tuned)}
+        record["asked"]["finetune"] = {}
+    return read_run(write_run(folder / f"{arm}-{seed}", seed=seed), Cell(arm, seed), record)
+
+
+def test_answers_are_means_of_tests_and_then_of_seeds(tmp_path):
+    arms = {"mae": [(0.3, 0.2, 0.5), (0.34, 0.24, 0.56)], "daae": [(0.4, 0.3, None), (0.4, 0.32, None)]}
+    groups = [
+        Group(arm, [answered(tmp_path, arm, seed, *each) for seed, each in enumerate(seeds)])
+        for arm, seeds in arms.items()
+    ]
+    study = Study(groups, None, True)
+    names, rows = answers.table(study)
+    assert names == ["ridge", "ridge 10%", "itself at 0.5 of the side", "fine-tuned", "knn20"]
+    table = {who: dict(zip(names, scores, strict=True)) for who, scores in rows}
+    assert list(table) == ["mae", "daae", "raw 32 px pixels", "untrained encoder"]
+    few = table["mae"]["ridge 10%"]
+    assert few is not None
+    assert (few.mean, few.seeds, few.error) == (pytest.approx(0.22), 2, pytest.approx(0.02))
+    assert few.spread == pytest.approx(0.02 * 2**0.5)
+    tuned = table["mae"]["fine-tuned"]
+    assert tuned is not None
+    assert tuned.mean == pytest.approx(0.53)
+    assert table["daae"]["fine-tuned"] is None
+    found = {who: scores["itself at 0.5 of the side"] for who, scores in table.items()}
+    assert found["daae"] is not None
+    assert found["untrained encoder"] is not None
+    assert (found["daae"].mean, found["untrained encoder"].mean) == (0.8, 0.5)
+    assert found["daae"].error == pytest.approx((0.8 * 0.2 / 400) ** 0.5)
+    assert found["raw 32 px pixels"] is None
+
+
+def test_runs_that_were_asked_nothing_have_no_table(tmp_path):
+    run = answered(tmp_path, "mae", 0, 0.3, 0.2)
+    study = Study([Group("mae", [dataclasses.replace(run, asked={})])], None, True)
+    assert answers.table(study) == ([], [])
