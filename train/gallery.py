@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from train.config import Run
 
 SHOWN = 8
 GAP, HIDDEN_GRAY = 4, 0.5
-LABEL_WIDTH, LEAST_CELL = 150, 96  # pixels, of draw_stages
+LABEL_WIDTH, LEAST_CELL = 150, 64  # pixels, of draw_stages
 FRAMES = ("#e4572e", "#17b890", "#2e86e4", "#e4b72e", "#9b5de5", "#00bbd4", "#f15bb5", "#8d99ae")  # of the views' boxes
 
 
@@ -56,20 +57,21 @@ def draw_stages(path: Path, run: Run, store: Store, device: torch.device) -> Pat
     shown = max(group, min(SHOWN, store.count) // group * group)
     with contextlib.closing(opened(store, run, device, shown, shuffle=True)) as loader:
         batch = first_batch(loader)
-        rows = [("as stored, with crops", _stored(store, loader, batch, max(LEAST_CELL, run.model.side)))]
+        rows = [("as stored, with crops", "black", _stored(store, loader, batch, max(LEAST_CELL, run.model.side)))]
     made = make_views(batch, views, patch=run.model.patch, seed=run.seed)
-    for name, view in views.items():
-        rows.append((f"{name}: cut to {view.side} px", batch.images[name].cpu() / 255))
+    for colour, (name, view) in zip(itertools.cycle(FRAMES), views.items(), strict=False):
+        rows.append((f"{name}: cut to {view.side} px", colour, batch.images[name].cpu() / 255))
         if view.coloured or view.strong:
-            rows.append((f"{name}: coloured", denormalise(unpatchify(made[name].pixels, run.model.patch)).cpu()))
+            pixels = denormalise(unpatchify(made[name].pixels, run.model.patch))
+            rows.append((f"{name}: coloured", colour, pixels.cpu()))
         if made[name].keep is not None:
-            rows.append((f"{name}: what is seen of it", _with_holes(made[name], run.model.patch).cpu()))
-    grid = _grid([pictures for _, pictures in rows], max(LEAST_CELL, run.model.side))
+            rows.append((f"{name}: what is seen of it", colour, _with_holes(made[name], run.model.patch).cpu()))
+    grid = _grid([pictures for _, _, pictures in rows], max(LEAST_CELL, run.model.side))
     page = Image.new("RGB", (LABEL_WIDTH + grid.shape[1], grid.shape[0]), "white")
     page.paste(Image.fromarray(grid), (LABEL_WIDTH, 0))
     pen, height = ImageDraw.Draw(page), (grid.shape[0] - GAP) // len(rows)
-    for row, (words, _) in enumerate(rows):
-        pen.text((GAP, GAP + row * height + height // 2), words, fill="black", anchor="lm")
+    for row, (words, colour, _) in enumerate(rows):
+        pen.text((GAP, GAP + row * height + height // 2), words, fill=colour, anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
     return path
@@ -85,7 +87,7 @@ def _stored(store: Store, loader: Loader, batch: Batch, cell: int) -> Tensor:
             scale = min(1.0, cell / max(image.size))
             image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
             pen = ImageDraw.Draw(image)
-            for colour, box in zip(FRAMES, boxes.values(), strict=False):
+            for colour, box in zip(itertools.cycle(FRAMES), boxes.values(), strict=False):
                 top, left, height, width = (float(each) * scale for each in box[row])
                 pen.rectangle((left, top, left + width - 1, top + height - 1), outline=colour, width=2)
             found[row, : image.height, : image.width] = torch.from_numpy(np.asarray(image) / 255)
