@@ -15,6 +15,9 @@ class Decoder(nn.Module):
     """Source: He et al. 2021, section 3. Tokens stay in the order (class, kept, hidden): attention has no order of its
     own, so MAE's unshuffle into the grid is only the position code's choice, and is left out."""
 
+    undecayed = ("mask_token",)  # see train/optim.py
+    ledger_part = "decoder"
+
     def __init__(self, *, encoder_width: int, width: int, depth: int, heads: int, grid: int, values: int):
         super().__init__()
         self.width = width

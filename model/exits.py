@@ -12,6 +12,8 @@ from model.vit import Block, init_weights, patch_mean
 class Exit(nn.Module):
     """Blocks of its own, a norm, the mean of the patch tokens; where it has no blocks, a linear layer behind these."""
 
+    ledger_part = "encoder"
+
     def __init__(self, width: int, heads: int, depth: int):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))

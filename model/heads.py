@@ -68,6 +68,7 @@ class Predictor(nn.Module):
 class Prototypes(nn.Module):
     """Unit vectors that embeddings are compared with (SwAV)."""
 
+    undecayed = ("prototypes",)
     queued = False  # earlier embeddings take part: told by the method before each step, so that no checkpoint needs it
 
     def __init__(self, count: int, width: int):

@@ -36,6 +36,8 @@ class Segments(nn.Module):
     """A learned token per place in a group, added to what comes from there: neighbours of one source can be told from
     neighbours of two. Who sits where is chance, so that it says nothing about a picture."""
 
+    undecayed = ("segment_token",)
+
     def __init__(self, group: int, width: int):
         super().__init__()
         self.segment_token = nn.Parameter(torch.empty(group, width))

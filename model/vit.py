@@ -116,6 +116,9 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """Patches of one or several views in, class token and patch tokens after the final norm out."""
 
+    undecayed = ("cls_token",)  # see train/optim.py
+    ledger_part = "encoder"
+
     def __init__(self, *, side: int, patch: int, width: int, depth: int, heads: int):
         super().__init__()
         self.patch, self.width, self.depth, self.heads = patch, width, depth, heads

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from model.network import Network
 from model.objectives import OBJECTIVES
+from model.shape import Shape
 from pipeline.errors import UsageError
+from pipeline.views import make_views
+from tests.test_pretrain import flags
 from tools import methods
+from train.config import Run
+from train.journal import read_rows
+from train.pretrain import main as pretrain
+from train.step import noise
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_method_is_described_with_its_cost_beside_mae(capsys):
@@ -55,3 +71,24 @@ def test_the_table_is_for_people(capsys):
     said = capsys.readouterr().out
     assert all(name in said for name in OBJECTIVES)
     assert "arXiv 2006.09882" in said
+
+
+def test_the_method_that_the_docs_write_out_trains_like_any_other(store_path: Path, tmp_path: Path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(), re.DOTALL)
+    module = types.ModuleType("simsiam")
+    monkeypatch.setitem(sys.modules, "simsiam", module)
+    exec(code, vars(module))
+    method = module.SimSiam(head_hidden=64, head_out=64, predictor_hidden=16)
+    shape = Shape(side=64, patch=8, width=64, depth=3, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
+    network = Network(method, shape, 0).train()
+    batch = noise(Run(objective="simsiam", method=method, model=shape, precision="fp32"), 8, torch.device("cpu"))
+    views = make_views(batch, method.views(shape), patch=8, seed=0)
+    with FlopCounterMode(display=False) as counter:
+        outcome = network(views, batch.label)
+    assert counter.get_total_flops() / 2 / 8 == pytest.approx(method.macs(shape), rel=0.01)
+    assert 0 < outcome.terms["regression"].item() < 4
+    monkeypatch.setitem(OBJECTIVES, "simsiam", module.SimSiam)
+    small = ["--method.head-hidden", "32", "--method.head-out", "32", "--method.predictor-hidden", "8"]
+    out = tmp_path / "run"
+    assert pretrain(flags("simclr-tiny", store_path, out, "--objective", "simsiam", "--steps", "3", *small)) == 0
+    assert read_rows(out / "metrics.jsonl")[-1]["regression"] < 4

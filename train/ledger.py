@@ -20,12 +20,6 @@ from torch import nn
 TRAINING = ("data wait", "views", "encoder", "decoder", "losses", "backward", "optimizer")
 ASIDE = ("start-up", "evaluation", "checkpoint")  # off that clock
 PARTS = (*TRAINING, "other", *ASIDE)  # in the order in which a picture of them is read
-INSIDE = {
-    "encoder": "encoder",
-    "momentum_encoder": "encoder",
-    "exit": "encoder",
-    "decoder": "decoder",
-}  # modules of a network that are parts of their own
 
 
 class Ledger:
@@ -49,9 +43,10 @@ class Ledger:
         self._turn(None, opens=False)
 
     def watch(self, network: nn.Module) -> None:
-        """Have the network's encoder and decoder enter themselves. A compiled network would break at these hooks."""
-        for name, module in network.named_modules():
-            part = INSIDE.get(name.removeprefix("parts.").rstrip("0123456789"))  # there may be several exits
+        """Have the modules enter themselves that say what they are (`ledger_part`). A compiled network would break at
+        these hooks."""
+        for module in network.modules():
+            part = getattr(module, "ledger_part", None)
             if part is not None:
                 module.register_forward_pre_hook(lambda *_, part=part: self._turn(part, opens=True))
                 module.register_forward_hook(lambda *_: self._turn(None, opens=False), always_call=True)

@@ -11,8 +11,6 @@ from torch import nn
 from train.config import Optim
 from train.muon import Muon
 
-# Besides everything one-dimensional: learned tokens are no matrices of a linear map, and prototypes are unit vectors.
-NO_DECAY = ("cls_token", "mask_token", "segment_token", "prototypes")
 ENCODER_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 HIDDEN_MATRIX = re.compile(r"(^|\.)blocks\.\d+\..*\.weight$")  # of encoder and decoder; what Muon is for
 
@@ -38,14 +36,18 @@ def parameter_groups(module: nn.Module, optim: Optim) -> tuple[list[dict], list[
     """Groups for AdamW, and groups of matrices for Muon where it is asked for: every trained parameter once.
 
     A group holds what is decayed alike and learns alike; `lr_scale` is the layer's share of the learning rate, and
-    `decayed` says whether the schedule of the decay is for it.
+    `decayed` says whether the schedule of the decay is for it. Not for what has one dimension, nor for what its module
+    calls `undecayed`: a learned token is no matrix of a linear map, and prototypes are unit vectors.
     """
+    undecayed = {
+        f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name in getattr(part, "undecayed", ())
+    }
     named = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
     depth = 1 + max((int(found.group(1)) for name, _ in named if (found := ENCODER_BLOCK.match(name))), default=-1)
     scales = layer_scales(depth, optim.layer_decay)
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NO_DECAY
+        free = parameter.ndim <= 1 or name in undecayed
         pieces = 0
         if optim.optimizer == "muon" and HIDDEN_MATRIX.search(name) and parameter.ndim == 2:
             pieces = 3 if name.endswith("qkv.weight") else 1
