@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention import attend_by_products, attend_top
+from model.attention import attend_by_products, attend_top, largest
 from model.losses import homologous_contrast
 from model.mixing import mix, recognised, sources, unmix
 from model.network import Network
@@ -90,6 +90,16 @@ def test_attention_has_exactly_k_keys_and_all_of_them_are_plain_attention():  # 
     assert torch.allclose(attend_top(query, key, value, 17)[0], attend_by_products(query, key, value), atol=1e-6)
     ties, _ = attend_top(torch.zeros(1, 1, 17, 8), torch.zeros(1, 1, 17, 8), eye[:1, :1], 4)
     assert (ties[:, :, 1:] > 0).sum(dim=-1).unique().tolist() == [4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_are_those_of_topk(dtype):
+    values = torch.randn(3, 2, 40, 50, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    for k in (1, 12, 50):
+        top = values.topk(k, dim=-1).indices
+        assert torch.equal(largest(values, k), torch.zeros_like(values, dtype=torch.bool).scatter_(-1, top, True))
+    values[0, 0, 0, :7] = float("nan")  # a run that has failed is stopped by its gradient, not here
+    assert (largest(values, 12).sum(dim=-1) == 12).all()
 
 
 def test_the_keys_are_chosen_in_float32_whatever_autocast_says():
