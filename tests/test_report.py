@@ -374,6 +374,21 @@ def test_runs_that_were_asked_different_things_do_not_compare(tmp_path):
     assert "The runs do not compare" in verdict(study).meaning
 
 
+def test_a_baseline_that_met_its_final_score_early_is_said(tmp_path, capsys):
+    """MAE is at 34 % half way, in log seconds, between 50 and 100 s, and its run goes on to 200 s."""
+    folders = [
+        write_run(tmp_path / "mae", curve=((50, 0.30), (100, 0.38), (200, 0.34))),
+        write_run(tmp_path / "daae", preset="daae-tiny", curve=((25, 0.30), (50, 0.38), (200, 0.40))),
+    ]
+    page, said, _ = page_of(folders, capsys)
+    assert "2.00 times as fast, from one seed" in said["verdict"]
+    assert (
+        "mae-tiny itself first scored that after 71 s, and beside its whole runs daae-tiny is 5.66 (one seed) times as "
+        "fast" in said["verdict"]
+    )
+    assert "5.66 (one seed)" in page.text[page.text.index("beside whole runs of mae-tiny") :]
+
+
 def test_times_from_the_middle_of_a_schedule_are_said_to_be_such(pair):
     assert any("scores in the middle of a schedule" in line for line in warnings(read_study(pair)))
 

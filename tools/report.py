@@ -46,6 +46,7 @@ from tools.comparing.verdict import (
     target_words,
     verdict,
     warnings,
+    whole_words,
 )
 from tools.page import document, marked, notes, picture, table
 from train.command import parse, run
@@ -403,19 +404,21 @@ def _speed(study: Study, colours: dict[str, str]) -> str:
 
 
 def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, str]) -> str:
-    rows = [[_chip(study.base.arm, colours), target_words(study, study.base.arm) or "–", "1", "1", "1", "1", "1"]]
+    rows = [[_chip(study.base.arm, colours), target_words(study, study.base.arm) or "–", "1", "1", "1", "1", "1", "1"]]
     paced = study.paced_contrasts()
     for arm, each in contrasts.items():
         rows.append([
             _chip(arm, colours), escape(target_words(study, arm) or "–"),
             escape(ratio_words(each)) if study.targeted and each.pairs else "–",
             escape(ratio_words(paced[arm])) if study.targeted and arm in paced and paced[arm].pairs else "–",
+            escape(whole_words(each)) if study.targeted and each.pairs else "–",
             "–" if each.epochs is None else f"{each.epochs:.2f}",
             "–" if each.seconds_per_epoch is None else f"{each.seconds_per_epoch:.2f}",
             "–" if each.pace is None else f"{each.pace:.2f}",
         ])  # fmt: skip
+    whole = f"beside whole runs of {study.base.arm}"
     headings = [
-        "arm", "time to target", "times as fast", "at measured pace", "epochs", "× seconds per epoch",
+        "arm", "time to target", "times as fast", "at measured pace", whole, "epochs", "× seconds per epoch",
         "s/epoch, whole run",
     ]  # fmt: skip
     head = f"<p>Target: {escape(target_name(study))}" + (", seed by seed" if study.target is None else "") + ". "
@@ -424,9 +427,10 @@ def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, st
         + "Every factor is baseline over arm: above 1 the arm needs less. <em>Epochs</em> is what the method saves, "
         "<em>seconds per epoch</em> what a pass costs on the same loader, machine, precision and batch; their product "
         "is the ratio by the clock. <em>At measured pace</em> every step takes what it takes in turns with the other "
-        "arms' steps, measured before each seed: no slow hour of the machine is in it. Times lie between two scores, "
-        "linear in the logarithm of the seconds. Brackets: 95 % interval of the paired log ratios (Student's t); where "
-        f"some seeds are bounds, the end that bounds leave. {_how_scored(study)}</p>"
+        "arms' steps, measured before each seed: no slow hour of the machine is in it. <em>Beside whole runs</em> the "
+        "baseline's time is that of its whole run, even if it first met its final score before. Times lie between two "
+        "scores, linear in the logarithm of the seconds. Brackets: 95 % interval of the paired log ratios (Student's "
+        f"t); where some seeds are bounds, the end that bounds leave. {_how_scored(study)}</p>"
         + table(headings, rows)
         + _by_seed(contrasts)
     )

@@ -88,6 +88,7 @@ def stretched(experiment: Path, factor: float, out: Path) -> Path:
     for arm in values["arms"].values():
         if isinstance(arm, dict) and "also" in arm:
             arm["also"] = [factor * each for each in arm["also"]]
+    out.mkdir(parents=True, exist_ok=True)
     path = out / experiment.name
     write_whole(path, yaml.safe_dump(values, sort_keys=False))
     return path

@@ -221,6 +221,17 @@ class Pair:
     arm: Crossing
     ratio: Bounds
     factors: Factors | None
+    base_seconds: float  # of the baseline's whole run, wherever in it the target was first met
+
+    @property
+    def base_early(self) -> bool:
+        """The baseline met the target before its run was over."""
+        return self.base.seconds.low < (1 - 1e-9) * self.base_seconds
+
+    @property
+    def whole(self) -> Bounds:
+        """The baseline's whole run over the arm's time to the target."""
+        return Bounds(self.base_seconds, self.base_seconds).over(self.arm.seconds)
 
 
 @dataclass(frozen=True)
@@ -231,6 +242,7 @@ class Contrast:
     difference: Interval | None  # of final scores, shares of 1
     pairs: tuple[Pair, ...]
     ratio: Ratio | None  # baseline's seconds to the target over the arm's; None where seeds are bounds both ways
+    whole: Ratio | None  # all of the baseline's seconds over the arm's to the target, wherever the baseline met it
     epochs: float | None  # geometric means of the factors, whose product is ratio.mean; None unless all are exact
     seconds_per_epoch: float | None
     pace: float | None  # seconds per epoch of whole runs, baseline over arm, whatever the scores did
@@ -259,7 +271,8 @@ def contrast(base: Mapping[int, Outcome], arm: Mapping[int, Outcome], target: fl
         if wanted is not None and len(one.curve) and len(other.curve):
             first, second = time_to_target(one.curve, wanted), time_to_target(other.curve, wanted)
             factors = decompose(first, second, one.epoch_images, other.epoch_images)
-            pairs.append(Pair(seed, wanted, first, second, first.seconds.over(second.seconds), factors))
+            ratio = first.seconds.over(second.seconds)
+            pairs.append(Pair(seed, wanted, first, second, ratio, factors, one.seconds))
     factors = [pair.factors for pair in pairs if pair.factors is not None]
     exact = bool(pairs) and len(factors) == len(pairs)
     return Contrast(
@@ -267,6 +280,7 @@ def contrast(base: Mapping[int, Outcome], arm: Mapping[int, Outcome], target: fl
         difference=mean_interval(differences) if differences else None,
         pairs=tuple(pairs),
         ratio=joint_ratio([pair.ratio for pair in pairs]),
+        whole=joint_ratio([pair.whole for pair in pairs]),
         epochs=ratio_interval([each.epochs for each in factors]).mean if exact else None,
         seconds_per_epoch=ratio_interval([each.seconds_per_epoch for each in factors]).mean if exact else None,
         pace=ratio_interval(paces).mean if paces else None,

@@ -110,10 +110,18 @@ def count_words(number: int, noun: str) -> str:
 
 def ratio_words(contrast: Contrast) -> str:
     """Times as fast, with its interval, short."""
-    ratio = contrast.ratio
+    return _times(contrast.ratio)
+
+
+def _times(ratio: Ratio | None) -> str:
     if ratio is None:
         return "unknown"
     return f"{ratio.side} {ratio.mean:.2f} ({interval_words(ratio) or 'one seed'})".strip()
+
+
+def whole_words(contrast: Contrast) -> str:
+    """Times as fast as the baseline's whole runs, short."""
+    return _times(contrast.whole)
 
 
 def interval_words(ratio: Ratio) -> str:
@@ -301,6 +309,13 @@ def _sentence(study: Study, group: Group, contrast: Contrast, paced: Contrast | 
         )
     if study.targeted:
         parts.append(_speed(study, group.arm, contrast))
+        if study.target is None and any(pair.base_early for pair in contrast.pairs):
+            when = target_words(study, base.arm)
+            when = when if when.startswith("within") else f"after {when}"
+            parts.append(
+                f"{base.arm} itself first scored that {when}, and beside its whole runs {group.arm} is "
+                f"{whole_words(contrast)} times as fast"
+            )
         if paced is not None and paced.ratio is not None:
             parts.append(f"with steps at the pace measured in turns that is {ratio_words(paced)}")
     return "; ".join(parts) + "."
