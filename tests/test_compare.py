@@ -530,9 +530,11 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     assert {**after, "evaluation": 0} == {
         **before, "evaluation": 0, "asked": after["asked"], "finetune": after["finetune"],
     }  # fmt: skip
-    assert compare.main(["--experiment", more, *words]) == 0  # all of it is known
-    assert "a seed 0" not in capfd.readouterr().err
-    assert read_lines(out / "records.jsonl") == [after]
+    for file in (more, first):  # all of it is known, and who asks for less forgets nothing
+        assert compare.main(["--experiment", file, *words]) == 0
+        assert "a seed 0" not in capfd.readouterr().err
+        assert read_lines(out / "records.jsonl") == [after]
+        assert yaml.safe_load((out / "experiment.yaml").read_text())["evaluate"] == evaluate
 
 
 def test_questions_that_would_be_refused_later_are_refused_at_once(store_path, tmp_path):

@@ -12,7 +12,7 @@ from pipeline.errors import UsageError
 from tests.study_folders import exam, score, write_run
 from tools.comparing import answers
 from tools.comparing.questions import Questions, words
-from tools.comparing.records import Cell, Group, Study, read_run
+from tools.comparing.records import Cell, Group, Study, Trial, read_run
 from train.command import parse
 from train.evaluate import Evaluate
 from train.finetune import Finetune
@@ -87,25 +87,45 @@ def test_answers_are_means_of_tests_and_then_of_seeds(tmp_path):
         Group(arm, [answered(tmp_path, arm, seed, *each) for seed, each in enumerate(seeds)])
         for arm, seeds in arms.items()
     ]
-    study = Study(groups, None, True)
-    names, rows = answers.table(study)
+    names, rows = answers.table(Study(groups, None, True))
     assert names == ["ridge", "ridge 10%", "itself at 0.5 of the side", "fine-tuned", "knn20"]
-    table = {who: dict(zip(names, scores, strict=True)) for who, scores in rows}
+    table = {who: dict(zip(names, cells, strict=True)) for who, cells in rows}
     assert list(table) == ["mae", "daae", "raw 32 px pixels", "untrained encoder"]
     few = table["mae"]["ridge 10%"]
     assert few is not None
-    assert (few.mean, few.seeds, few.error) == (pytest.approx(0.22), 2, pytest.approx(0.02))
-    assert few.spread == pytest.approx(0.02 * 2**0.5)
+    assert (few.score.mean, few.score.seeds, few.score.error) == (pytest.approx(0.22), 2, pytest.approx(0.02))
+    assert few.score.spread == pytest.approx(0.02 * 2**0.5)
+    assert few.ahead is None
+    assert few.words() == "22.0 ± 2.8"
+    better = table["daae"]["ridge 10%"]
+    assert better is not None
+    assert better.ahead is not None
+    assert (better.ahead.mean, better.ahead.count) == (pytest.approx(0.09), 2)  # 10 and 8 points
+    assert better.words().startswith("31.0 ± 1.4 (+9.0 (")
     tuned = table["mae"]["fine-tuned"]
     assert tuned is not None
-    assert tuned.mean == pytest.approx(0.53)
+    assert tuned.score.mean == pytest.approx(0.53)
     assert table["daae"]["fine-tuned"] is None
-    found = {who: scores["itself at 0.5 of the side"] for who, scores in table.items()}
+    found = {who: cells["itself at 0.5 of the side"] for who, cells in table.items()}
     assert found["daae"] is not None
     assert found["untrained encoder"] is not None
-    assert (found["daae"].mean, found["untrained encoder"].mean) == (0.8, 0.5)
-    assert found["daae"].error == pytest.approx((0.8 * 0.2 / 400) ** 0.5)
+    assert (found["daae"].score.mean, found["untrained encoder"].score.mean) == (0.8, 0.5)
+    assert found["daae"].score.error == pytest.approx((0.8 * 0.2 / 400) ** 0.5)
     assert found["raw 32 px pixels"] is None
+
+
+def test_half_of_the_time_is_held_against_the_baselines_longest_runs(tmp_path):
+    def tuned(arm: str, length: float, seed: int, value: float) -> Trial:
+        trial = answered(tmp_path / f"{length:g}", arm, seed, 0.3, 0.2, value)
+        return dataclasses.replace(trial, cell=Cell(arm, seed, length))
+
+    mae = [tuned("mae", 480, seed, value) for seed, value in enumerate((0.50, 0.52))]
+    daae = [tuned("daae", 240, seed, value) for seed, value in enumerate((0.53, 0.53))]
+    names, rows = answers.table(Study([Group("mae", mae), Group("daae", daae)], None, True))
+    half = dict(rows)["daae"][names.index("fine-tuned")]
+    assert half is not None
+    assert half.ahead is not None
+    assert half.ahead.mean == pytest.approx(0.02)
 
 
 def test_runs_that_were_asked_nothing_have_no_table(tmp_path):

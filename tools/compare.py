@@ -26,7 +26,7 @@ from pipeline.staging import claimed, write_whole
 from tools.children import Stop, call, failure
 from tools.comparing.analysis import Contrast
 from tools.comparing.experiment import Compare, Plan, check_bench, check_here, check_records, make_plan, nested
-from tools.comparing.questions import TUNED, words
+from tools.comparing.questions import QUESTIONS, TUNED, words
 from tools.comparing.records import (
     BASELINE_SCORES,
     EXPERIMENT,
@@ -111,9 +111,9 @@ def foretold(plan: Plan) -> str:
 
 
 def _prepare(plan: Plan) -> None:
-    """Write down what is wanted, with the arms, seeds and lengths that earlier calls wanted."""
+    """Write down what is wanted, with the arms, seeds, lengths and questions that earlier calls wanted."""
     before = read_yaml(plan.out / EXPERIMENT) if (plan.out / EXPERIMENT).exists() else {}
-    values = plan.as_values()
+    values = {**{name: before[name] for name in QUESTIONS if name in before}, **plan.as_values()}
     values["arms"] = {**before.get("arms", {}), **values["arms"]}
     values["seeds"] = list(dict.fromkeys([*before.get("seeds", []), *values["seeds"]]))
     if len(plan.lengths) > 1 and isinstance(before.get(plan.unit), list):

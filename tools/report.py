@@ -264,10 +264,11 @@ def _answers(study: Study) -> str:
     names, found = answers.table(study)
     if not found:
         return ""
-    rows = [[escape(who), *("–" if each is None else escape(each.words()) for each in scores)] for who, scores in found]
+    rows = [[escape(who), *("–" if each is None else escape(each.words()) for each in cells)] for who, cells in found]
     return (
         "<h3>What else the features are good for</h3><p>Percent right on the same label, mean of the test sets; ± is "
-        "between seeds.</p>" + table(["", *names], rows)
+        f"between seeds, brackets are points ahead of {escape(study.base.arm)}'s longest runs, paired by seed, with "
+        "their 95 % interval.</p>" + table(["", *names], rows)
     )
 
 

@@ -98,10 +98,11 @@ def _answers(study: Study) -> list[str]:
     names, found = answers.table(study)
     if not found:
         return []
-    lines = ["Mean of the test sets, %, and the deviation between seeds:", "", _row(["", *names])]
+    beside = f"in brackets: points ahead of {study.base.arm}'s longest runs, paired by seed"
+    lines = [f"Mean of the test sets, %, ± between seeds; {beside}:", "", _row(["", *names])]
     lines.append(_row(["---", *["---:"] * len(names)]))
-    for who, scores in found:
-        lines.append(_row([who, *("" if score is None else score.words() for score in scores)]))
+    for who, cells in found:
+        lines.append(_row([who, *("" if cell is None else cell.words() for cell in cells)]))
     return [*lines, ""]
 
 

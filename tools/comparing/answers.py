@@ -6,45 +6,71 @@ For the tables of `daae report` and of the pages; what can be asked, tools/compa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from tools.comparing.analysis import Interval, mean_interval
 from tools.comparing.records import Study, Trial
-from tools.comparing.verdict import BASELINES, Score, over_seeds
+from tools.comparing.verdict import BASELINES, Score, gap_words, over_seeds
 from train.evaluation.exam import mean_score
 
 FINETUNED = "fine-tuned"
 
 
-def table(study: Study) -> tuple[list[str], list[tuple[str, list[Score | None]]]]:
+@dataclass(frozen=True)
+class Cell:
+    """An arm's answer to a question."""
+
+    score: Score
+    ahead: Interval | None  # of the baseline's longest runs, paired by seed
+
+    def words(self) -> str:
+        return self.score.words() + (f" ({gap_words(self.ahead)})" if self.ahead is not None else "")
+
+
+def table(study: Study) -> tuple[list[str], list[tuple[str, list[Cell | None]]]]:
     """Questions, and for each arm (with a length, where runs of several were asked) and baseline its answers to them.
 
     Nothing where no experiment asked for more than the score that leads.
     """
     rows = list(_rows(study))
-    names = list(dict.fromkeys(name for _, answers in rows for name in answers))
-    return names, [(who, [answers.get(name) for name in names]) for who, answers in rows]
+    names = list(dict.fromkeys(name for _, cells in rows for name in cells))
+    return names, [(who, [cells.get(name) for name in names]) for who, cells in rows]
 
 
-def _rows(study: Study) -> Iterator[tuple[str, dict[str, Score]]]:
+def _rows(study: Study) -> Iterator[tuple[str, dict[str, Cell]]]:
     asked = [trial for trial in study.trials if trial.done and trial.asked]
+    beside: dict[int, dict[str, dict]] = {}  # what the baseline's longest runs answered, by seed
+    for trial in sorted(asked, key=lambda trial: trial.cell.length or 0.0):
+        if trial.arm == study.base.arm:
+            beside[trial.seed] = beside.get(trial.seed, {}) | _answers(trial)
     for group in study.groups:
         mine = [trial for trial in asked if trial.arm == group.arm]
         lengths = {trial.cell.length or 0.0: trial.cell.long for trial in mine}
         for length in sorted(lengths):
             trials = [trial for trial in mine if (trial.cell.length or 0.0) == length]
             name = f"{group.arm} {lengths[length]}" if len(lengths) > 1 else group.arm
-            yield name, _over_seeds([_answers(trial) for trial in trials])
+            yield name, _over_seeds({trial.seed: _answers(trial) for trial in trials}, beside)
     for key, words in BASELINES.items():
         by_seed = {trial.seed: trial for trial in asked if trial.baseline(key) is not None}
         if by_seed:
-            yield words, _over_seeds([_of_baseline(trial, key) for trial in by_seed.values()])
+            yield words, _over_seeds({seed: _of_baseline(trial, key) for seed, trial in by_seed.items()}, {})
 
 
-def _over_seeds(answers: Sequence[Mapping[str, dict]]) -> dict[str, Score]:
-    names = dict.fromkeys(name for each in answers for name in each)
-    scores = {name: over_seeds([each.get(name) for each in answers]) for name in names}
-    return {name: score for name, score in scores.items() if score is not None}
+def _over_seeds(answers: Mapping[int, Mapping[str, dict]], beside: Mapping[int, Mapping[str, dict]]) -> dict[str, Cell]:
+    """answers, beside: by seed, of an arm and of the baseline's longest runs."""
+    found = {}
+    for name in dict.fromkeys(name for each in answers.values() for name in each):
+        score = over_seeds([each.get(name) for each in answers.values()])
+        gaps = [
+            each[name]["value"] - beside[seed][name]["value"]
+            for seed, each in answers.items()
+            if name in each and name in beside.get(seed, {})
+        ]
+        if score is not None:
+            found[name] = Cell(score, mean_interval(gaps) if any(gaps) else None)
+    return found
 
 
 def _answers(trial: Trial) -> dict[str, dict]:

@@ -23,6 +23,7 @@ from train.finetune import Recipe
 if TYPE_CHECKING:
     from model.shape import Shape
 
+QUESTIONS = ("evaluate", "finetune")  # keys of an experiment file
 TUNED = "finetuned"  # in a run folder: what `daae finetune` leaves
 EVALUATE = ("protocols", "feature", "neighbours", "label_share", "exits", "agreement")
 FINETUNE = tuple(each.name for each in dataclasses.fields(Recipe) if each.name != "seed")  # that is the run's
