@@ -507,7 +507,8 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     assert compare.main(["--experiment", first, "--quiet", *words]) == 0
     (before,) = read_lines(out / "records.jsonl")
     assert "asked" not in before
-    evaluate, tuning = {"label_share": [0.5], "agreement": 0.5}, {"epochs": 1, "batch": 16, "magnitude": 0}
+    evaluate = {"label_share": [0.5], "agreement": 0.5}
+    tuning = {"epochs": 1, "batch": 16, "magnitude": 0, "folds": True}
     more = experiment(
         tmp_path / "b.yaml", arms={"a": "mae-tiny"}, steps=2, evaluations=1, evaluate=evaluate, finetune=tuning
     )
@@ -526,7 +527,12 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     assert probes["knn1 50%"]["draws"] == 3
     assert set(after["evaluation"]["agreement"]["encoder"]) == {"held-out"}
     assert after["finetune"]["epochs"] == 1
-    assert after["finetune"]["steps"] >= 1
+    tuned = sorted((out / "runs/a-seed0").glob("finetuned-*-fold?/finetune.json"))
+    parts = [json.loads(path.read_text())["leading"] for path in tuned]
+    assert len(parts) == 5
+    leading, count = after["finetune"]["leading"], sum(part["count"] for part in parts)
+    assert leading["count"] == count == 96  # every picture once
+    assert leading["value"] == pytest.approx(sum(part["value"] * part["count"] for part in parts) / count)
     assert {**after, "evaluation": 0} == {
         **before, "evaluation": 0, "asked": after["asked"], "finetune": after["finetune"],
     }  # fmt: skip

@@ -11,11 +11,12 @@ import pytest
 from pipeline.errors import UsageError
 from tests.study_folders import exam, score, write_run
 from tools.comparing import answers
-from tools.comparing.questions import Questions, words
+from tools.comparing.questions import Questions, typed
 from tools.comparing.records import Cell, Group, Study, Trial, read_run
 from train.command import parse
 from train.evaluate import Evaluate
 from train.finetune import Finetune
+from train.presets import open_preset
 
 # ---------------------------------------------------------------------------------------------------- what is asked
 
@@ -35,14 +36,23 @@ def test_each_runs_own_questions():
     assert Questions.read(questions.as_values(), "") == questions
 
 
+def test_folds_are_for_experiments_without_tests():
+    shape = open_preset("mae-tiny").model
+    for name in ("evaluate", "finetune"):
+        questions = Questions.read({name: {"folds": True}}, "")
+        questions.check(shape, tests=False)
+        with pytest.raises(UsageError, match="folds hold out a part of the training images"):
+            questions.check(shape, tests=True)
+
+
 def test_questions_are_flags_of_their_commands():
     asked = Questions.read({"evaluate": {"label_share": [0.1], "agreement": 0.5, "exits": True, "neighbours": [5]},
                             "finetune": {"epochs": 2, "from_scratch": False, "betas": [0.9, 0.95]}}, "")  # fmt: skip
     assert asked.evaluate is not None
     assert asked.finetune is not None
-    flags = parse(Evaluate, ["a-run", *words(asked.evaluate)], prog="daae evaluate")
+    flags = parse(Evaluate, ["a-run", *typed(asked.evaluate)], prog="daae evaluate")
     assert (flags.label_share, flags.agreement, flags.exits, flags.neighbours) == ((0.1,), 0.5, True, (5,))
-    tuning = parse(Finetune, ["a-run", "--out", "o", *words(asked.finetune)], prog="daae finetune")
+    tuning = parse(Finetune, ["a-run", "--out", "o", *typed(asked.finetune)], prog="daae finetune")
     assert (tuning.epochs, tuning.from_scratch, tuning.betas) == (2.0, False, (0.9, 0.95))
 
 
@@ -55,6 +65,7 @@ def test_questions_are_flags_of_their_commands():
         ({"evaluate": {"protocols": ["knn"]}}, "protocols begin with ridge, which leads"),
         ({"finetune": {"epoch": 3}}, r"finetune: epoch is unknown\. Did you mean epochs"),
         ({"finetune": {"seed": 3}}, r"finetune: seed is unknown"),
+        ({"finetune": {"folds": "all"}}, r"finetune: folds wants"),
         ({"finetune": {"lengths": "long"}}, r"finetune: lengths wants"),
     ],
 )  # fmt: skip

@@ -26,7 +26,7 @@ from pipeline.staging import claimed, write_whole
 from tools.children import Stop, call, failure
 from tools.comparing.analysis import Contrast
 from tools.comparing.experiment import Compare, Plan, check_bench, check_here, check_records, make_plan, nested
-from tools.comparing.questions import QUESTIONS, TUNED, words
+from tools.comparing.questions import ANSWERS, TUNED, typed
 from tools.comparing.records import (
     BASELINE_SCORES,
     EXPERIMENT,
@@ -58,6 +58,7 @@ from tools.comparing.verdict import (
 from train.command import parse, read_yaml, run
 from train.config import as_values, flat
 from train.evaluate import EVALUATION
+from train.evaluation.exam import FOLDS, pooled
 from train.finetune import RESULT
 from train.journal import duration
 
@@ -113,7 +114,7 @@ def foretold(plan: Plan) -> str:
 def _prepare(plan: Plan) -> None:
     """Write down what is wanted, with the arms, seeds, lengths and questions that earlier calls wanted."""
     before = read_yaml(plan.out / EXPERIMENT) if (plan.out / EXPERIMENT).exists() else {}
-    values = {**{name: before[name] for name in QUESTIONS if name in before}, **plan.as_values()}
+    values = {**{name: before[name] for name in ANSWERS if name in before}, **plan.as_values()}
     values["arms"] = {**before.get("arms", {}), **values["arms"]}
     values["seeds"] = list(dict.fromkeys([*before.get("seeds", []), *values["seeds"]]))
     if len(plan.lengths) > 1 and isinstance(before.get(plan.unit), list):
@@ -155,28 +156,37 @@ def question(plan: Plan, records: list[dict], stop: Stop, *, quiet: bool) -> Non
     wanted = set(plan.order())
     for record in records:
         cell, answered = cell_of(record), record.get("asked", {})
-        folder = plan.folder(cell)
-        if cell not in wanted or not done(folder):
+        if cell not in wanted or not done(plan.folder(cell)):
             continue
-        commands = {
-            "evaluate": (["train.evaluate", str(folder), "--no-cache"], folder / EVALUATION),
-            "finetune": (
-                ["train.finetune", str(folder), "--out", str(folder / TUNED), "--seed", str(cell.seed)],
-                folder / TUNED / RESULT,
-            ),
-        }
         for name, flags in plan.asked(cell).items():
             if answered.get(name) == flags:
                 continue
-            command, answer = commands[name]
             if not quiet:
                 print(f"{name} {cell.words}", file=sys.stderr, flush=True)
-            # What it prints is a table of one run; ours follows at the end.
-            command += ["--device", record["settings"]["device"], *words(flags)]
-            call(command, f"{name} {cell.words}", answer.parent, stop, subprocess.DEVNULL)
-            answered = {**answered, name: flags}
-            record |= {answer.stem: read_object(answer), "asked": answered}
+            device, answered = record["settings"]["device"], {**answered, name: flags}
+            ask = evaluate if name == "evaluate" else finetune
+            record |= {ANSWERS[name]: ask(plan.folder(cell), cell, device, flags, stop), "asked": answered}
             write_records(plan, records)
+
+
+def evaluate(folder: Path, cell: Cell, device: str, flags: dict, stop: Stop) -> dict:
+    command = ["train.evaluate", str(folder), "--no-cache", "--device", device, *typed(flags)]
+    # What it prints is a table of one run; ours follows at the end.
+    call(command, f"evaluate {cell.words}", folder, stop, subprocess.DEVNULL)
+    return read_object(folder / EVALUATION)
+
+
+def finetune(folder: Path, cell: Cell, device: str, flags: dict, stop: Stop) -> dict:
+    """In a folder for these flags, so that what was cut short goes on, and other flags begin anew. With `folds` each
+    fifth is held out in turn, and the result is that of all pictures."""
+    flags, results = dict(flags), []
+    for fold in range(FOLDS) if flags.pop("folds", False) else [0]:
+        out = folder / f"{TUNED}-{digest(flags)}-fold{fold}"
+        command = ["train.finetune", str(folder), "--out", str(out), "--seed", str(cell.seed), "--device", device]
+        command += ["--fold", str(fold), *typed(flags)]
+        call(command, f"finetune {cell.words}", out, stop, subprocess.DEVNULL)
+        results.append(read_object(out / RESULT))
+    return {**results[0], "leading": pooled([each["leading"] for each in results])} if len(results) > 1 else results[0]
 
 
 def measured_paces(plan: Plan, stop: Stop, *, times: int = 1, quiet: bool) -> dict[str, float]:

@@ -217,7 +217,7 @@ def make_plan(flags: Compare) -> Plan:
     )  # fmt: skip
     check_arms(plan)
     for name in arms:
-        questions.check(plan.wish(name).model)
+        questions.check(plan.wish(name).model, tests=bool(tests))
     if labelled and not plan.wish(next(iter(arms))).watch.overlap:
         for each in stores.values():
             check_apart(store, each, label or next(iter(store.columns)))

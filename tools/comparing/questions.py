@@ -2,6 +2,7 @@
 
     evaluate: {label_share: [0.01, 0.1], agreement: 0.5}         flags of `daae evaluate`, of each arm's longest runs
     finetune: {epochs: 20, batch: 256, lengths: [240, 480]}      flags of `daae finetune`, of the runs of these lengths
+    finetune: {epochs: 20, batch: 256, folds: true}              without tests: each fifth is held out in turn
 
 Nothing of this is on the clock, and it may be declared after the runs were trained: the same command asks it of them.
 """
@@ -23,9 +24,10 @@ from train.finetune import Recipe
 if TYPE_CHECKING:
     from model.shape import Shape
 
-QUESTIONS = ("evaluate", "finetune")  # keys of an experiment file
-TUNED = "finetuned"  # in a run folder: what `daae finetune` leaves
-EVALUATE = ("protocols", "feature", "neighbours", "label_share", "exits", "agreement")
+ANSWERS = {"evaluate": "evaluation", "finetune": "finetune"}  # keys of an experiment file -> of a record
+TUNED = "finetuned"  # in a run folder, with what tells its flags: what `daae finetune` leaves
+# Not the feature: what leads has to be asked of every run alike.
+EVALUATE = ("protocols", "neighbours", "label_share", "folds", "exits", "agreement")
 FINETUNE = tuple(each.name for each in dataclasses.fields(Recipe) if each.name != "seed")  # that is the run's
 
 
@@ -48,9 +50,12 @@ class Questions:
             if asked.protocols[0] != "ridge":
                 raise UsageError(f"{where}evaluate: protocols begin with ridge, which leads in every comparison.")
         if finetune is not None:
-            finetune = dict(finetune)
+            finetune, folds = dict(finetune), finetune.get("folds", False)
+            finetune.pop("folds", None)
             lengths = coerce(finetune.pop("lengths", ()), tuple[float, ...], f"{where}finetune: lengths")
             finetune = _flags(finetune, Recipe, FINETUNE, f"{where}finetune")
+            if coerce(folds, bool, f"{where}finetune: folds"):
+                finetune["folds"] = True
         return cls(evaluate, finetune, lengths)
 
     def as_values(self) -> dict[str, Any]:
@@ -59,10 +64,13 @@ class Questions:
         )
         return {name: each for name, each in (("evaluate", self.evaluate), ("finetune", tuning)) if each is not None}
 
-    def check(self, shape: Shape) -> None:
-        """Raises UsageError where `daae finetune` would refuse its flags for an encoder of this size."""
+    def check(self, shape: Shape, *, tests: bool) -> None:
+        """Raises UsageError where the commands would refuse these flags for an encoder of this size, and for there being
+        test stores."""
+        if tests and any((flags or {}).get("folds") for flags in (self.evaluate, self.finetune)):
+            raise UsageError("folds hold out a part of the training images: that is for experiments without `tests`.")
         if self.finetune is not None:
-            Recipe(**self.finetune).of_size(shape).check()
+            Recipe(**{name: each for name, each in self.finetune.items() if name != "folds"}).of_size(shape).check()
 
     def of(self, length: float | None, *, longest: bool) -> dict[str, dict[str, Any]]:
         """What is asked of a run: "evaluate" and "finetune", each with its flags, or nothing."""
@@ -71,7 +79,7 @@ class Questions:
         return {name: plain(flags) for name, flags in wanted.items() if flags is not None}
 
 
-def words(flags: Mapping[str, Any]) -> list[str]:
+def typed(flags: Mapping[str, Any]) -> list[str]:
     """Flags as they are typed."""
     found: list[str] = []
     for name, value in flags.items():

@@ -339,7 +339,7 @@ def over_folds(results: Sequence[dict]) -> dict:
     scores = {
         test: {
             column: {
-                probe: _pooled([each["scores"][test][column][probe] for each in results])
+                probe: pooled([each["scores"][test][column][probe] for each in results])
                 for probe in probes
                 if all(probe in each["scores"][test][column] for each in results)  # few of a class, and one has none
             }
@@ -349,10 +349,11 @@ def over_folds(results: Sequence[dict]) -> dict:
     }  # fmt: skip
     leading = [each["leading"] for each in results]
     name = f"{first['leading_name']} in {len(results)} folds"
-    return {**first, "scores": scores, "leading": _pooled(leading) if all(leading) else None, "leading_name": name}
+    return {**first, "scores": scores, "leading": pooled(leading) if all(leading) else None, "leading_name": name}
 
 
-def _pooled(parts: Sequence[dict]) -> dict:
+def pooled(parts: Sequence[dict]) -> dict:
+    """Scores of parts of the pictures as one of all of them."""
     count = sum(part["count"] for part in parts)
     value = sum(part["value"] * part["count"] for part in parts) / count
     return {**parts[0], "value": value, "standard_error": math.sqrt(value * (1 - value) / count), "count": count}
