@@ -59,14 +59,16 @@ class Questions:
         return cls(evaluate, finetune, lengths)
 
     def as_values(self) -> dict[str, Any]:
-        tuning = (
-            None if self.finetune is None else {**self.finetune, **({"lengths": self.lengths} if self.lengths else {})}
-        )
+        tuning = self.finetune
+        if tuning is not None and self.lengths:
+            tuning = {**tuning, "lengths": self.lengths}
         return {name: each for name, each in (("evaluate", self.evaluate), ("finetune", tuning)) if each is not None}
 
     def check(self, shape: Shape, *, tests: bool) -> None:
-        """Raises UsageError where the commands would refuse these flags for an encoder of this size, and for there being
-        test stores."""
+        """Raises UsageError where the commands would refuse these flags for an encoder of this size.
+
+        tests: there are test stores.
+        """
         if tests and any((flags or {}).get("folds") for flags in (self.evaluate, self.finetune)):
             raise UsageError("folds hold out a part of the training images: that is for experiments without `tests`.")
         if self.finetune is not None:
