@@ -24,11 +24,13 @@ import pytest
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.pictures import Encoding, Rejected, Stored
 from pipeline.shards import printable
-from pipeline.sources.archives import ArchiveReader, ArchiveSource, Spool, Volume, find_volumes, plain_label
+from pipeline.sources.archives import ArchiveReader, ArchiveSource, plain_label
 from pipeline.sources.entries import Entries, Listing
 from pipeline.sources.imagenet import DEVKIT
 from pipeline.sources.source import Choice, Source, open_source, try_entry
+from pipeline.sources.spool import Spool
 from pipeline.sources.tables import Columns, ParquetSource, Row
+from pipeline.sources.volumes import Volume, find_volumes
 from pipeline.store import Store
 from pipeline.unfinished import Unfinished
 from tests.images import encoded, make_folder, picture
@@ -420,8 +422,8 @@ def test_a_full_disk_while_copying_a_stream_is_an_error_of_the_disk_not_of_the_a
 
 def leave(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """Let every disk have so many bytes free."""
-    archives = sys.modules["pipeline.sources.archives"]
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
+    spool = sys.modules["pipeline.sources.spool"]
+    monkeypatch.setattr(spool.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
 
 
 def test_an_archive_behind_a_url_is_whole_or_an_error(tmp_path):

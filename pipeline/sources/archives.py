@@ -8,171 +8,26 @@ No archive and no directory is held whole in memory: a member costs what an entr
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
-import lzma
 import os
 import posixpath
 import re
-import shutil
-import stat
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from tarfile import HeaderError, ReadError, TarFile
-from typing import IO, Any, BinaryIO, Protocol, Self, cast
+from typing import IO, cast
 
-from pipeline.errors import DaaeError, DataError, ResourceError
-from pipeline.handles import Handles, check_machine, steadily
+from pipeline.errors import DaaeError, DataError
+from pipeline.handles import Handles, check_machine
 from pipeline.pictures import Rejected, check_size, has_picture_extension, sniff
 from pipeline.sources.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.sources.folder import LABELS, find_labels
-from pipeline.sources.zips import ENCRYPTED, ZipDirectory, open_member, read_record
-from pipeline.staging import disk_error, size_in_words
+from pipeline.sources.members import DAMAGED, Member, each_in_tar, open_tar, zip_members
+from pipeline.sources.spool import Spool, check_room
+from pipeline.sources.volumes import Heard, Volume, archive_kind, told_apart, volumes_digest, words
+from pipeline.sources.zips import ZipDirectory, open_member, read_record
 
-HEAD = 512
 LARGEST_LABEL = 1 << 20  # bytes of a .cls, a .json or a labels.csv in an archive
 LARGEST_TABLE = 1 << 30
-LARGEST_HEADER = 1 << 20  # bytes of one member's long name or attributes
-EXTENDED = {
-    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
-}  # fmt: skip
-# What a damaged or hostile archive makes the libraries raise; zipfile's word for a compression or an encryption that it
-# does not know is NotImplementedError.
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError)
-
-
-def is_url(name: str) -> bool:
-    return "://" in name
-
-
-@dataclass(frozen=True)
-class Volume:
-    """One file that is an archive or a table, on this machine or behind a URL that fsspec knows."""
-
-    path: str
-    size: int
-    version: str  # changes with its content, as far as its place can tell
-
-    @property
-    def remote(self) -> bool:
-        return is_url(self.path)
-
-    @property
-    def name(self) -> str:
-        return posixpath.basename(self.path)
-
-    @property
-    def stem(self) -> str:
-        return re.sub(r"\.(tar|tgz|tbz2|txz|zip|parquet)(\.\w+)?$", "", self.name)
-
-    def open(self) -> BinaryIO:
-        """Raises DataError, ResourceError."""
-        try:
-            return steadily(self.path, self._open)
-        except DaaeError:
-            raise
-        except Exception as error:  # each protocol has errors of its own
-            raise DataError(f"{self.path} {_words(error)}.") from None
-
-    def _open(self) -> BinaryIO:
-        if self.remote:
-            system, path = file_system(self.path)
-            return system.open(path, "rb")
-        return open(self.path, "rb")
-
-    def head(self) -> bytes:
-        def read() -> bytes:
-            with self.open() as file:
-                return file.read(HEAD)
-
-        return steadily(self.path, read)
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL and the path in it. Raises ResourceError where a package is missing."""
-    try:
-        import fsspec
-    except ModuleNotFoundError:
-        raise ResourceError(f"{url} needs fsspec, which is not installed. Run `pip install fsspec`.") from None
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:  # s3:// needs s3fs, https:// aiohttp
-        raise ResourceError(f"{url} cannot be opened: {error}.") from None
-    except ValueError as error:
-        raise DataError(f"{url} cannot be opened: {error}.") from None
-
-
-def find_volumes(name: str, tell: Tell = nobody) -> list[Volume]:
-    """The files that a path, a URL or a pattern with `*` names, in order. Raises DataError where there are none."""
-    tell(name, 0)
-    if is_url(name):
-        system, path = file_system(name)
-        try:
-            paths = sorted(system.glob(path)) if "*" in path else [path]
-            facts = []
-            for each in paths:
-                tell(each, 0)
-                facts.append(system.info(each))
-        # Each protocol has errors of its own.
-        except Exception as error:
-            raise DataError(f"{name} {_words(error)}.") from None
-        marks = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created")
-        volumes = [
-            Volume(system.unstrip_protocol(each), fact["size"] or 0, " ".join(str(fact.get(mark)) for mark in marks))
-            for each, fact in zip(paths, facts, strict=True)
-        ]
-    else:
-        paths = sorted(glob.glob(name)) if "*" in name and not os.path.exists(name) else [name]
-        volumes = []
-        for each in paths:
-            tell(each, 0)
-            try:
-                fact = steadily(each, partial(os.stat, each))
-            except OSError as error:
-                missing = isinstance(error, FileNotFoundError)
-                raise DataError(f"{each} {'does not exist' if missing else 'cannot be read'}.") from None
-            if not stat.S_ISREG(fact.st_mode):
-                raise DataError(f"{each} is not a regular file.")
-            volumes.append(Volume(each, fact.st_size, str(fact.st_mtime_ns)))
-    if not volumes:
-        raise DataError(f"{name} names no file.")
-    return volumes
-
-
-def told_apart(names: list[str]) -> list[bytes]:
-    """Names of volumes as folders, with numbers before them where two are alike."""
-    folders = [os.fsencode(name) for name in names]
-    unique = len(set(folders)) == len(folders)
-    return folders if unique else [b"%05d-%s" % (place, folder) for place, folder in enumerate(folders)]
-
-
-def volumes_digest(kind: str, volumes: list[Volume]) -> str:
-    facts = [kind, *((each.name, each.size, each.version) for each in volumes)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def archive_kind(head: bytes) -> str | None:
-    """tar, compressed tar or zip, by the first bytes; None where it is neither."""
-    if head[257:262] == b"ustar" or (len(head) == HEAD and not any(head)):
-        return "tar"
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")):
-        return "compressed tar"
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return "zip"
-    try:  # archives of before 1988 bear no signature, only a sum over the header
-        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return None
-    return "tar"
-
-
-# -------------------------------------------------------------------------------------------------------------- read
 
 
 class ArchiveReader:
@@ -191,7 +46,7 @@ class ArchiveReader:
                 return self._files.using(path, partial(_from_zip, entry))
             data = self._files.read(path, entry.size, entry.at)
         except DAMAGED as error:
-            raise Rejected(_words(error)) from None
+            raise Rejected(words(error)) from None
         if len(data) < entry.size:
             raise Rejected(f"is cut off: the archive ends {entry.size - len(data):,} bytes before it does")
         return data
@@ -201,205 +56,6 @@ def _from_zip(entry: Entry, handle: int) -> bytes:
     # What it inflates to is bounded by the size that the directory claims, which check_size has seen.
     with open(handle, "rb", closefd=False) as file, open_member(file, read_record(file, entry.at)) as member:
         return member.read(entry.size)
-
-
-# -------------------------------------------------------------------------------------------------------------- list
-
-
-class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
-def check_room(spool: Path, name: str, copied: int) -> None:
-    """Raises ResourceError where the disk of the spool has no room for so many bytes of the source `name`."""
-    free = shutil.disk_usage(spool.parent).free
-    if copied > free:
-        raise ResourceError(
-            f"{spool.parent} has {size_in_words(free)} free, the pictures of {name} need about "
-            f"{size_in_words(copied)} there while they are converted. Free some, or choose another disk."
-        )
-
-
-class Spool:
-    """Pictures of a stream, one behind the other in one file; `file` is made when the first one comes."""
-
-    def __init__(self, path: Path, largest: int) -> None:
-        self.path, self.largest = path, largest
-        self.at = 0
-        self._file: BinaryIO | None = None
-
-    def add(self, source: Readable, size: int) -> int:
-        """Copy a picture; returns where it begins. One that is too large for a picture is left out: its size tells.
-
-        A stream that ends early leaves no trace.
-        """
-        if size > self.largest:
-            return 0
-        if self._file is None:
-            self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__())
-        start, left = self.at, size
-        self._file.seek(start)
-        while left:
-            block = source.read(min(left, 1 << 20))
-            if not block:
-                raise EOFError("it ends inside a file")
-            try:
-                self._file.write(block)
-            except OSError as error:
-                raise disk_error(error, self.path) from None
-            left -= len(block)
-        self.at = start + size
-        return start
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        with file:
-            if error is None:
-                try:
-                    file.truncate(self.at)
-                    os.fsync(file.fileno())
-                except OSError as failure:
-                    raise disk_error(failure, self.path) from None
-
-
-@dataclass(frozen=True)
-class Member:
-    """A regular file in an archive, under a name that stays inside it."""
-
-    path: bytes
-    size: int
-    at: int  # where it lies in the volume for tar, where its record does for zip
-    stamp: int
-    open: Callable[[], IO[bytes]]
-
-
-def inside(path: bytes, skipped: dict[str, int]) -> bytes | None:
-    """A member's name as a path inside its archive; None, and counted, where it leaves it or is hidden."""
-    parts = path.split(b"/")
-    if path.startswith(b"/") or b".." in parts or b"\0" in path:
-        skipped["names that lead out of the archive"] += 1
-        return None
-    path = posixpath.normpath(path)
-    if any(part.startswith(b".") or part == b"__MACOSX" for part in path.split(b"/")):
-        skipped["hidden"] += 1
-        return None
-    return path
-
-
-def each_in_tar(
-    archive: _Tar,
-    listing: Listing,
-    prefix: bytes,
-    take: Callable[[Member], None],
-    *,
-    streamed: bool,
-    nested: bool = True,
-) -> None:
-    """Give `take` the files in order, and those of tar archives among them, one level deep, as if each were a folder.
-
-    Links, devices and names that lead out are counted in the listing and never followed. An archive inside that is
-    damaged is listed as unreadable, under `prefix`, and what comes behind it is read. Raises one of DAMAGED.
-    """
-    while (info := archive.next()) is not None:
-        vars(archive)["members"].clear()  # it would keep all of them
-        if info.isdir():
-            continue
-        if not info.isreg() or info.issparse():
-            listing.skipped["links" if info.issym() or info.islnk() else "not regular files"] += 1
-            continue
-        path = inside(info.name.encode("utf-8", "surrogateescape"), listing.skipped)
-        if path is None:
-            continue
-        if nested and path.lower().endswith(b".tar"):
-            try:
-                with _content(archive, info) as file, _open_tar(file, "r|" if streamed else "r:") as inner:
-                    shifted = partial(_take_shifted, take, path[:-4], info)
-                    each_in_tar(inner, listing, prefix, shifted, streamed=streamed, nested=False)
-            except (tarfile.TarError, EOFError) as error:
-                listing.unreadable.append((posixpath.join(prefix, path), _words(error)))
-            continue
-        take(Member(path, info.size, info.offset_data, int(info.mtime * 1e9), partial(_content, archive, info)))
-    if archive.open_end:
-        listing.skipped["archives without an end mark (cut off?)"] += 1
-
-
-def _take_shifted(take: Callable[[Member], None], folder: bytes, outer: tarfile.TarInfo, member: Member) -> None:
-    """Take a member of an archive inside: offsets count from the beginning of that one."""
-    if member.at + member.size > outer.size:  # what lies behind is another's
-        raise ReadError("unexpected end of data")
-    take(replace(member, path=posixpath.join(folder, member.path), at=outer.offset_data + member.at))
-
-
-def _content(archive: TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    file = archive.extractfile(info)
-    assert file is not None  # it is a regular file
-    return file
-
-
-# The types that pyright knows lack both: the empty block that ends an archive, and the end of the file where a header
-# should be.
-_END, _NOTHING = (vars(tarfile)[name] for name in ("EOFHeaderError", "EmptyHeaderError"))
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header. One whose long name or attributes claim a gigabyte is refused before that is read."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in EXTENDED and not 0 <= header.size <= LARGEST_HEADER:
-            raise HeaderError(f"it has a header of {header.size:,} bytes")
-        return header
-
-    @classmethod
-    def fromtarfile(cls, tarfile: TarFile) -> Self:
-        """Raises ReadError where a header is damaged or cut off: `next()` would take that for the end."""
-        try:
-            header = super().fromtarfile(tarfile)
-        except _END:
-            raise
-        except _NOTHING:
-            # What was streamed or never closed lacks the blocks that end an archive, and tar itself takes it as it is.
-            # One that was cut off just between two members looks the same: so it is counted, and not a bad file.
-            vars(tarfile)["open_end"] = True
-            raise
-        except HeaderError as error:
-            if tarfile.offset == 0 or type(error) is HeaderError:
-                raise
-            raise ReadError(f"{error} at byte {tarfile.offset:,}, and what follows is lost") from None
-        if header.size < 0:  # the next one would be one that was read already, for ever
-            raise ReadError(f"it has a file of {header.size:,} bytes")
-        return header
-
-
-class _Tar(TarFile):
-    tarinfo = _Header
-    open_end = False
-
-
-def _open_tar(file: IO[bytes], mode: Any) -> _Tar:
-    return _Tar.open(fileobj=file, mode=mode, encoding="utf-8", errors="surrogateescape")
-
-
-def zip_members(directory: ZipDirectory, skipped: dict[str, int]) -> Iterator[Member]:
-    """Members in the order of the directory; links and what is encrypted or leads out are counted in `skipped`."""
-    for record in directory:
-        if record.name.endswith(b"/"):
-            continue
-        if stat.S_IFMT(record.mode) not in (0, stat.S_IFREG):
-            skipped["links" if stat.S_ISLNK(record.mode) else "not regular files"] += 1
-            continue
-        if record.flags & ENCRYPTED:
-            skipped["encrypted"] += 1
-            continue
-        path = inside(record.name, skipped)
-        if path is not None:
-            yield Member(path, record.size, record.at, 0, partial(open_member, directory.file, record))
 
 
 class ArchiveSource:
@@ -455,10 +111,10 @@ class ArchiveSource:
                 except Exception as error:
                     check_machine(volume.path, error)
                     if volume.remote:
-                        raise DataError(f"{volume.path} {_words(error)}.") from None
+                        raise DataError(f"{volume.path} {words(error)}.") from None
                     if not isinstance(error, DAMAGED):
                         raise
-                    listing.unreadable.append((os.fsencode(volume.name), _words(error)))
+                    listing.unreadable.append((os.fsencode(volume.name), words(error)))
                 reader.flush()
         if len(listing.unreadable) >= len(self.volumes) and not len(listing.files):
             raise DataError(f"{self.name} {listing.unreadable[0][1]}.")
@@ -478,7 +134,7 @@ class ArchiveSource:
     def _walk(self, reader: _Lister, place: int, volume: Volume, prefix: bytes) -> None:
         kind = self._kinds[place]
         streamed = self._streamed(place)
-        with _Heard(volume, lambda: self.tell(volume.path, len(reader.listing.files))) as heard:
+        with Heard(volume, lambda: self.tell(volume.path, len(reader.listing.files))) as heard:
             file = cast(IO[bytes], heard)
             if kind == "zip":
                 for member in zip_members(ZipDirectory(file), reader.listing.skipped):
@@ -487,10 +143,10 @@ class ArchiveSource:
                     except DAMAGED as error:  # the next one lies elsewhere
                         if volume.remote and isinstance(error, OSError):
                             raise
-                        reader.listing.unreadable.append((posixpath.join(prefix, member.path), _words(error)))
+                        reader.listing.unreadable.append((posixpath.join(prefix, member.path), words(error)))
                 return
             # A stream is read in order only; the other mode may also go back, for the first bytes of a file.
-            with _open_tar(file, "r|*" if streamed else "r:") as archive:
+            with open_tar(file, "r|*" if streamed else "r:") as archive:
                 take = partial(reader.take, prefix=prefix, volume=None if streamed else place)
                 each_in_tar(archive, reader.listing, prefix, take, streamed=streamed)
 
@@ -575,44 +231,6 @@ class _Lister:
         return Labels({"class": classes}, column[:, None]) if classes else no_labels(self.listing.files)
 
 
-def _words(error: Exception) -> str:
-    return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
-
-
-class _Heard:
-    """An open volume that tells of every read: a stream that flows differs from one that has stopped."""
-
-    def __init__(self, volume: Volume, heard: Callable[[], None]) -> None:
-        self.volume, self.heard, self.file = volume, heard, volume.open()
-
-    def read(self, size: int = -1) -> bytes:
-        """Raises ResourceError where the disk fails twice; behind a URL whatever the protocol does."""
-        self.heard()
-        if self.volume.remote:  # it tries again by itself
-            return self.file.read(size)
-        at = self.file.tell()
-
-        def read() -> bytes:
-            try:
-                return self.file.read(size)
-            except OSError:
-                self.file.close()
-                self.file = self.volume.open()
-                self.file.seek(at)
-                raise
-
-        return steadily(self.volume.path, read)
-
-    def __enter__(self) -> _Heard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
 class _Rejoined:
     """A stream of which the first bytes have been read already."""
 
@@ -656,7 +274,7 @@ def looks_like_webdataset(volume: Volume) -> bool:
     """Whether the first files of a tar archive are pictures, each with a .cls or .json of the same key beside it."""
     pictures, labelled = set(), set()
     try:
-        with _Heard(volume, lambda: None) as file, _open_tar(cast(IO[bytes], file), "r|*") as archive:
+        with Heard(volume, lambda: None) as file, open_tar(cast(IO[bytes], file), "r|*") as archive:
             for count, info in enumerate(iter(archive.next, None)):
                 folder, name = posixpath.split(info.name)
                 stem, _, extension = name.partition(".")

@@ -19,11 +19,12 @@ from pipeline.errors import DataError, UsageError
 from pipeline.handles import check_machine, steadily
 from pipeline.pictures import Encoding, Rejected, Stored, check_picture, has_picture_extension
 from pipeline.shards import printable
-from pipeline.sources.archives import ArchiveSource, archive_kind, find_volumes, is_url, looks_like_webdataset
+from pipeline.sources.archives import ArchiveSource, looks_like_webdataset
 from pipeline.sources.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.imagenet import DEVKIT, is_validation, validation_labels
 from pipeline.sources.tables import Columns, HuggingFaceSource, ParquetSource
+from pipeline.sources.volumes import archive_kind, find_volumes, is_url
 
 Kind = Literal["auto", "folder", "archive", "webdataset", "parquet", "hf"]
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")

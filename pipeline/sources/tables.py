@@ -20,16 +20,10 @@ from typing import Any
 
 from pipeline.errors import DataError, ResourceError
 from pipeline.handles import check_machine
-from pipeline.sources.archives import (
-    ArchiveReader,
-    Spool,
-    Volume,
-    check_room,
-    plain_label,
-    told_apart,
-    volumes_digest,
-)
+from pipeline.sources.archives import ArchiveReader, plain_label
 from pipeline.sources.entries import Labels, Listing, Tell, Vocabulary, no_labels, nobody
+from pipeline.sources.spool import Spool, check_room
+from pipeline.sources.volumes import Volume, told_apart, volumes_digest
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo", "image_bytes", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "target", "fine_label")
