@@ -29,11 +29,11 @@ class MomentumCopy(nn.Module):
     @torch.no_grad()
     def follow(self, source: nn.Module, momentum: float) -> None:
         """weights <- momentum * weights + (1 - momentum) * source's; buffers are copied."""
-        mine: list[Tensor] = list(self.module.parameters())
-        theirs: list[Tensor] = list(source.parameters())
-        assert len(mine) == len(theirs)
+        weights: list[Tensor] = list(self.module.parameters())
+        trained: list[Tensor] = list(source.parameters())
+        assert len(weights) == len(trained)
         # On a GPU a few kernels instead of one for each weight.
-        torch._foreach_lerp_(mine, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(weights, trained, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)
 
