@@ -62,6 +62,8 @@ def test_questions_are_flags_of_their_commands():
         ({"evaluate": {"label_shares": [0.1]}}, r"e\.yaml: evaluate: label_shares is unknown\. Did you mean label_sh"),
         ({"evaluate": {"label_share": [2]}}, "--label-share wants shares of the labels"),
         ({"evaluate": {"agreement": "half"}}, r"evaluate: agreement wants .*, not 'half'"),
+        ({"evaluate": {"folds": True, "label_share": [0.1]}}, "without --tests and --label-share"),
+        ({"evaluate": {"folds": True, "agreement": 0.5}}, "--folds scores the probes alone"),
         ({"evaluate": {"protocols": ["knn"]}}, "protocols begin with ridge, which leads"),
         ({"finetune": {"epoch": 3}}, r"finetune: epoch is unknown\. Did you mean epochs"),
         ({"finetune": {"seed": 3}}, r"finetune: seed is unknown"),

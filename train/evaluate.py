@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EVALUATION = "evaluation.json"  # in a run folder: the newest checkpoint's scores and the baselines'
 CACHE = "cache"  # in a run folder: features
 PIXEL_SIDE = 32
+OWN_IMAGES = "--folds is for a store whose own images are held out: without --tests and --label-share."
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class Evaluate:
             raise UsageError("--neighbours wants numbers of at least 1, such as 1 20.")
         if self.agreement is not None and not 0 < self.agreement < 1:
             raise UsageError(f"--agreement {self.agreement:g}: wants a share of the side, such as 0.5.")
+        if self.folds and (self.tests or self.label_share):
+            raise UsageError(OWN_IMAGES)
+        if self.folds and (self.exits or self.agreement is not None):
+            raise UsageError("--folds scores the probes alone: ask for --exits and --agreement in a call without it.")
 
 
 def main(argv: list[str]) -> int:
@@ -92,10 +97,8 @@ def main(argv: list[str]) -> int:
     data = flags.data or settings.data
     assert data is not None
     tests, label = flags.tests or settings.watch.tests, flags.label or settings.watch.label
-    if flags.folds and (tests or flags.label_share):
-        raise UsageError("--folds is for a store whose own images are held out: without --tests and --label-share.")
-    if flags.folds and (flags.exits or flags.agreement is not None):
-        raise UsageError("--folds scores the probes alone: ask for --exits and --agreement in a call without it.")
+    if flags.folds and tests:  # the run's own
+        raise UsageError(OWN_IMAGES)
     overlap = flags.overlap or settings.watch.overlap
     exams = [Exam.prepare(data, tests, label, overlap, fold=fold) for fold in range(FOLDS if flags.folds else 1)]
 
