@@ -43,7 +43,7 @@ from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tests.conftest import needs_compiler
 from tests.images import encoded, make_folder, picture, pixels, psnr
 from tools import convert
-from tools.converting import conversion, watchdog
+from tools.converting import conversion, decoding, watchdog
 from train.command import run
 
 ROOT = Path(__file__).parents[1]
@@ -1128,7 +1128,7 @@ def test_a_file_that_killed_its_readers_is_not_tried_by_the_next_run(tmp_path):
     assert not fits(folder, {"source": "y"})
     listing = scan(tmp_path / "in")
     done = Unfinished(folder, job).done
-    tasks = conversion._Tasks(listing, 0, done.lost)
+    tasks = decoding.Remaining(listing, 0, done.lost)
     entries = [entry for task in range(len(tasks)) for entry in tasks[task]]
     assert len(entries) == 19
     assert sorted(place for task in range(len(tasks)) for place in tasks.places(task)) == list(range(20))
@@ -1240,7 +1240,7 @@ def test_names_and_files_of_every_odd_kind_end_in_the_store_or_in_the_list(tmp_p
 
 def test_more_workers_than_cores_are_noted_and_work(tmp_path, capsys, monkeypatch):
     make_folder(tmp_path / "in", 2)
-    monkeypatch.setattr(conversion, "usable_cores", lambda: 1.5)
+    monkeypatch.setattr(decoding, "usable_cores", lambda: 1.5)
     words = [str(tmp_path / "in"), str(tmp_path / "s"), "--backends", "dali", "--workers", "3"]
     assert run(convert.main, words) == 0
     assert capsys.readouterr().err == (

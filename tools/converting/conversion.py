@@ -1,46 +1,34 @@
 """The work of `daae convert`, from a source of images to a finished store.
 
-list the source, with labels -> decode in worker processes -> shards in one thread -> FFCV file -> manifest -> rename
+list the source, with labels -> pictures (decoding.py) -> shards, in order -> FFCV file -> manifest -> rename
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import math
-import os
 import shutil
 import sys
 import time
-from array import array
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
-from pipeline.limits import usable_cores
-from pipeline.ordered_map import ordered_map
-from pipeline.pictures import Encoding, Stored
-from pipeline.shards import ShardWriter, printable, write_file, write_manifest
-from pipeline.sources.entries import Entry, Listing, Tell
-from pipeline.sources.source import Choice, Reader, Source, open_source, try_entry
+from pipeline.shards import printable, write_file, write_manifest
+from pipeline.sources.entries import Listing, Tell
+from pipeline.sources.source import Choice, Source, open_source
 from pipeline.sources.tables import Columns
 from pipeline.staging import size_in_words, staging, write_durably
 from pipeline.store import FORMAT, MANIFEST, Store
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tools.converting.assembly import assemble
+from tools.converting.decoding import Decoding, Made, encoding_of, note, shown, tolerated
 from tools.converting.flags import Convert
 from tools.converting.watchdog import WRITING, Watchdog
-from tools.progress import Progress
 
 BAD_FILES, STATS = "bad_files.jsonl", "stats.json"
-TASK = 8  # files that a worker takes at once
-# Pictures are written, in a thread of its own each time, when so many bytes of them wait or so much time has passed.
-HELD_BYTES, HELD_SECONDS = 4 << 20, 0.5
 SPLITS = {"train", "val", "valid", "validation", "test", "training", "testing"}
 
 
@@ -76,10 +64,10 @@ def _convert(flags: Convert, dst: Path, watchdog: Watchdog) -> dict:
         if not listing.files:
             raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
         for path, why in listing.unreadable[:3]:
-            _note(flags, f"{printable(path)} {why}; what else is there is used.")
+            note(flags, f"{printable(path)} {why}; what else is there is used.")
         _check_disk(flags, dst, listing, backends, int(unfinished.done.rows["row"]["size"].sum()))
         complaint.unlink(missing_ok=True)
-        made = _decode(flags, listing, source.reader(unfinished.spool), folder, unfinished, watchdog)
+        made = Decoding(flags, listing, folder, unfinished, watchdog).run(source.reader(unfinished.spool))
         _check_bad(flags, listing, made, complaint)
         chosen = np.array(made.chosen, np.int64)
         whole = assemble(
@@ -104,7 +92,7 @@ def _convert(flags: Convert, dst: Path, watchdog: Watchdog) -> dict:
                 columns=listing.labels.columns,
                 shards=whole.shards,
                 encode=options,
-                source={"path": _shown(flags.src), "files": len(listing.files), "listing": digest},
+                source={"path": shown(flags.src), "files": len(listing.files), "listing": digest},
                 bad=len(made.bad),
                 skipped=dict(sorted(listing.skipped.items())),
             )
@@ -127,10 +115,6 @@ def source_of(flags: Convert, tell: Tell) -> Source:
     return open_source(flags.src, choice, largest=encoding_of(flags).max_bytes, tell=tell)
 
 
-def _shown(src: str) -> str:
-    return printable(os.fsencode(src))
-
-
 def _keep(folder: Path, error: BaseException, watchdog: Watchdog) -> bool:
     kept = watchdog.hung or worth_keeping(folder, error)
     if kept and (watchdog.hung or not watchdog.quiet):
@@ -138,147 +122,6 @@ def _keep(folder: Path, error: BaseException, watchdog: Watchdog) -> bool:
             f"note: the shards finished so far are kept in {folder}; the same command goes on there.", file=sys.stderr
         )
     return kept
-
-
-# ------------------------------------------------------------------------------------------------------------ decode
-
-
-@dataclass
-class Made:
-    shards: ShardWriter
-    chosen: array = field(default_factory=lambda: array("q"))  # sample id -> place in listing.files
-    bad: list[dict] = field(default_factory=list)
-    kept: int = 0
-
-
-class _Tasks:
-    """What is left to do, cut into tasks when a worker is free: no list of a million paths."""
-
-    def __init__(self, listing: Listing, start: int, lost: dict[bytes, str]) -> None:
-        self.files, self.start = listing.files, start
-        self.lost = {place for place in map(listing.files.find, lost) if place is not None}
-
-    def __len__(self) -> int:
-        return -(-(len(self.files) - self.start) // TASK)
-
-    def places(self, task: int) -> range:
-        first = self.start + task * TASK
-        return range(first, min(first + TASK, len(self.files)))
-
-    def __getitem__(self, task: int) -> list[Entry]:
-        if not 0 <= task < len(self):
-            raise IndexError(task)
-        return [self.files[place] for place in self.places(task) if place not in self.lost]
-
-
-def _decode(
-    flags: Convert, listing: Listing, reader: Reader, folder: Path, unfinished: Unfinished, watchdog: Watchdog
-) -> Made:
-    """Decode everything, write what is good in order, list what is bad."""
-    labels, files = listing.labels, listing.files
-    made = Made(ShardWriter(folder, shard_bytes=flags.shard_mb << 20, label_width=label_width(labels.columns)))
-    made.bad = [{"path": printable(path), "reason": why, "bytes": 0} for path, why in listing.unreadable]
-    allowed = tolerated(flags.max_bad, len(files))
-    done = unfinished.done
-    if done.rows.size:
-        made.shards.resume(done.shards, done.files, done.rows["row"])
-        made.chosen, made.bad, made.kept = array("q", done.rows["place"].tolist()), list(done.bad), done.kept
-        _note(flags, f"going on behind {done.next:,} of {len(files):,} images that an earlier run had finished.")
-    tasks = _Tasks(listing, done.next, done.lost)
-    sizes = files.sizes
-    progress = Progress(
-        "images",
-        total_bytes=int(sizes[done.next :].sum()),
-        total_images=len(files) - done.next,
-        quiet=flags.quiet,
-    )
-
-    def lose(entry: Entry, how: str) -> str:
-        reason = f"the process that decoded it {how}, and so did a second one"
-        watchdog.do(WRITING, lambda: unfinished.lose(entry.path, reason), writes=True)
-        return reason
-
-    results = ordered_map(
-        try_entry,
-        tasks,
-        (reader, encoding_of(flags)),
-        workers=_workers(flags),
-        stall_seconds=flags.stall_timeout,
-        describe=lambda entry: os.path.join(_shown(flags.src), printable(entry.path)),
-        lost=lose,
-    )
-
-    def take(held: list[tuple[int, list[Stored | str]]]) -> None:
-        for task, answers in held:
-            answer_of = iter(answers)
-            for place in tasks.places(task):
-                entry = files[place]
-                watchdog.tell(str(folder), place)
-                answer = done.lost[entry.path] if place in tasks.lost else next(answer_of)
-                if isinstance(answer, str):
-                    made.bad.append({"path": printable(entry.path), "reason": answer, "bytes": entry.size})
-                # Past the limit the rest is still checked, so that the list is whole, but no longer written.
-                elif len(made.bad) <= allowed:
-                    label = int(labels.table[place, 0]) if labels.columns else -1
-                    finished = made.shards.finished
-                    made.shards.add(answer.jpeg, label=label, height=answer.height, width=answer.width)
-                    if made.shards.finished > finished:
-                        _vouch(unfinished, made, place, last=False)
-                    made.chosen.append(place)
-                    made.kept += answer.kept
-
-    def end(held: list[tuple[int, list[Stored | str]]]) -> None:
-        take(held)
-        made.shards.close()
-        if made.chosen and len(made.bad) <= allowed:
-            _vouch(unfinished, made, len(files), last=True)
-
-    held, held_bytes, written, done_bytes = [], 0, time.monotonic(), 0
-    try:
-        with contextlib.closing(results), progress.show():
-            for task, answers in enumerate(results):
-                held.append((task, answers))
-                held_bytes += sum(len(answer.jpeg) for answer in answers if not isinstance(answer, str))
-                if held_bytes > HELD_BYTES or time.monotonic() - written > HELD_SECONDS:
-                    watchdog.do(WRITING, partial(take, held), writes=True)
-                    held, held_bytes, written = [], 0, time.monotonic()
-                places = tasks.places(task)
-                done_bytes += int(sizes[places.start : places.stop].sum())
-                progress.at(images=places.stop - done.next, done_bytes=done_bytes, bad=len(made.bad))
-            watchdog.do(WRITING, partial(end, held), writes=True)
-    except BaseException:
-        if not watchdog.hung:
-            made.shards.abandon()
-        raise
-    made.bad.sort(key=lambda row: row["path"])
-    return made
-
-
-def label_width(columns: dict[str, list[str]]) -> int:
-    """Digits of a label in a shard: one width for all, because a batch of differing widths cannot become one array."""
-    return max(6, *(len(str(len(classes) - 1)) for classes in columns.values()), 0)
-
-
-def _vouch(unfinished: Unfinished, made: Made, place: int, *, last: bool) -> None:
-    """A shard is on the disk; it and those before it reach up to `place` in the listing."""
-    unfinished.finished(made.shards, made.chosen, place, made.bad, made.kept, last=last)
-
-
-def _workers(flags: Convert) -> int:
-    cores = max(1, int(usable_cores()))
-    if flags.workers is not None and flags.workers > cores:
-        _note(flags, f"--workers {flags.workers}, but this process may use {cores} cores: more will not be faster.")
-    return flags.workers or cores
-
-
-def _note(flags: Convert, text: str) -> None:
-    if not flags.quiet:
-        print(f"note: {text}", file=sys.stderr)
-
-
-def tolerated(share: float, count: int) -> int:
-    """How many bad files of `count` a conversion survives: the share, but a few always, unless it is 0."""
-    return max(10, math.ceil(share * count)) if share else 0
 
 
 def _check_bad(flags: Convert, listing: Listing, made: Made, complaint: Path) -> None:
@@ -370,12 +213,6 @@ def _check_disk(flags: Convert, dst: Path, listing: Listing, backends: list[str]
             f"{place} has {size_in_words(free)} free, the store needs about {size_in_words(need)}. "
             "Free some, choose another disk, or lower --max-side or --quality."
         )
-
-
-def encoding_of(flags: Convert) -> Encoding:
-    return Encoding(
-        max_side=flags.max_side, quality=flags.quality, max_pixels=flags.max_pixels, min_side=flags.min_side
-    )
 
 
 def _stats(listing: Listing, made: Made, seconds: float) -> dict:

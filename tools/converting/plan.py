@@ -23,7 +23,8 @@ from pipeline.shards import MAX_SIDE
 from pipeline.sources.entries import Entry, Tell
 from pipeline.sources.source import Reader
 from pipeline.staging import size_in_words
-from tools.converting.conversion import encoding_of, source_of
+from tools.converting.conversion import source_of
+from tools.converting.decoding import encoding_of
 from tools.converting.flags import Convert
 from tools.converting.watchdog import Watchdog
 

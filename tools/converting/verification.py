@@ -29,7 +29,8 @@ from pipeline.sources.entries import Tell
 from pipeline.staging import staging
 from pipeline.store import FORMAT, MANIFEST, Store
 from tools.converting.assembly import assemble
-from tools.converting.conversion import BAD_FILES, bad_lines, label_width
+from tools.converting.conversion import BAD_FILES, bad_lines
+from tools.converting.decoding import label_width
 from tools.converting.flags import Verify
 from tools.converting.watchdog import WRITING, Watchdog
 from tools.progress import Progress
