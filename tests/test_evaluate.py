@@ -224,7 +224,7 @@ def test_folds_are_for_a_store_without_tests(run_path, store_path, tmp_path, cap
     with pytest.raises(UsageError, match="without --tests"):
         evaluate.main([str(run_path), "--folds"])
     assert pretrain(flags("mae-tiny", store_path, tmp_path / "a", "--steps", "1")) == 0
-    with pytest.raises(UsageError, match="ask for --exits and --agreement in a call without it"):
+    with pytest.raises(UsageError, match="ask for --exits, --quarters and --agreement in a call without it"):
         evaluate.main([str(tmp_path / "a"), "--folds", "--agreement", "0.5"])
     capsys.readouterr()
     assert evaluate.main([str(tmp_path / "a"), "--folds", "--no-baselines", "--json"]) == 0

@@ -64,6 +64,7 @@ def test_questions_are_flags_of_their_commands():
         ({"evaluate": {"agreement": "half"}}, r"evaluate: agreement wants .*, not 'half'"),
         ({"evaluate": {"folds": True, "label_share": [0.1]}}, "without --tests and --label-share"),
         ({"evaluate": {"folds": True, "agreement": 0.5}}, "--folds scores the probes alone"),
+        ({"evaluate": {"folds": True, "quarters": True}}, "--folds scores the probes alone"),
         ({"evaluate": {"protocols": ["knn"]}}, "protocols begin with ridge, which leads"),
         ({"finetune": {"epoch": 3}}, r"finetune: epoch is unknown\. Did you mean epochs"),
         ({"finetune": {"seed": 3}}, r"finetune: seed is unknown"),
@@ -85,6 +86,7 @@ def answered(folder: Path, arm: str, seed: int, ridge: float, few: float, tuned:
     evaluation = exam(ridge) | {"baselines": {"pixels": exam(0.2), "untrained": exam(0.21)}}
     evaluation["agreement"] = {"share": 0.5, "encoder": {"fluent": {"found": 0.8, "count": 400}},
                                "untrained": {"fluent": {"found": 0.5, "count": 400}}}  # fmt: skip
+    evaluation["quarters"] = {"encoder": exam(ridge / 2), "untrained": exam(0.1)}
     for test, shift in (("fluent", 0.1), ("emojione", -0.1)):
         evaluation["scores"][test]["subcategory"] = {"ridge": score(ridge), "ridge 10%": score(few + shift, 0.02)}
     record["evaluation"] = evaluation
@@ -101,7 +103,8 @@ def test_answers_are_means_of_tests_and_then_of_seeds(tmp_path):
         for arm, seeds in arms.items()
     ]
     names, rows = answers.table(Study(groups, None, True))
-    assert names == ["ridge", "ridge 10%", "itself at 0.5 of the side", "fine-tuned", "knn20"]
+    quarters = ["ridge by quarters", "knn20 by quarters"]
+    assert names == ["ridge", "ridge 10%", *quarters, "itself at 0.5 of the side", "fine-tuned", "knn20"]
     table = {who: dict(zip(names, cells, strict=True)) for who, cells in rows}
     assert list(table) == ["mae", "daae", "raw 32 px pixels", "untrained encoder"]
     few = table["mae"]["ridge 10%"]
@@ -119,6 +122,12 @@ def test_answers_are_means_of_tests_and_then_of_seeds(tmp_path):
     assert tuned is not None
     assert tuned.score.mean == pytest.approx(0.53)
     assert table["daae"]["fine-tuned"] is None
+    placed = {who: cells["ridge by quarters"] for who, cells in table.items()}
+    assert placed["daae"] is not None
+    assert placed["daae"].score.mean == pytest.approx(0.2)
+    assert placed["daae"].ahead is not None
+    assert placed["daae"].ahead.mean == pytest.approx(0.04)  # 0.2 beside 0.15 and 0.17
+    assert placed["raw 32 px pixels"] is None
     found = {who: cells["itself at 0.5 of the side"] for who, cells in table.items()}
     assert found["daae"] is not None
     assert found["untrained encoder"] is not None

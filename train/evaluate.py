@@ -63,6 +63,8 @@ class Evaluate:
     """Of a method with exits (SelfCon): also score each exit, and all together, on the leading column."""
     agreement: float | None = None
     """Also tell how far features agree with those of the same pictures at this share of the side, such as 0.5."""
+    quarters: bool = False
+    """Also score pictures by the patches of their own quarter where four share an image: what patches tell by place."""
     checkpoint: str | None = None
     """Checkpoint folder; default: the newest that verifies."""
     baselines: bool = True
@@ -83,8 +85,10 @@ class Evaluate:
             raise UsageError(f"--agreement {self.agreement:g}: wants a share of the side, such as 0.5.")
         if self.folds and (self.tests or self.label_share):
             raise UsageError(OWN_IMAGES)
-        if self.folds and (self.exits or self.agreement is not None):
-            raise UsageError("--folds scores the probes alone: ask for --exits and --agreement in a call without it.")
+        if self.folds and (self.exits or self.quarters or self.agreement is not None):
+            raise UsageError(
+                "--folds scores the probes alone: ask for --exits, --quarters and --agreement in a call without it."
+            )
 
 
 def main(argv: list[str]) -> int:
@@ -125,6 +129,13 @@ def main(argv: list[str]) -> int:
             result["agreement"] = sizes_agree(
                 network, settings, device, flags.feature, flags.agreement, exams[0], cache
             )
+        if flags.quarters:
+            from train.evaluation.quarters import score_quarters
+
+            result["quarters"] = {
+                who: score_quarters(each, settings, exams[0], device, flags.protocols, flags.neighbours)
+                for who, each in (("encoder", network), ("untrained", untrained(settings, device)))
+            }
         if flags.exits:
             from train.evaluation.exits import score_exits
 
@@ -241,25 +252,27 @@ def baseline_features(
     settings: Run, device: torch.device, feature: str, cache: Path | None = None
 ) -> dict[str, Featurise]:
     """What needs no training: raw pixels, and the encoder as the run's seed draws it."""
-    from model.network import Network
-
-    untrained = Network(settings.method, settings.model, settings.seed).to(device)
     return {
         "pixels": pixel_features(device, cache),
-        "untrained": encoder_features(untrained, settings, device, feature, cache),
+        "untrained": encoder_features(untrained(settings, device), settings, device, feature, cache),
     }
+
+
+def untrained(settings: Run, device: torch.device) -> Network:
+    """The network as the run's seed draws it."""
+    from model.network import Network
+
+    return Network(settings.method, settings.model, settings.seed).to(device)
 
 
 def sizes_agree(
     network: Network, settings: Run, device: torch.device, feature: str, share: float, exam: Exam, cache: Path
 ) -> dict:
     """{"share", "encoder": test -> Agreement, "untrained": likewise}, of the pictures that the leading column asks."""
-    from model.network import Network
     from train.evaluation.agreement import agreement
 
-    untrained = Network(settings.method, settings.model, settings.seed).to(device)
     result: dict = {"share": share}
-    for who, each in {"encoder": network, "untrained": untrained}.items():
+    for who, each in {"encoder": network, "untrained": untrained(settings, device)}.items():
         full, small = (encoder_features(each, settings, device, feature, cache, share=s) for s in (1.0, share))
         asked = {name: (store, exam.questions(name, exam.leading)[0]) for name, store in exam.tests.items()}
         result[who] = {
@@ -307,6 +320,12 @@ def show(result: dict) -> None:
     print(result["sentence"])
     for test, parts in result.get("exits", {}).items():
         print(f"{test}, logistic: {', '.join(f'{name} {percent(each)}' for name, each in parts.items())}.")
+    for test, labels in result.get("quarters", {}).get("encoder", {}).get("scores", {}).items():
+        before = result["quarters"]["untrained"]["scores"][test][result["label"]]
+        parts = (
+            f"{name} {percent(s)} (untrained {percent(before[name])})" for name, s in labels[result["label"]].items()
+        )
+        print(f"{test}, four pictures an image, each by the patches of its own quarter: {', '.join(parts)}.")
     for test, one in result.get("agreement", {}).get("encoder", {}).items():
         before = result["agreement"]["untrained"][test]
         print(

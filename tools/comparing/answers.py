@@ -75,13 +75,13 @@ def _over_seeds(answers: Mapping[int, Mapping[str, dict]], beside: Mapping[int, 
 
 def _answers(trial: Trial) -> dict[str, dict]:
     evaluation = trial.evaluation or {}
-    found = _probes(evaluation) | _agreement(evaluation, "encoder")
+    found = _probes(evaluation) | _quarters(evaluation, "encoder") | _agreement(evaluation, "encoder")
     return found | ({FINETUNED: trial.finetuned["leading"]} if trial.finetuned else {})
 
 
 def _of_baseline(trial: Trial, name: str) -> dict[str, dict]:
     evaluation = trial.evaluation or {}
-    return _probes(evaluation["baselines"][name]) | _agreement(evaluation, name)
+    return _probes(evaluation["baselines"][name]) | _quarters(evaluation, name) | _agreement(evaluation, name)
 
 
 def _probes(exam: Mapping[str, Any]) -> dict[str, dict]:
@@ -89,6 +89,12 @@ def _probes(exam: Mapping[str, Any]) -> dict[str, dict]:
     tests = [labels.get(exam["label"], {}) for labels in exam.get("scores", {}).values()]
     names = [name for name in tests[0] if all(name in each for each in tests)] if tests else []
     return {name: mean_score([each[name] for each in tests]) for name in names}
+
+
+def _quarters(evaluation: Mapping[str, Any], who: str) -> dict[str, dict]:
+    """Each probe's score where a picture has a quarter of an image."""
+    exam = (evaluation.get("quarters") or {}).get(who)
+    return {f"{name} by quarters": score for name, score in _probes(exam).items()} if exam else {}
 
 
 def _agreement(evaluation: Mapping[str, Any], who: str) -> dict[str, dict]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ANSWERS = {"evaluate": "evaluation", "finetune": "finetune"}  # keys of an experiment file -> of a record
 TUNED = "finetuned"  # in a run folder, with what tells its flags: what `daae finetune` leaves
 # Not the feature: what leads has to be asked of every run alike.
-EVALUATE = ("protocols", "neighbours", "label_share", "folds", "exits", "agreement")
+EVALUATE = ("protocols", "neighbours", "label_share", "folds", "exits", "agreement", "quarters")
 FINETUNE = tuple(each.name for each in dataclasses.fields(Recipe) if each.name != "seed")  # that is the run's
 
 
