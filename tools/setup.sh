@@ -41,9 +41,12 @@ headers || install $APT || true
 
 # FFCV's build and, on Python 3.12, its imports need setuptools.
 $pip install -q --upgrade pip "setuptools>=77" wheel
-grep -v '^ffcv' requirements.txt >"$VENV/requirements-without-ffcv.txt"
-$pip install -q -r "$VENV/requirements-without-ffcv.txt"
-if headers && $pip install -q "$(sed -n 's/^\(ffcv[^ ]*\).*/\1/p' requirements.txt)"; then
+required() { sed -n "s/^\($1[^ ]*\).*/\1/p" requirements.txt; }
+grep -v -e '^ffcv' -e '^lightly' requirements.txt >"$VENV/requirements-plain.txt"
+$pip install -q -r "$VENV/requirements-plain.txt"
+# Its losses and modules need nothing of what it would bring (lightning, hydra).
+$pip install -q --no-deps "$(required lightly)"
+if headers && $pip install -q "$(required ffcv)"; then
     :
 else
     echo "notice: FFCV is left out, since it cannot be built here: sudo $(apt $APT), then make setup again" >&2
