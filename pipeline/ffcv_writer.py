@@ -27,6 +27,7 @@ import numpy as np
 from pipeline.beton import picture_offsets
 from pipeline.errors import ResourceError, StalledError
 from pipeline.handles import Handles
+from pipeline.interpreter import python
 from pipeline.staging import size_in_words
 from pipeline.store import BETON
 
@@ -76,7 +77,7 @@ def write_beton(
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "pipeline.ffcv_writer", os.path.abspath(folder)],
+            python("-W", "ignore", "-m", "pipeline.ffcv_writer", os.path.abspath(folder)),
             stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True,
         )  # fmt: skip
         try:

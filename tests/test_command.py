@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from pipeline.errors import UsageError
+from pipeline.interpreter import ROOT, python
 from tests.conftest import PYTHON
 from tools import cli
 from train import command
@@ -227,3 +229,13 @@ def test_the_slides_recipes_print_their_plan_without_data(capsys):
     assert plans["mae-vitb16-mini-800"]["images"] == 34745
     with pytest.raises(UsageError, match="--images"):
         main(["--preset", "mae-vitb16", "--dry-run"])
+
+
+def test_what_lies_in_the_working_directory_stands_in_for_no_library(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit('not the library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["a folder of programs", *sys.path])
+    done = subprocess.run(python("-m", "tools.cli", "methods"), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "daae" in done.stdout) == (0, True), done.stderr
+    monkeypatch.setattr(sys, "path", [ROOT, *sys.path])  # `python -m tools.cli` in a checkout that is not installed
+    assert python("-m", "x") == [sys.executable, "-m", "x"]

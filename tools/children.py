@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DaaeError, Preempted
+from pipeline.interpreter import python
 from tools.comparing.records import read_object
 
 SAVE_SECONDS = 120.0  # that a run has for its checkpoint after a signal; then it is killed
@@ -25,7 +26,7 @@ def call(words: list[str], what: str, folder: Path, stop: Stop, stdout: int | No
     stop.check(what)
     # Its own process group, so that Ctrl-C reaches it once, and through us.
     to = sys.stderr.fileno() if stdout is None else stdout
-    child = subprocess.Popen([sys.executable, "-m", *words], stdin=subprocess.DEVNULL, stdout=to, process_group=0)
+    child = subprocess.Popen(python("-m", *words), stdin=subprocess.DEVNULL, stdout=to, process_group=0)
     code = stop.watch(child)
     stop.check(what)
     if code == 0:

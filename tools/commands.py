@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.interpreter import python
 from tools.children import Stop, failure
 
 PATIENCE_SECONDS = 150.0  # after a signal; a comparison gives its own run 120
@@ -61,7 +62,7 @@ class Commands:
         self.stop.check(self.what)
         to = sys.stdout if self.loud else sys.stderr
         print(f"\n$ {shlex.join(['daae', *words])}", file=to, flush=True)
-        command = [sys.executable, "-m", "tools.cli", *words]
+        command = python("-m", "tools.cli", *words)
         # A process group of its own: Ctrl-C reaches it once, through `stop`.
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if listen else None if self.loud else to.fileno(),

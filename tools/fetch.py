@@ -30,6 +30,7 @@ from typing import IO, Annotated
 import tyro
 
 from pipeline.errors import DataError, ResourceError, UsageError
+from pipeline.interpreter import python
 from pipeline.limits import affinity
 from pipeline.staging import staging, terminable, write_durably
 from tools.progress import Progress
@@ -411,7 +412,7 @@ ELPV_LICENCES = (
 def fetch_elpv(flags: Fetch, folder: Path) -> dict:
     target = folder / ".pip"
     target.mkdir()
-    words = [sys.executable, "-m", "pip", "download", ELPV, "--no-deps", "--dest", str(target)]
+    words = python("-m", "pip", "download", ELPV, "--no-deps", "--dest", str(target))
     words += ["--disable-pip-version-check", "--no-input", "--quiet"]
     output = _call(words, f"pip download {ELPV}", flags, target)
     archives = [path for path in target.iterdir() if path.name.endswith((".whl", ".tar.gz"))]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import Preempted, StalledError
+from pipeline.interpreter import python
 from pipeline.limits import usable_cores
 from train.stop import Stop
 
@@ -35,7 +35,8 @@ def launch(processes: int, words: Sequence[str], out: Path) -> int:
     )  # fmt: skip
     started = time.time()
     try:
-        elastic_launch(config, sys.executable)("-m", "train.pretrain", *words)
+        program, *flags = python("-m", "train.pretrain", *words)
+        elastic_launch(config, program)(*flags)
     except ChildFailedError as failed:
         first = failed.get_first_failure()[1].exitcode
         return _told(out, started) or (first if first > 0 else StalledError.code)

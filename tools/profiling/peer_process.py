@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ResourceError, StalledError
+from pipeline.interpreter import python
 
 if TYPE_CHECKING:
     import psutil
@@ -132,7 +133,7 @@ def start(name: str, words: list[str]) -> Peer:
     """`python -m WORDS`, which ends in `serve`."""
     said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in Peer.close)
     process = subprocess.Popen(
-        [sys.executable, "-m", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+        python("-m", *words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
     )
     return Peer(name, process, said)
 
