@@ -374,6 +374,23 @@ def test_runs_that_were_asked_different_things_do_not_compare(tmp_path):
     assert "The runs do not compare" in verdict(study).meaning
 
 
+def test_test_sets_that_disagree_are_said(tmp_path):
+    folders = raced(tmp_path, (2.2, 2.4))
+    assert not any("test sets disagree" in line for line in warnings(read_study(folders)))
+    for folder in folders:
+        path = folder / "evaluation.json"
+        result = json.loads(path.read_text())
+        for test, gap in (("fluent", -0.03), ("emojione", 0.05)) if folder.name.startswith("daae") else ():
+            probes = result["scores"][test]["subcategory"]
+            probes["ridge"] = {**probes["ridge"], "value": 0.34 + gap + 0.01 * int(folder.name[-1])}
+        path.write_text(json.dumps(result))
+    (said,) = (line for line in warnings(read_study(folders)) if "test sets disagree" in line)
+    assert said == (
+        "The test sets disagree: daae-tiny leads mae-tiny by -2.5 (-8.9 to +3.9) points on fluent and +5.5 (-0.9 to "
+        "+11.9) points on emojione. The score is their mean."
+    )
+
+
 def test_a_baseline_that_met_its_final_score_early_is_said(tmp_path, capsys):
     """MAE is at 34 % half way, in log seconds, between 50 and 100 s, and its run goes on to 200 s."""
     folders = [

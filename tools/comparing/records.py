@@ -121,6 +121,16 @@ class Trial:
         leading = last.get("leading") if last.get("step") == self.step else None
         return leading if leading is None or isinstance(leading, dict) else {"value": float(leading)}
 
+    @property
+    def by_test(self) -> dict[str, float]:
+        """The leading score at the end on each test set by itself; empty before the end."""
+        exam = self.evaluation if self.done else None
+        if exam is None or not exam.get("leading"):
+            return {}
+        probe = exam["leading_name"].partition(" ")[0]
+        found = {name: labels.get(exam["label"], {}).get(probe) for name, labels in exam.get("scores", {}).items()}
+        return {name: score["value"] for name, score in found.items() if score is not None}
+
     def baseline(self, name: str) -> dict | None:
         """The leading score of "pixels" or "untrained" on the same test pictures."""
         baselines = (self.evaluation or {}).get("baselines") or {}
@@ -277,6 +287,17 @@ class Study:
             if trial.final is not None and trial.seed in base
         ]
         return mean_interval(gaps) if gaps and group is not self.base else None
+
+    def ahead_by_test(self, group: Group) -> dict[str, Interval]:
+        """How much more an arm scores at the end than the baseline on each test set, paired by seed."""
+        base = {trial.seed: trial.by_test for trial in self.base.finished}
+        found = {}
+        for test in dict.fromkeys(test for trial in group.finished for test in trial.by_test):
+            pairs = [(trial.by_test.get(test), base.get(trial.seed, {}).get(test)) for trial in group.finished]
+            gaps = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+            if gaps:
+                found[test] = mean_interval(gaps)
+        return found
 
     def differences(self) -> dict[tuple[str, str], Interval]:
         """Two arms -> how much more the first scores at the end than the second, paired by seed, for all but the

@@ -429,6 +429,13 @@ def warnings(study: Study) -> list[str]:
                 f"{group.arm} is only {listed(short)}; {100 * ENOUGH_POINTS:.0f} points and {_number(ENOUGH_ERRORS)} "
                 "standard errors are asked for. The run is too short or broken."
             )
+    for group in study.groups[1:]:
+        gaps = study.ahead_by_test(group)
+        if len({gap.mean > 0 for gap in gaps.values()}) > 1:
+            each = listed([f"{gap_words(gap)} points on {test}" for test, gap in gaps.items()])
+            found.append(
+                f"The test sets disagree: {group.arm} leads {study.base.arm} by {each}. The score is their mean."
+            )
     scored = [group for group in study.groups if arm_score(group) is not None]
     for group in scored:
         if not margins(group):

@@ -1,9 +1,10 @@
 """`daae profile --peers`: our loader beside torchvision's, FFCV's and DALI's own, on the JPEGs of one store.
 
-Each peer is a process of its own, set up as its documentation does it, with as many workers as ours has threads. Rounds
-are interleaved: one peer works while the others wait with full queues, which are emptied before its round counts. What
-counts is images per CPU-second, user and system, of a peer and its workers: it hardly moves when others use the
-machine, and predicts what more cores bring. Ratios are medians of each round's own.
+Each peer is a process of its own, set up as its documentation does it, with as many workers as ours has threads, and
+with malloc as it comes; ours takes memory as `daae pretrain` does (train/allocator.py). Rounds are interleaved: one
+peer works while the others wait with full queues, which are emptied before its round counts. What counts is images per
+CPU-second, user and system, of a peer and its workers: it hardly moves when others use the machine, and predicts what
+more cores bring. Ratios are medians of each round's own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipeline.loader import check_batch
 from pipeline.store import Store
 from tools.profiling.bottleneck import pillow_note
 from tools.profiling.peer_process import measure, ratio, serve
+from train.allocator import give_memory_back
 from train.command import run
 
 MOST_IMAGES = 4096  # of the store, written out as files for torchvision
@@ -291,6 +293,8 @@ def show_peers(
 
 def main(argv: list[str]) -> int:
     task = Task(**json.loads(argv[0]))
+    if not task.peer.startswith("DAAE"):
+        give_memory_back()
     serve(lambda: PEERS[task.peer](task))
     return 0
 
