@@ -206,7 +206,7 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
         score, done = arm_score(group), group.finished
         if score is None:
             continue
-        above = margins(group)
+        above = margins(study, group)
         for length in group.lengths[:-1]:
             shorter = group.of_length(length)
             then = score_of(shorter)
@@ -428,7 +428,7 @@ def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, st
         "<em>seconds per epoch</em> what a pass costs on the same loader, machine, precision and batch; their product "
         "is the ratio by the clock. <em>At measured pace</em> every step takes what it takes in turns with the other "
         "arms' steps, measured before each seed: no slow hour of the machine is in it. <em>Beside whole runs</em> the "
-        "baseline's time is that of its whole run, even if it first met its final score before. Times lie between two "
+        "baseline's time is that of its whole run, even if it first met that score before. Times lie between two "
         "scores, linear in the logarithm of the seconds. Brackets: 95 % interval of the paired log ratios (Student's "
         f"t); where some seeds are bounds, the end that bounds leave. {_how_scored(study)}</p>"
         + table(headings, rows)

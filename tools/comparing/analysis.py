@@ -257,8 +257,16 @@ class Contrast:
         return sum(pair.ratio.low >= ratio for pair in self.pairs)
 
 
-def contrast(base: Mapping[int, Outcome], arm: Mapping[int, Outcome], target: float | None) -> Contrast:
-    """Compare by seed. target: a score, or None for the baseline's own final score with the same seed."""
+def contrast(
+    base: Mapping[int, Outcome],
+    arm: Mapping[int, Outcome],
+    target: float | None,
+    goals: Mapping[int, Outcome] | None = None,
+) -> Contrast:
+    """Compare by seed. target: a score, or None for the baseline's own final score with the same seed.
+
+    goals: the baseline's runs that are to be overtaken, where those are not its longest.
+    """
     seeds = tuple(seed for seed in base if seed in arm)
     differences, pairs, paces = [], [], []
     for seed in seeds:
@@ -267,12 +275,13 @@ def contrast(base: Mapping[int, Outcome], arm: Mapping[int, Outcome], target: fl
             differences.append(other.final - one.final)
         if one.seconds_per_epoch and other.seconds_per_epoch:
             paces.append(one.seconds_per_epoch / other.seconds_per_epoch)
-        wanted = one.final if target is None else target
-        if wanted is not None and len(one.curve) and len(other.curve):
-            first, second = time_to_target(one.curve, wanted), time_to_target(other.curve, wanted)
-            factors = decompose(first, second, one.epoch_images, other.epoch_images)
+        goal = one if goals is None else goals.get(seed, one)
+        wanted = goal.final if target is None else target
+        if wanted is not None and len(goal.curve) and len(other.curve):
+            first, second = time_to_target(goal.curve, wanted), time_to_target(other.curve, wanted)
+            factors = decompose(first, second, goal.epoch_images, other.epoch_images)
             ratio = first.seconds.over(second.seconds)
-            pairs.append(Pair(seed, wanted, first, second, ratio, factors, one.seconds))
+            pairs.append(Pair(seed, wanted, first, second, ratio, factors, goal.seconds))
     factors = [pair.factors for pair in pairs if pair.factors is not None]
     exact = bool(pairs) and len(factors) == len(pairs)
     return Contrast(

@@ -59,7 +59,8 @@ class Compare:
     evaluations: int | None = None
     """Scores taken during a run, evenly spread, the last at its end; 0: none. Default: 6, or 1 with several lengths."""
     target: str | None = None
-    """baseline (its final score, seed by seed), a score in percent, or none. Default: baseline."""
+    """baseline (what it scores, seed by seed, at the length where its mean is best), a score in percent, or none.
+    Default: baseline."""
     settings: tuple[str, ...] = ()
     """Settings of every arm, as NAME=VALUE: --settings model.depth=12 optim.batch=256."""
     device: str | None = None

@@ -223,15 +223,16 @@ class Group:
     def objective(self) -> str:
         return str(self.trials[0].settings.get("objective", ""))
 
-    def outcomes(self) -> dict[int, Outcome]:
+    def outcomes(self, longest: float | None = None) -> dict[int, Outcome]:
         """By seed. Of several lengths each gives the point where its own schedule ended: a score in the middle of a
-        longer run was taken at a learning rate still high."""
+        longer run was taken at a learning rate still high. longest: as if there were no longer runs."""
         if not self.lengths:
             return {trial.seed: trial.outcome for trial in self.finished}
-        longest = {trial.seed: trial for trial in self.finished}
+        longest = longest or self.lengths[-1]
+        trials = [trial for trial in self.trials if (trial.cell.length or 0.0) <= longest]
         return {
-            seed: replace(trial.outcome, curve=ends(each for each in self.trials if each.seed == seed))
-            for seed, trial in longest.items()
+            trial.seed: replace(trial.outcome, curve=ends(each for each in trials if each.seed == trial.seed))
+            for trial in self.of_length(longest)
         }
 
     def curves(self) -> list[Curve]:
@@ -256,7 +257,7 @@ class Study:
     """Arms side by side, the first of them the baseline, unless an experiment or a MAE arm says otherwise."""
 
     groups: list[Group]
-    target: float | None  # None: the baseline's own final score
+    target: float | None  # None: the baseline's own score; see goal
     targeted: bool  # whether a time to a target is wanted at all
     planned: list[Cell] = field(default_factory=list)  # what experiments want
     experiments: list[dict] = field(default_factory=list)
@@ -269,11 +270,27 @@ class Study:
     def base(self) -> Group:
         return self.groups[0]
 
+    @property
+    def goal(self) -> float | None:
+        """The length at which the baseline's mean score is best: what its runs of that length score is the target.
+
+        Where longer runs score less, they are not what anybody would run, and a target below what the baseline has had
+        before would make every other arm look fast. None where all runs are as long.
+        """
+        seeds = {trial.seed for trial in self.base.finished if trial.final is not None}
+        means = {}
+        for length in self.base.lengths:
+            scores = [t.final["value"] for t in self.base.of_length(length) if t.seed in seeds and t.final is not None]
+            if len(scores) == len(seeds) > 0:
+                means[length] = statistics.fmean(scores)
+        return max(means, key=lambda length: (means[length], -length)) if means else None
+
     def contrasts(self) -> dict[str, Contrast]:
         """arm -> that arm against the baseline, for every arm with a finished seed in common."""
-        found = {}
+        base, found = self.base.outcomes(), {}
+        goals = base if self.target is not None else self.base.outcomes(self.goal)
         for group in self.groups[1:]:
-            each = contrast(self.base.outcomes(), group.outcomes(), self.target)
+            each = contrast(base, group.outcomes(), self.target, goals)
             if each.seeds:
                 found[group.arm] = each
         return found

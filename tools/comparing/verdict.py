@@ -69,9 +69,14 @@ def baseline_score(trials: Sequence[Trial], name: str) -> Score | None:
     return over_seeds(list(by_seed.values()))
 
 
-def margins(group: Group) -> dict[str, Margin]:
-    """How far an arm is above each baseline that was scored."""
-    score, found = arm_score(group), {}
+def overtaken(study: Study) -> list[Trial]:
+    """The baseline's runs whose scores are the target: its longest, or shorter ones that score more (Study.goal)."""
+    return study.base.of_length(study.goal) if study.target is None and study.targeted else study.base.finished
+
+
+def margins(study: Study, group: Group) -> dict[str, Margin]:
+    """How far an arm is above each baseline that was scored, the baseline arm by the runs that are to be overtaken."""
+    score, found = score_of(overtaken(study) if group is study.base else group.finished), {}
     for name in BASELINES:
         base = baseline_score(group.trials, name)
         if score is not None and base is not None:
@@ -159,8 +164,12 @@ def target_words(study: Study, arm: str) -> str:
 def target_name(study: Study) -> str:
     if study.target is not None:
         return f"{percent(study.target)} %"
-    score = arm_score(study.base)
-    return f"{study.base.arm}'s final score" + (f" of {score.words()} %" if score else "")
+    runs = overtaken(study)
+    score = score_of(runs)
+    named = f" of {score.words()} %" if score else ""
+    if runs == study.base.finished:
+        return f"{study.base.arm}'s final score{named}"
+    return f"{study.base.arm}'s best score{named} (its runs of {runs[0].cell.long})"
 
 
 # ------------------------------------------------------------------------------------------------------- the verdict
@@ -206,7 +215,7 @@ def verdict(study: Study) -> Verdict:
     notes = [f"{count_words(left, 'run')} still to finish."] if left else []
     if failed:
         notes.append(f"{count_words(failed, 'run')} failed: the seeds that are left are no fair draw of all.")
-    if any(not margins(group) for group in study.groups if arm_score(group) is not None):
+    if any(not margins(study, group) for group in study.groups if arm_score(group) is not None):
         notes.append("An arm was scored without its baselines.")
     if unlike(study):
         notes.append("The runs do not compare, for reasons named below.")
@@ -250,7 +259,7 @@ def _unlabelled(trials: Sequence[Trial]) -> bool:
 
 def weak_arms(study: Study) -> list[str]:
     """Arms with a finished run that do not beat both baselines by enough."""
-    return [g.arm for g in study.groups if any(not each.enough for each in margins(g).values())]
+    return [g.arm for g in study.groups if any(not each.enough for each in margins(study, g).values())]
 
 
 def too_short(weak: Sequence[str]) -> str:
@@ -421,7 +430,7 @@ def warnings(study: Study) -> list[str]:
     for group in study.groups:
         short = [
             f"{points(each.points)} points from the {BASELINES[name]} ({each.errors:.1f} standard errors)"
-            for name, each in margins(group).items()
+            for name, each in margins(study, group).items()
             if not each.enough
         ]
         if short:
@@ -429,6 +438,12 @@ def warnings(study: Study) -> list[str]:
                 f"{group.arm} is only {listed(short)}; {100 * ENOUGH_POINTS:.0f} points and {_number(ENOUGH_ERRORS)} "
                 "standard errors are asked for. The run is too short or broken."
             )
+    held, longest = overtaken(study), study.base.finished
+    if held != longest and (score := arm_score(study.base)) is not None:
+        found.append(
+            f"{study.base.arm}'s runs of {longest[0].cell.long} score less than those of {held[0].cell.long} "
+            f"({score.words()} %, for several times the work): it is held by its best."
+        )
     for group in study.groups[1:]:
         gaps = study.ahead_by_test(group)
         if len({gap.mean > 0 for gap in gaps.values()}) > 1:
@@ -438,7 +453,7 @@ def warnings(study: Study) -> list[str]:
             )
     scored = [group for group in study.groups if arm_score(group) is not None]
     for group in scored:
-        if not margins(group):
+        if not margins(study, group):
             found.append(
                 f"{group.arm} was scored without its baselines, so nothing says whether it learned anything: "
                 f"`daae evaluate {group.finished[0].folder or 'RUN'}` scores raw pixels and the untrained encoder too."
