@@ -38,6 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         made.append((wish.data.name, wish.seed))
         leading = {"value": SCORES[side][wish.seed], "standard_error": 0.02}
         (folder / "evaluation.json").write_text(json.dumps({"leading": leading, "leading_name": "ridge"}))
+        (folder / "env.json").write_text(json.dumps({"device": "a machine", "code": "0123"}))
 
     monkeypatch.setattr(store_cost, "call", call)
     return made
@@ -52,6 +53,7 @@ def test_scores_are_compared_seed_by_seed_with_the_first_stores(calls: list[tupl
     names = ["train-65535-q95", "train-500-q90", "train-400-q85"]
     assert calls[4:] == [(name, seed) for seed in range(3) for name in names]  # a machine that slows down slows all
     told = json.loads(capsys.readouterr().out)
+    assert told["environment"] == {"device": "a machine", "code": "0123"}
     whole, large, small = told["stores"]
     assert [(one["max_side"], one["quality"], one["bytes"]) for one in (whole, large, small)] == [
         (None, 95, 95_000), (500, 90, 90_000), (400, 85, 85_000)

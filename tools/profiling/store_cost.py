@@ -70,7 +70,9 @@ def main(argv: list[str]) -> int:
                 call(["train.pretrain", *words, "--out", str(folder)], str(folder), folder, stop)
     found = summary(flags, choices)
     if flags.json:
-        print(json.dumps({"preset": flags.preset, "epochs": flags.epochs, "seeds": flags.seeds, "stores": found}))
+        trained = read_object(run_of(flags, choices[0], flags.seeds[0]) / "env.json")  # where, with what and when
+        told = {"preset": flags.preset, "epochs": flags.epochs, "seeds": flags.seeds, "stores": found}
+        print(json.dumps({**told, "environment": trained}))
     else:
         show(found)
     return 0
