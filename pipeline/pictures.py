@@ -44,7 +44,9 @@ class Encoding:
 
     max_side: int = 500
     quality: int = 90
-    """JPEG quality of larger pictures, with 4:2:0 chroma."""
+    """JPEG quality of larger pictures."""
+    chroma: str = "4:2:0"
+    """Of larger pictures: a sample of colour for 2 x 2 pixels, or one for each ("4:4:4")."""
     small_side: int = 128
     """A picture whose longer side is at most this is stored with small_quality and 4:4:4 chroma: that costs few bytes,
     and a chroma sample per 2 x 2 pixels is a visible loss where the whole picture has 64."""
@@ -229,7 +231,7 @@ def encode(picture: Image.Image, encoding: Encoding) -> bytes:
         buffer,
         "JPEG",
         quality=encoding.small_quality if small else encoding.quality,
-        subsampling="4:4:4" if small else "4:2:0",
+        subsampling="4:4:4" if small else encoding.chroma,
         optimize=True,
     )
     return buffer.getvalue()

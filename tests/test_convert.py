@@ -30,7 +30,8 @@ from PIL import Image
 
 from pipeline import ffcv_writer
 from pipeline.decoder import clean
-from pipeline.errors import DataError, StalledError
+from pipeline.errors import DataError, StalledError, UsageError
+from pipeline.jpeg import StoredJpegs
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
 from pipeline.shards import ShardWriter, printable, unprintable
@@ -206,6 +207,25 @@ def test_small_pictures_keep_their_chroma(tmp_path):
         jpeg = read_picture(write(tmp_path, encoded(picture(0, width, 90), "PNG")), Encoding()).jpeg
         frame = jpeg.index(b"\xff\xc0")
         assert jpeg[frame + 11] == expected  # luma samples per chroma sample, across and down
+
+
+def test_colour_for_each_pixel_is_a_choice(tmp_path):
+    dots = np.zeros((160, 200, 3), np.uint8)
+    dots[:, ::2] = (255, 0, 0)
+    dots[:, 1::2] = (0, 0, 255)
+    source = write(tmp_path, encoded(Image.fromarray(dots), "PNG"))
+    halved, whole = (read_picture(source, Encoding(chroma=chroma)).jpeg for chroma in ("4:2:0", "4:4:4"))
+    errors = [np.abs(pixels(jpeg).astype(int) - dots).mean() for jpeg in (halved, whole)]
+    assert errors[0] > 5 * errors[1]
+    (tmp_path / "in").mkdir()
+    source.rename(tmp_path / "in/a.png")
+    words = [str(tmp_path / "in"), str(tmp_path / "store"), "--backends", "dali", "--quiet"]
+    assert convert.main([*words, "--chroma", "4:4:4"]) == 0
+    store = Store.open(tmp_path / "store")
+    with contextlib.closing(StoredJpegs.in_shards(store)) as jpegs:
+        assert jpegs.read(0).tobytes() == whole
+    with pytest.raises(UsageError, match=r"made with other settings \(chroma 4:4:4 -> 4:2:0\)"):
+        convert.main(words)
 
 
 def write(tmp_path: Path, data: bytes) -> Path:

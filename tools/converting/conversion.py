@@ -163,7 +163,6 @@ def _options(flags: Convert, backends: list[str]) -> dict:
     """What decides the bytes of the store, as the manifest records it."""
     encoding = dataclasses.asdict(encoding_of(flags))
     return encoding | {
-        "chroma": "4:2:0",
         "small_chroma": "4:4:4",
         "resampling": "lanczos",
         "background": "white",

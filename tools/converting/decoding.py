@@ -163,7 +163,11 @@ class Decoding:
 
 def encoding_of(flags: Convert) -> Encoding:
     return Encoding(
-        max_side=flags.max_side, quality=flags.quality, max_pixels=flags.max_pixels, min_side=flags.min_side
+        max_side=flags.max_side,
+        quality=flags.quality,
+        chroma=flags.chroma,
+        max_pixels=flags.max_pixels,
+        min_side=flags.min_side,
     )
 
 

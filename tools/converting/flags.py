@@ -32,7 +32,9 @@ class Convert:
     max_side: int = 500
     """Shrink pictures whose longer side is larger, in pixels."""
     quality: int = 90
-    """JPEG quality, with 4:2:0 chroma. Pictures of at most 128 pixels are stored with 95 and 4:4:4."""
+    """JPEG quality. Pictures of at most 128 pixels are stored with 95, and 4:4:4 chroma."""
+    chroma: Literal["4:2:0", "4:4:4"] = "4:2:0"
+    """Colour for 2 x 2 pixels, or for each: sharper edges of colour for more bytes and slower loading."""
     backends: Literal["both", "ffcv", "dali"] = "both"
     """both: tar shards and an FFCV file. dali: shards only. ffcv: the FFCV file only."""
     max_bad: float = 0.001

@@ -77,6 +77,7 @@ def plan(flags: Convert) -> dict:
             {
                 "max_side": one.encoding.max_side if one.encoding.max_side < MAX_SIDE else None,
                 "quality": one.encoding.quality,
+                "chroma": one.encoding.chroma,
                 "bytes": round(
                     len(one.good) * scale * (copies * one.mean_bytes + (flags.backends != "ffcv") * TAR_BYTES)
                 ),
@@ -96,7 +97,8 @@ def plan(flags: Convert) -> dict:
 def choices(flags: Convert) -> list[Encoding]:
     """Sides as they are, the default, a smaller one; and what the flags say, where that is none of these."""
     asked = encoding_of(flags)
-    usual = [dataclasses.replace(asked, max_side=side, quality=q) for side, q in ((MAX_SIDE, 90), (500, 90), (400, 85))]
+    plain = dataclasses.replace(asked, chroma=Encoding.chroma)
+    usual = [dataclasses.replace(plain, max_side=side, quality=q) for side, q in ((MAX_SIDE, 90), (500, 90), (400, 85))]
     return usual if asked in usual else [*usual, asked]
 
 
@@ -195,12 +197,13 @@ def table(flags: Convert, planned: dict) -> str:
     lines = [
         f"{flags.src}: {planned['images']:,} images, {size_in_words(planned['source_bytes'])} ({planned['kind']}); "
         f"{planned['sampled']} looked at, {bad}; {planned['cores']:g} cores.",
-        f"{'':26}{'store':>12}{'conversion':>14}{'one 224 px crop':>22}{'bytes kept':>12}{'others, dB':>14}",
+        f"{'':30}{'store':>12}{'conversion':>14}{'one 224 px crop':>22}{'bytes kept':>12}{'others, dB':>14}",
     ]
     for one in planned["choices"]:
-        asked = (one["max_side"], one["quality"]) == (flags.max_side, flags.quality)
+        asked = (one["max_side"], one["quality"], one["chroma"]) == (flags.max_side, flags.quality, flags.chroma)
         name = "sides as they are" if one["max_side"] is None else f"--max-side {one['max_side']}"
-        name = f"{name + (' *' if asked else ''):<20}{'q' + str(one['quality']):<6}"
+        chroma = "" if one["chroma"] == Encoding.chroma else " " + one["chroma"]
+        name = f"{name + (' *' if asked else ''):<20}q{str(one['quality']) + chroma:<9}"
         if one["load_images_per_second"] is None:
             lines.append(f"{name}{'none left':>12}")
             continue
