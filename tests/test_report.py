@@ -656,6 +656,17 @@ def test_a_baseline_that_falls_again_is_held_at_its_best(tmp_path):
     assert not any("score less than those" in line for line in warnings(rising))
 
 
+def test_runs_of_several_lengths_without_labels_make_a_page(tmp_path, capsys):
+    for arm in ("mae", "daae"):
+        for seconds in (50.0, 100.0):
+            folder = tmp_path / "runs" / Cell(arm, 0, seconds).folder
+            write_run(folder, preset=f"{arm}-tiny", seconds=seconds, labelled=False, gallery=None)
+    values = {"arms": {"mae": "mae-tiny", "daae": "daae-tiny"}, "seconds": [50, 100], "seeds": [0]}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    _, said, _ = page_of([tmp_path], capsys)
+    assert said["verdict"].startswith("No verdict on quality: nothing was scored")
+
+
 def test_a_missing_length_is_named(tmp_path, capsys):
     write_run(tmp_path / "runs" / "mae-50s-seed0", seconds=50.0, curve=((50, 0.3),), gallery=None)
     values = {"arms": {"mae": "mae-tiny"}, "seconds": [50, 100], "seeds": [0]}

@@ -275,7 +275,7 @@ class Study:
         """The length at which the baseline's mean score is best: what its runs of that length score is the target.
 
         Where longer runs score less, they are not what anybody would run, and a target below what the baseline has had
-        before would make every other arm look fast. None where all runs are as long.
+        before would make every other arm look fast. The longest where nothing is scored; None where all are as long.
         """
         seeds = {trial.seed for trial in self.base.finished if trial.final is not None}
         means = {}
@@ -283,7 +283,9 @@ class Study:
             scores = [t.final["value"] for t in self.base.of_length(length) if t.seed in seeds and t.final is not None]
             if len(scores) == len(seeds) > 0:
                 means[length] = statistics.fmean(scores)
-        return max(means, key=lambda length: (means[length], -length)) if means else None
+        if not means:
+            return self.base.lengths[-1] if self.base.lengths else None
+        return max(means, key=lambda length: (means[length], -length))
 
     def contrasts(self) -> dict[str, Contrast]:
         """arm -> that arm against the baseline, for every arm with a finished seed in common."""
