@@ -71,7 +71,10 @@ def baseline_score(trials: Sequence[Trial], name: str) -> Score | None:
 
 def overtaken(study: Study) -> list[Trial]:
     """The baseline's runs whose scores are the target: its longest, or shorter ones that score more (Study.goal)."""
-    return study.base.of_length(study.goal) if study.target is None and study.targeted else study.base.finished
+    if study.target is not None or not study.targeted:
+        return study.base.finished
+    seeds = {trial.seed for trial in study.base.finished}  # of others the longest run is still to come
+    return [trial for trial in study.base.of_length(study.goal) if trial.seed in seeds]
 
 
 def margins(study: Study, group: Group) -> dict[str, Margin]:
