@@ -18,10 +18,10 @@ from torch import Tensor
 from pipeline.decoder import fetch, open_decoder, undecodable
 from pipeline.errors import DaaeError, DataError, ResourceError
 from pipeline.geometry import crop_resize
-from pipeline.jpeg import StoredJpegs
 from pipeline.limits import out_of_memory
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 
 
 class DALISource:
@@ -37,7 +37,7 @@ class DALISource:
         batch: int,
         hw_decoder_load: float,
     ):
-        self.jpegs, self.sides = StoredJpegs.in_shards(store), {name: view.side for name, view in views.items()}
+        self.stored, self.sides = StoredPictures.in_shards(store), {name: view.side for name, view in views.items()}
         self.reader = open_decoder(workers)
         on_gpu = device.type == "cuda"
 
@@ -64,13 +64,13 @@ class DALISource:
         self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
     ) -> Iterator[dict[str, Tensor]]:
         for ids in plan:
-            self._doing = f"reading {len(ids):,} samples of {self.jpegs.store.root}"
-            rows = self.jpegs.rows(ids)
+            self._doing = f"reading {len(ids):,} samples of {self.stored.store.root}"
+            rows = self.stored.rows(ids)
             jpegs, failed = fetch(self.reader, rows)
             if failed.size:
                 raise self._failure(ids, rows, failed)
             self.pipeline.feed_input("jpeg", jpegs)
-            self._doing = f"waiting for DALI to decode {len(ids):,} samples of {self.jpegs.store.root}"
+            self._doing = f"waiting for DALI to decode {len(ids):,} samples of {self.stored.store.root}"
             try:
                 (decoded,) = self.pipeline.run()
             except (RuntimeError, MemoryError) as error:
@@ -96,8 +96,8 @@ class DALISource:
 
     def _failure(self, ids: np.ndarray, rows: np.ndarray, failed: np.ndarray) -> DaaeError:
         place = int(failed[0])
-        return self.jpegs.failure(int(ids[place]), int(rows["status"][place]))
+        return self.stored.failure(int(ids[place]), int(rows["status"][place]))
 
     def close(self) -> None:
         self.reader.close()
-        self.jpegs.close()
+        self.stored.close()

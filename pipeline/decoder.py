@@ -143,7 +143,7 @@ class PillowDecoder:
                     ctypes.memmove(int(sample["data"]), data, len(data))
                 if status != DONE or not where:
                     return status
-                status, image = _picture(sample, data)
+                status, image = by_pillow(sample, data)
                 if image is not None:
                     _cut(image, place, where, outs)
             except MemoryError:
@@ -223,8 +223,8 @@ def _unlike(sample: np.void, data: bytes) -> int:
     return CHANGED if sample["sum"] and checksum(data) != int(sample["sum"]) else DONE
 
 
-def _picture(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
-    """A key of FAILURES, or 0 and the picture. Raises MemoryError."""
+def by_pillow(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
+    """A key of FAILURES, or 0 and the picture, from these bytes. Raises MemoryError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.size != (int(sample["width"]), int(sample["height"])):
@@ -250,7 +250,7 @@ def fetch(decoder: Decoder, samples: np.ndarray) -> tuple[list[np.ndarray], np.n
 def undecodable(samples: np.ndarray) -> np.ndarray:
     """The places of the pictures that Pillow cannot decode: for libraries that name no sample when they fail."""
     for place, sample in enumerate(samples):
-        samples["status"][place] = _picture(sample, read_sample(sample))[0]
+        samples["status"][place] = by_pillow(sample, read_sample(sample))[0]
     return np.flatnonzero(samples["status"])
 
 

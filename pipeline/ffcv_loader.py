@@ -14,14 +14,14 @@ import torch
 
 from pipeline.beton import picture_offsets
 from pipeline.errors import DataError
-from pipeline.jpeg import StoredJpegs
-from pipeline.jpeg_loader import JpegSource
 from pipeline.limits import machine_fault
 from pipeline.sampling import View
+from pipeline.shard_loader import FileSource
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 
 
-class FFCVSource(JpegSource):
+class FFCVSource(FileSource):
     """The pictures of a .beton, which the converter has filled with the JPEGs of the shards, byte for byte."""
 
     def __init__(
@@ -30,12 +30,12 @@ class FFCVSource(JpegSource):
         super().__init__(in_beton(store), views, device=device, workers=workers, ahead=ahead)
 
 
-def in_beton(store: Store) -> StoredJpegs:
+def in_beton(store: Store) -> StoredPictures:
     """Raises DataError, ResourceError."""
     files = [(part.beton, part.count) for part in store.parts if part.beton is not None]
     offsets = np.concatenate([_offsets(path, count) for path, count in files])
     which = np.repeat(np.arange(len(files)), [count for _, count in files])
-    return StoredJpegs(store, [path for path, _ in files], which, offsets)
+    return StoredPictures(store, [path for path, _ in files], which, offsets)
 
 
 def _offsets(path: Path, count: int) -> np.ndarray:

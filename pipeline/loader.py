@@ -1,7 +1,7 @@
 """One loader for every backend: which samples, where to crop them, and a backend that does so, some batches ahead.
 
     ffcv       one .beton, decoded region by region on the CPU        ffcv_loader.py
-    shards     WebDataset shards, decoded the same way                jpeg_loader.py
+    shards     WebDataset shards, decoded the same way                shard_loader.py
     dali       WebDataset shards, decoded by DALI on the CPU or GPU   dali_loader.py
     resident   the whole store, decoded once, on the device           resident_loader.py
 
@@ -33,7 +33,7 @@ from pipeline.views import Batch
 Backend = Literal["auto", "ffcv", "shards", "dali", "resident"]
 MODULES = {
     "ffcv": ("pipeline.ffcv_loader", "FFCVSource"),
-    "shards": ("pipeline.jpeg_loader", "ShardSource"),
+    "shards": ("pipeline.shard_loader", "ShardSource"),
     "dali": ("pipeline.dali_loader", "DALISource"),
     "resident": ("pipeline.resident_loader", "ResidentSource"),
 }
@@ -279,9 +279,9 @@ def open_loader(
     device = torch.device(device)
     if backend == "auto":
         backend = choose_backend(store, device)
-    of_jpegs = {"ahead": ahead}
+    of_files = {"ahead": ahead}
     options = {
-        "ffcv": of_jpegs, "shards": of_jpegs, "dali": {"hw_decoder_load": hw_decoder_load},
+        "ffcv": of_files, "shards": of_files, "dali": {"hw_decoder_load": hw_decoder_load},
         "resident": {"stall_seconds": stall_seconds},
     }  # fmt: skip
     threads = decoding_threads(workers, device, ranks_here)

@@ -6,22 +6,20 @@ For data sets that fit, and as the upper bound of what a loader can give.
 from __future__ import annotations
 
 import contextlib
-import io
 import queue
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from pipeline.decoder import DAMAGED, NO_MEMORY, OTHER_PICTURE, in_threads
-from pipeline.errors import DataError, ResourceError, StalledError
+from pipeline.decoder import in_threads
+from pipeline.errors import ResourceError, StalledError
 from pipeline.geometry import crop_resize
-from pipeline.jpeg import StoredJpegs
 from pipeline.limits import memory_limit
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 
 MOST = 0.6  # of the memory that is free
 
@@ -47,11 +45,11 @@ class ResidentSource:
             )
         self.pictures = torch.zeros(shape, dtype=torch.uint8, device=device)
         under_way: set[int] = set()
-        with contextlib.closing(StoredJpegs.in_shards(store)) as jpegs:
+        with contextlib.closing(StoredPictures.in_shards(store)) as stored:
 
             def decoded(sample: int) -> Tensor:
                 under_way.add(sample)
-                picture = torch.from_numpy(_decoded(jpegs, sample))
+                picture = torch.from_numpy(stored.picture(sample))
                 under_way.discard(sample)
                 return picture
 
@@ -79,20 +77,6 @@ class ResidentSource:
 
     def close(self) -> None:
         self.pictures = torch.empty(0, dtype=torch.uint8)
-
-
-def _decoded(jpegs: StoredJpegs, sample: int) -> np.ndarray:
-    """(H, W, 3) uint8. Raises DataError, ResourceError."""
-    data, row = jpegs.read(sample).tobytes(), jpegs.store.index[sample]
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.size != (int(row["width"]), int(row["height"])):
-                raise jpegs.failure(sample, OTHER_PICTURE)
-            return np.array(image.convert("RGB"))
-    except MemoryError:
-        raise jpegs.failure(sample, NO_MEMORY) from None
-    except (OSError, SyntaxError, ValueError):
-        raise DataError(jpegs.sentence(sample, DAMAGED)) from None
 
 
 def free_bytes(device: torch.device) -> float:

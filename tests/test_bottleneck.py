@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline.jpeg_loader
+import pipeline.shard_loader
 from pipeline.decoder import CHANGED
 from pipeline.errors import DataError, StalledError
 from pipeline.loader import Loader
@@ -263,8 +263,8 @@ def test_the_stage_that_is_slow_is_named(kind: Limit, seed: int, store_path: Pat
         time.sleep(seconds["copy"] * len(next(iter(images.values()))))
         return images
 
-    monkeypatch.setattr(pipeline.jpeg_loader, "open_decoder", lambda workers: StagedDecoder(seconds))
-    monkeypatch.setattr(pipeline.jpeg_loader, "send", send)
+    monkeypatch.setattr(pipeline.shard_loader, "open_decoder", lambda workers: StagedDecoder(seconds))
+    monkeypatch.setattr(pipeline.shard_loader, "send", send)
     monkeypatch.setattr(stages, "send", send)
     monkeypatch.setattr(stages, "COPIES_TO", ("cpu",))
     monkeypatch.setattr(stages, "LIMIT_SECONDS", 0.01)
@@ -304,7 +304,7 @@ class Refusing(StagedDecoder):
 
 def test_what_cannot_be_read_is_not_timed(store_path: Path, monkeypatch):
     seconds = dict.fromkeys(("storage", "decode", "cut"), 0.0)
-    monkeypatch.setattr(pipeline.jpeg_loader, "open_decoder", lambda workers: Refusing(seconds))
+    monkeypatch.setattr(pipeline.shard_loader, "open_decoder", lambda workers: Refusing(seconds))
     monkeypatch.setattr(stages.Machine, "step", lambda self, batch: time.sleep(0.002))
     with pytest.raises(DataError, match=r"sample \d+ of .*its bytes are not those that were converted"):
         profile(Profile(data=store_path, loader="shards", batch=8, seconds=0.2, device="cpu", quiet=True))

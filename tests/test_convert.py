@@ -31,7 +31,6 @@ from PIL import Image
 from pipeline import ffcv_writer
 from pipeline.decoder import clean
 from pipeline.errors import DataError, StalledError, UsageError
-from pipeline.jpeg import StoredJpegs
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
 from pipeline.shards import ShardWriter, printable, unprintable
@@ -40,6 +39,7 @@ from pipeline.sources.entries import Entry
 from pipeline.sources.folder import FolderReader, scan
 from pipeline.sources.source import try_entry
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tests.conftest import needs_compiler
 from tests.images import encoded, make_folder, picture, pixels, psnr
@@ -222,7 +222,7 @@ def test_colour_for_each_pixel_is_a_choice(tmp_path):
     words = [str(tmp_path / "in"), str(tmp_path / "store"), "--backends", "dali", "--quiet"]
     assert convert.main([*words, "--chroma", "4:4:4"]) == 0
     store = Store.open(tmp_path / "store")
-    with contextlib.closing(StoredJpegs.in_shards(store)) as jpegs:
+    with contextlib.closing(StoredPictures.in_shards(store)) as jpegs:
         assert jpegs.read(0).tobytes() == whole
     with pytest.raises(UsageError, match=r"made with other settings \(chroma 4:4:4 -> 4:2:0\)"):
         convert.main(words)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from model.vit import Encoder
 from pipeline.errors import UsageError
-from pipeline.jpeg import StoredJpegs, picture
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 from pipeline.views import Patches, normalise, patchify
 from tests.images import make_folder
 from tools import convert
@@ -40,10 +40,10 @@ def encoder() -> Encoder:
 
 def squares(store: Store, side: int, centre: float) -> torch.Tensor:
     """(N, side, side, 3) uint8: Pillow's decode, central square and antialiased bilinear resize of each sample."""
-    reader = StoredJpegs.in_shards(store)
+    reader = StoredPictures.in_shards(store)
     made = []
     for sample in range(store.count):
-        image = Image.fromarray(picture(reader.read(sample)))
+        image = Image.fromarray(reader.picture(sample))
         width, height = image.size
         edge = round(min(width, height) * centre)
         left, top = (width - edge) // 2, (height - edge) // 2

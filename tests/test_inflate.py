@@ -24,11 +24,11 @@ from model.flow import FlowNet, flow_images, flow_loss
 from model.vit import Encoder
 from pipeline.errors import DataError, Preempted, UsageError
 from pipeline.inflated import Inflated
-from pipeline.jpeg import StoredJpegs, picture
 from pipeline.limits import affinity
 from pipeline.loader import open_loader
 from pipeline.sampling import View, mixture_order
 from pipeline.store import MANIFEST, Store
+from pipeline.stored import StoredPictures
 from tests.conftest import PYTHON, needs_ffcv
 from tests.images import make_folder
 from tests.test_pretrain import flags, moments, read_json, weights
@@ -224,11 +224,11 @@ def test_what_is_drawn_is_an_ordinary_store_that_says_where_it_is_from(real_path
     network.load_state_dict(load_file(generated_path / "generator.safetensors"))
     again = inflation.draw(network, range(128), side=16, seed=0, steps=1, precision="fp32")
     assert len({each.tobytes() for each in again}) == 128
-    jpegs = StoredJpegs.in_shards(store)
+    pictures = StoredPictures.in_shards(store)
     for sample in (0, 17, GENERATED - 1):
-        stored = picture(jpegs.read(sample))
+        stored = pictures.picture(sample)
         assert np.abs(stored.astype(int) - again[sample]).mean() < 8  # what a JPEG of noise costs
-    jpegs.close()
+    pictures.close()
 
 
 def test_more_images_begin_with_those_of_fewer(real_path, generated_path, tmp_path):
@@ -321,7 +321,7 @@ def test_what_is_no_place_or_no_source_for_generated_images_is_refused(real_path
 def test_mending_a_generated_store_keeps_its_mark(generated_path, tmp_path):
     shutil.copytree(generated_path, tmp_path / "store")
     store = Store.open(tmp_path / "store")
-    jpeg = StoredJpegs.in_shards(store).read(5).tobytes()
+    jpeg = StoredPictures.in_shards(store).read(5).tobytes()
     shard = store.shards[0]
     shard.write_bytes(shard.read_bytes().replace(jpeg, bytes(len(jpeg))))
     assert verify.main([str(store.root), "--fix", "--workers", "1", "--quiet"]) == 0
@@ -416,7 +416,7 @@ def test_ranks_share_mixed_batches_and_an_epoch_can_be_entered_anywhere(store_pa
 
 def test_damage_is_told_by_the_store_that_has_it(store_path, declared):
     store = Store.open(declared)
-    jpeg = StoredJpegs.in_shards(store).read(17).tobytes()
+    jpeg = StoredPictures.in_shards(store).read(17).tobytes()
     shard = store.shards[0]
     shard.write_bytes(shard.read_bytes().replace(jpeg, b"\xff\xd8" + bytes(len(jpeg) - 2)))
     loader = open_loader(Inflated.join(Store.open(store_path), declared, 1), VIEWS, batch=96, backend="shards")

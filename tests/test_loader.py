@@ -21,11 +21,11 @@ from pipeline import decoder as decoders
 from pipeline import sampling
 from pipeline.beton import picture_offsets
 from pipeline.errors import DataError, ResourceError, StalledError, UsageError
-from pipeline.jpeg import StoredJpegs, picture
-from pipeline.jpeg_loader import Blocks
 from pipeline.loader import Loader, open_loader
 from pipeline.sampling import View
+from pipeline.shard_loader import Blocks
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 from tests.conftest import COUNT, PYTHON, needs_compiler, needs_ffcv, psnr
 from tests.images import make_folder
 from tests.slow_disk import slow_disk
@@ -56,12 +56,12 @@ def shards(store: Store) -> Iterator[Loader]:
 
 def reference(store: Store, ids: np.ndarray, name: str, epoch: int, seed: int = 3) -> np.ndarray:
     """Pillow's crop and antialiased bilinear resize of the stored pictures, mirrored where a flip was drawn."""
-    jpegs, view = StoredJpegs.in_shards(store), VIEWS[name]
+    stored, view = StoredPictures.in_shards(store), VIEWS[name]
     sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
     where = sampling.geometry(view, name, seed, epoch, ids, sizes[ids])
     made = []
     for sample, (top, left, high, wide), flip in zip(ids, where.boxes, where.flip, strict=True):
-        crop = Image.fromarray(picture(jpegs.read(int(sample))))
+        crop = Image.fromarray(stored.picture(int(sample)))
         crop = crop.crop((left, top, left + wide, top + high)).resize((view.side,) * 2, Image.Resampling.BILINEAR)
         made.append(np.asarray(crop)[:, ::-1] if flip else np.asarray(crop))
     return np.stack(made)
@@ -214,7 +214,7 @@ def damaged_path(store_path: Path, tmp_path: Path) -> Path:
     root = tmp_path / "damaged"
     shutil.copytree(store_path, root)
     store = Store.open(store_path)
-    jpeg = StoredJpegs.in_shards(store).read(17).tobytes()
+    jpeg = StoredPictures.in_shards(store).read(17).tobytes()
     for file in [*root.glob("*.tar"), *root.glob("*.beton")]:
         data = file.read_bytes()
         assert data.count(jpeg) == 1
@@ -452,7 +452,7 @@ def test_a_disk_that_fails_is_no_damage(store, monkeypatch, backend, compiled: b
     if not compiled:
         monkeypatch.setattr(decoders.native, "_load", lambda: "no C compiler")
     opened = open_loader(store, VIEWS, batch=BATCH, backend=backend)
-    for file in opened.source.jpegs._open:
+    for file in opened.source.stored._open:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, file)
         os.close(nothing)
@@ -472,13 +472,13 @@ def test_a_store_of_more_shards_than_files_that_may_be_open(store, monkeypatch):
     shards, which = [store.shards[0]] * 200, np.arange(store.count) % 200
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
-        jpegs = StoredJpegs(store, shards, which, store.index["offset"])
-        assert picture(jpegs.read(95)).shape[:2] == (store.index["height"][95], store.index["width"][95])
-        jpegs.close()
+        stored = StoredPictures(store, shards, which, store.index["offset"])
+        assert stored.picture(95).shape[:2] == (store.index["height"][95], store.index["width"][95])
+        stored.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
-        monkeypatch.setattr("pipeline.jpeg.make_room_for_files", lambda count: None)  # nothing more may be had
+        monkeypatch.setattr("pipeline.stored.make_room_for_files", lambda count: None)  # nothing more may be had
         with pytest.raises(ResourceError, match=rf"this process may have {few:,} open at once.*`ulimit -n`"):
-            StoredJpegs(store, shards, which, store.index["offset"])
+            StoredPictures(store, shards, which, store.index["offset"])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 

@@ -110,16 +110,16 @@ def test_what_a_reader_of_the_table_has_to_know_stands_under_it(monkeypatch, cap
 
 
 def test_the_files_for_torchvision_are_the_stores_pictures(store, tmp_path):
-    from pipeline.jpeg import StoredJpegs
+    from pipeline.stored import StoredPictures
     from tools.profiling import peers
 
     steps: list[int] = []
     peers.write_files(store, tmp_path, lambda: steps.append(1))
-    jpegs = StoredJpegs.in_shards(store)
+    stored = StoredPictures.in_shards(store)
     files = sorted((tmp_path / "all").iterdir())
-    assert [path.read_bytes() for path in files] == [jpegs.read(sample).tobytes() for sample in range(store.count)]
+    assert [path.read_bytes() for path in files] == [stored.read(sample).tobytes() for sample in range(store.count)]
     assert len(steps) == store.count
-    jpegs.close()
+    stored.close()
 
 
 if __name__ == "__main__":

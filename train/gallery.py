@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from model.network import Network
-from pipeline import jpeg
 from pipeline.ffcv_loader import in_beton
 from pipeline.loader import Loader, open_loader
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 from pipeline.views import Batch, Patches, denormalise, group_size, make_views, take, unpatchify
 from train.config import Run
 
@@ -81,9 +81,9 @@ def _stored(store: Store, loader: Loader, batch: Batch, cell: int) -> Tensor:
     """(B, cell, cell, 3) in [0, 1]: the stored pictures, shrunk to fit, with a frame for each crop that is cut."""
     ids, found = batch.id.numpy(), torch.ones(len(batch.id), cell, cell, 3)
     boxes = {name: geometry.boxes for name, geometry in loader.where(batch.epoch, ids).items()}
-    with contextlib.closing(in_beton(store) if store.beton else jpeg.StoredJpegs.in_shards(store)) as jpegs:
+    with contextlib.closing(in_beton(store) if store.beton else StoredPictures.in_shards(store)) as stored:
         for row, sample in enumerate(ids):
-            image = Image.fromarray(jpeg.picture(jpegs.read(int(sample))))
+            image = Image.fromarray(stored.picture(int(sample)))
             scale = min(1.0, cell / max(image.size))
             image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
             pen = ImageDraw.Draw(image)

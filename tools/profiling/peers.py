@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import native
-from pipeline.jpeg import StoredJpegs
 from pipeline.loader import check_batch
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 from tools.profiling.bottleneck import pillow_note
 from tools.profiling.peer_process import measure, ratio, serve
 from train.allocator import give_memory_back
@@ -241,9 +241,9 @@ def missing(store: Store) -> dict[str, str]:
 def write_files(store: Store, folder: Path, got_on: Callable[[], None]) -> None:
     """The store's JPEGs, or its first MOST_IMAGES, as an ImageFolder."""
     (folder / "all").mkdir()
-    with contextlib.closing(StoredJpegs.in_shards(store)) as jpegs:
+    with contextlib.closing(StoredPictures.in_shards(store)) as stored:
         for sample in range(min(store.count, MOST_IMAGES)):
-            (folder / "all" / f"{sample:09d}.jpg").write_bytes(jpegs.read(sample).tobytes())
+            (folder / "all" / f"{sample:09d}.jpg").write_bytes(stored.read(sample).tobytes())
             got_on()
 
 

@@ -23,8 +23,8 @@ import torch
 from pipeline import sampling
 from pipeline.decoder import RegionDecoder, fetch
 from pipeline.errors import StalledError
-from pipeline.jpeg_loader import JpegSource, send
 from pipeline.loader import Loader
+from pipeline.shard_loader import FileSource, send
 from pipeline.views import Batch
 from tools.profiling.bottleneck import Part
 from train.data import open_data
@@ -33,9 +33,9 @@ from train.timing import Sample, Watch
 
 if TYPE_CHECKING:
     from pipeline.decoder import Decoder
-    from pipeline.jpeg import StoredJpegs
     from pipeline.loader import Backend
     from pipeline.store import Store
+    from pipeline.stored import StoredPictures
     from train.config import Run
 
 COPIES_TO = ("cuda",)  # kinds of devices that crops are sent to over a bus
@@ -70,11 +70,11 @@ def watched(work: Callable[[Callable[[], None]], T], seconds: float, doing: str)
     return done.result()
 
 
-def _check(jpegs: StoredJpegs, ids: np.ndarray, rows: np.ndarray, failed: np.ndarray) -> None:
+def _check(stored: StoredPictures, ids: np.ndarray, rows: np.ndarray, failed: np.ndarray) -> None:
     """What cannot be read or decoded is not timed. Raises DataError, ResourceError."""
     if failed.size:
         place = int(failed[0])
-        raise jpegs.failure(int(ids[place]), int(rows["status"][place]))
+        raise stored.failure(int(ids[place]), int(rows["status"][place]))
 
 
 # --- the loader's parts -----------------------------------------------------------------------------------------------
@@ -98,48 +98,48 @@ class Parts:
     def round(self, seconds: float) -> dict[Part, Sample]:
         """Each part for the same images, for so many seconds in all. Raises DataError, ResourceError, StalledError."""
         source = self.source
-        if isinstance(source, JpegSource):
-            work = functools.partial(self._of_jpegs, source, seconds)
+        if isinstance(source, FileSource):
+            work = functools.partial(self._of_files, source, seconds)
         else:
-            jpegs, reader = stored_jpegs(source), getattr(source, "reader", None)
-            if jpegs is None or reader is None:
+            stored, reader = stored_pictures(source), getattr(source, "reader", None)
+            if stored is None or reader is None:
                 return {}
-            work = functools.partial(self._reading, jpegs, reader, seconds)
+            work = functools.partial(self._reading, stored, reader, seconds)
         return watched(work, self.loader.stall_seconds, f"the loader's parts of {self.loader.store.root} were timed")
 
     def _reading(
-        self, jpegs: StoredJpegs, reader: Decoder, seconds: float, got_on: Callable[[], None]
+        self, stored: StoredPictures, reader: Decoder, seconds: float, got_on: Callable[[], None]
     ) -> dict[Part, Sample]:
         watch, images, end = Watch(), 0, time.perf_counter() + seconds
         while images == 0 or time.perf_counter() < end:
             ids = next(self.ids)
-            rows = jpegs.rows(ids)
+            rows = stored.rows(ids)
             with watch:
                 _room, failed = fetch(reader, rows)
-            _check(jpegs, ids, rows, failed)
+            _check(stored, ids, rows, failed)
             got_on()
             images += len(rows)
         return {"storage": watch.sample(images)}
 
-    def _of_jpegs(self, source: JpegSource, seconds: float, got_on: Callable[[], None]) -> dict[Part, Sample]:
+    def _of_files(self, source: FileSource, seconds: float, got_on: Callable[[], None]) -> dict[Part, Sample]:
         read, region, whole, copy = Watch(), Watch(), Watch(), Watch()
         images, end = 0, time.perf_counter() + seconds
         while images == 0 or time.perf_counter() < end:
             ids = next(self.ids)
             boxes = self.loader.where(0, ids)
             where = [boxes[name] for name in self.views]
-            rows = source.jpegs.rows(ids)
+            rows = source.stored.rows(ids)
             with read:
                 _room, failed = fetch(source.decoder, rows)  # the rows point into it from here on
-            _check(source.jpegs, ids, rows, failed)
+            _check(source.stored, ids, rows, failed)
             got_on()
             with region:
                 failed = source.decoder.decode(rows, where, [np.empty((len(ids), 0, 0, 3), np.uint8) for _ in where])
-            _check(source.jpegs, ids, rows, failed)
+            _check(source.stored, ids, rows, failed)
             crops = source.room(len(ids))
             with whole:
                 failed = source.decoder.decode(rows, where, [each.numpy() for each in crops.values()])
-            _check(source.jpegs, ids, rows, failed)
+            _check(source.stored, ids, rows, failed)
             got_on()
             if self.device.type in COPIES_TO:
                 with copy:
@@ -156,9 +156,9 @@ class Parts:
         return found
 
 
-def stored_jpegs(source: object) -> StoredJpegs | None:
+def stored_pictures(source: object) -> StoredPictures | None:
     """The JPEGs that a backend reads while it runs; the resident one has read them all."""
-    return getattr(source, "jpegs", None)
+    return getattr(source, "stored", None)
 
 
 # --- the machine's limits ---------------------------------------------------------------------------------------------
@@ -179,27 +179,27 @@ def machine_limits(loader: Loader, device: torch.device) -> dict[str, float]:
     found = {"copy_gb": _copy_gb(torch.device("cpu"))}
     if device.type == "cuda":
         found["to_gpu_gb"] = _copy_gb(device)
-    jpegs = stored_jpegs(loader.source)
-    if jpegs is None:
+    stored = stored_pictures(loader.source)
+    if stored is None:
         return found
-    work = functools.partial(_limits_of_jpegs, loader, jpegs)
+    work = functools.partial(_limits_of_storage, loader, stored)
     return found | watched(work, loader.stall_seconds, f"the disk under {loader.store.root} was timed")
 
 
-def _limits_of_jpegs(loader: Loader, jpegs: StoredJpegs, got_on: Callable[[], None]) -> dict[str, float]:
+def _limits_of_storage(loader: Loader, stored: StoredPictures, got_on: Callable[[], None]) -> dict[str, float]:
     def read(ids: np.ndarray) -> None:
         for sample in ids.tolist():
-            jpegs.read(sample)
+            stored.read(sample)
             got_on()
 
     found, order = {}, loader.store.order(loader.seed, 2_000_000)[:512]
-    jpegs.forget(order)
+    stored.forget(order)
     found["read_disk"], seen = _rate(read, order)
     found["read_cached"], _ = _rate(read, seen)
     with contextlib.suppress(OSError), contextlib.closing(RegionDecoder(1)) as decoder:
-        rows = jpegs.rows(seen[:128])
+        rows = stored.rows(seen[:128])
         _room, failed = fetch(decoder, rows)
-        _check(jpegs, seen[:128], rows, failed)
+        _check(stored, seen[:128], rows, failed)
         for name, denominator in (("decode_whole", 1), ("decode_half", 2)):
             found[name], _ = _rate(lambda part, d=denominator: decoder.decode_whole(part, d), rows)
             got_on()

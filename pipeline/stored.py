@@ -1,22 +1,20 @@
-"""The JPEG of every sample of a store: where it lies, in shards or in an FFCV file, and its bytes."""
+"""The picture of every sample of a store: where it lies, in shards or in an FFCV file, and its bytes."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from pipeline.decoder import CHANGED, FAILURES, NO_MEMORY, SAMPLE, UNREADABLE, checksum_in_c, read_sample
+from pipeline.decoder import CHANGED, FAILURES, NO_MEMORY, SAMPLE, UNREADABLE, by_pillow, checksum_in_c, read_sample
 from pipeline.errors import DaaeError, DataError, ResourceError
 from pipeline.limits import machine_fault, make_room_for_files
 from pipeline.store import Store
 
 
-class StoredJpegs:
+class StoredPictures:
     """An address book of samples and the open files that it points into.
 
     Files are read, never mapped: one that is cut short meanwhile then costs an error and not the process, and one that
@@ -24,7 +22,7 @@ class StoredJpegs:
     """
 
     def __init__(self, store: Store, paths: list[Path], file: np.ndarray, offset: np.ndarray):
-        """file: (N,) which of `paths` holds sample i; offset: (N,) the byte of it at which its JPEG begins.
+        """file: (N,) which of `paths` holds sample i; offset: (N,) the byte of it at which its picture begins.
 
         Raises DataError, ResourceError: a file cannot be opened, or the store's tables are not what was written.
         """
@@ -43,7 +41,7 @@ class StoredJpegs:
             stack.pop_all()
 
     @classmethod
-    def in_shards(cls, store: Store) -> StoredJpegs:
+    def in_shards(cls, store: Store) -> StoredPictures:
         store.hold_tables()
         return cls(store, store.shards, store.index["shard"], store.index["offset"])
 
@@ -58,7 +56,7 @@ class StoredJpegs:
         return rows
 
     def read(self, sample: int) -> np.ndarray:
-        """(size,) uint8: the JPEG file of one sample.
+        """(size,) uint8: what is stored of one sample.
 
         Raises DataError where it is not whole, or not as converted; ResourceError where the machine cannot read it.
         """
@@ -70,6 +68,20 @@ class StoredJpegs:
         if data.size < row["size"] or checksum_in_c(data) != row["sum"]:
             raise DataError(self.sentence(sample, UNREADABLE if data.size < row["size"] else CHANGED))
         return data
+
+    def picture(self, sample: int) -> np.ndarray:
+        """(H, W, 3) uint8 as Pillow decodes a sample: the reference that every backend is compared with.
+
+        Raises DataError, ResourceError.
+        """
+        (row,) = self.rows(np.array([sample]))
+        try:
+            status, image = by_pillow(row, self.read(sample).tobytes())
+        except MemoryError:
+            status, image = NO_MEMORY, None
+        if image is None:
+            raise self.failure(sample, status)
+        return np.array(image)
 
     def failure(self, sample: int, status: int) -> DaaeError:
         """What to raise for a decoder's status: only what is wrong with the store is a DataError.
@@ -118,9 +130,3 @@ class StoredJpegs:
     def close(self) -> None:
         while self._open:
             os.close(self._open.pop())
-
-
-def picture(data: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 as Pillow decodes a stored JPEG: the reference that every backend is compared with."""
-    with Image.open(io.BytesIO(data.tobytes())) as image:
-        return np.asarray(image.convert("RGB"))

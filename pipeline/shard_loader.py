@@ -1,4 +1,4 @@
-"""Backends that read JPEGs from files themselves: shards here, an FFCV file in ffcv_loader.py.
+"""Backends that read pictures from files themselves: shards here, an FFCV file in ffcv_loader.py.
 
 A batch is one call into the decoder, which reads, checks, decodes and crops every view of every picture of it.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.decoder import open_decoder
-from pipeline.jpeg import StoredJpegs
 from pipeline.sampling import Geometry, View
 from pipeline.store import Store
+from pipeline.stored import StoredPictures
 
 
 class Blocks:
@@ -53,11 +53,13 @@ def _references(blocks: list[np.ndarray]) -> list[int]:
 UNUSED = _references([np.empty(0, np.uint8)])[0]  # what is counted of a block that is in a list and nowhere else
 
 
-class JpegSource:
-    """Crops of every view from the JPEGs of an address book."""
+class FileSource:
+    """Crops of every view from the pictures of an address book."""
 
-    def __init__(self, jpegs: StoredJpegs, views: dict[str, View], *, device: torch.device, workers: int, ahead: int):
-        self.jpegs, self.device = jpegs, device
+    def __init__(
+        self, stored: StoredPictures, views: dict[str, View], *, device: torch.device, workers: int, ahead: int
+    ):
+        self.stored, self.device = stored, device
         self.sides = {name: view.side for name, view in views.items()}
         # Of each view `ahead` wait, one is filled, and the caller has one and the one before it.
         self.blocks = {name: Blocks(ahead + 3) for name in views}
@@ -72,14 +74,14 @@ class JpegSource:
             drawn = [beside.submit(where, ids) for ids in plan[:1]]
             for place, ids in enumerate(plan):
                 drawn += [beside.submit(where, after) for after in plan[place + 1 : place + 2]]
-                boxes, rows, images = drawn.pop(0).result(), self.jpegs.rows(ids), self.room(len(ids))
+                boxes, rows, images = drawn.pop(0).result(), self.stored.rows(ids), self.room(len(ids))
                 self._asked = ids
                 failed = self.decoder.decode(
                     rows, [boxes[name] for name in images], [each.numpy() for each in images.values()]
                 )
                 if failed.size:
                     first = int(failed[0])
-                    raise self.jpegs.failure(int(ids[first]), int(rows["status"][first]))
+                    raise self.stored.failure(int(ids[first]), int(rows["status"][first]))
                 self._asked = None
                 yield send(images, self.device)
 
@@ -96,11 +98,11 @@ class JpegSource:
             return "copying a batch to the GPU" if self.device.type == "cuda" else "making a batch"
         what, place = self.decoder.doing()
         which = f"{len(ids):,} samples" if place is None else f"sample {ids[place]:,}"
-        return f"{what} {which} of {self.jpegs.store.root}"
+        return f"{what} {which} of {self.stored.store.root}"
 
     def close(self) -> None:
         self.decoder.close()
-        self.jpegs.close()
+        self.stored.close()
 
 
 def send(images: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -108,10 +110,10 @@ def send(images: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: each.to(device, non_blocking=True) for name, each in images.items()}
 
 
-class ShardSource(JpegSource):
+class ShardSource(FileSource):
     """WebDataset shards, at any place in any order."""
 
     def __init__(
         self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int, ahead: int
     ):
-        super().__init__(StoredJpegs.in_shards(store), views, device=device, workers=workers, ahead=ahead)
+        super().__init__(StoredPictures.in_shards(store), views, device=device, workers=workers, ahead=ahead)
