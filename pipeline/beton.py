@@ -19,7 +19,7 @@ SAMPLE = np.dtype({"names": ["data_ptr"], "formats": ["<u8"], "offsets": [5], "i
 
 
 def picture_offsets(path: Path, count: int) -> np.ndarray:
-    """(count,) uint64: the byte of the file at which each sample's JPEG begins.
+    """(count,) uint64: the byte of the file at which each sample's bytes begin.
 
     Raises DataError: never finished (FFCV writes the table's place last), cut short, or of another make.
     """

@@ -1,4 +1,4 @@
-"""JPEG bytes in, the crops of every view out: each picture is decoded once, and only where a view looks.
+"""Stored bytes in, the crops of every view out: each picture is decoded once, and only where a view looks.
 
 `RegionDecoder` is native/crops.c. `PillowDecoder` does the same with Pillow: what the other is compared with, and what
 is used where nothing can be compiled.
@@ -29,10 +29,10 @@ MOST_WAITING = 64  # pictures that are done and not yet taken
 T = TypeVar("T")
 
 # A row for each picture of a batch; crops.c calls it sample_t. `file` is an open file, or -1 for `data` in memory; with
-# an open file `data` is where the bytes are read to, or 0.
+# an open file `data` is where the bytes are read to, or 0. `raw`: they are RGB pixels, row by row, and no JPEG.
 SAMPLE = np.dtype([
     ("data", "<u8"), ("offset", "<u8"), ("size", "<u8"), ("sum", "<u8"),
-    ("file", "<i4"), ("height", "<i4"), ("width", "<i4"), ("status", "<i4"),
+    ("file", "<i4"), ("height", "<u2"), ("width", "<u2"), ("raw", "<i4"), ("status", "<i4"),
 ])  # fmt: skip
 
 DONE, DAMAGED, OTHER_PICTURE, NO_MEMORY, UNREADABLE, CHANGED = range(6)  # as crops.c numbers them
@@ -101,7 +101,7 @@ class RegionDecoder:
         return np.flatnonzero(samples["status"]) if failed else np.empty(0, np.int64)
 
     def decode_whole(self, samples: np.ndarray, denominator: int) -> None:
-        """Decode whole pictures at 1/denominator of their size and keep nothing: what libjpeg-turbo alone takes.
+        """Decode whole JPEGs at 1/denominator of their size and keep nothing: what libjpeg-turbo alone takes.
 
         denominator: 1, 2, 4 or 8. Raises ValueError where a sample cannot be decoded.
         """
@@ -225,9 +225,13 @@ def _unlike(sample: np.void, data: bytes) -> int:
 
 def by_pillow(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
     """A key of FAILURES, or 0 and the picture, from these bytes. Raises MemoryError."""
+    size = int(sample["width"]), int(sample["height"])
+    if sample["raw"]:
+        fits = len(data) == 3 * size[0] * size[1]
+        return (DONE, Image.frombytes("RGB", size, data)) if fits else (OTHER_PICTURE, None)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.size != (int(sample["width"]), int(sample["height"])):
+            if image.size != size:
                 return OTHER_PICTURE, None
             return DONE, image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
@@ -235,16 +239,27 @@ def by_pillow(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
 
 
 def fetch(decoder: Decoder, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Read and check a batch into memory: (B) arrays of bytes, and the places of the pictures that failed.
+    """Read and check a batch into memory: (B) files in it, JPEG or PPM, and the places of the pictures that failed.
 
     The rows point into that memory afterwards, which must outlive their use.
     """
-    ends = np.cumsum(samples["size"])
+    heads = [
+        ppm_head(height, width) if raw else b"" for raw, height, width in samples[["raw", "height", "width"]].tolist()
+    ]
+    ends = np.cumsum(samples["size"] + np.array([len(head) for head in heads], np.uint64))
     room = np.empty(int(ends[-1]), np.uint8)
-    samples["data"] = room.ctypes.data + ends - samples["size"]
+    starts = ends - samples["size"]
+    samples["data"] = room.ctypes.data + starts
+    for start, head in zip(starts.tolist(), heads, strict=True):
+        room[start - len(head) : start] = np.frombuffer(head, np.uint8)
     failed = decoder.decode(samples, [], [])
     samples["file"] = -1
     return np.split(room, ends[:-1]), failed
+
+
+def ppm_head(height: int, width: int) -> bytes:
+    """What makes a file of 8-bit RGB pixels that lie row by row: portable pixmap, which everything can read."""
+    return b"P6\n%d %d\n255\n" % (width, height)
 
 
 def undecodable(samples: np.ndarray) -> np.ndarray:
@@ -288,7 +303,7 @@ def open_decoder(threads: int) -> Decoder:
 
 
 def checksum(data: bytes | np.ndarray) -> int:
-    """What crops.c computes of a JPEG's bytes: changes with any one word of eight bytes."""
+    """What crops.c computes of a picture's bytes: changes with any one word of eight bytes."""
     size = len(data)
     whole = np.zeros(-(-size // 8) * 8, np.uint8)
     whole[:size] = np.frombuffer(data, np.uint8)

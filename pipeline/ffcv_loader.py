@@ -22,7 +22,7 @@ from pipeline.stored import StoredPictures
 
 
 class FFCVSource(FileSource):
-    """The pictures of a .beton, which the converter has filled with the JPEGs of the shards, byte for byte."""
+    """The pictures of a .beton, which the converter has filled with the bytes of the shards."""
 
     def __init__(
         self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int, ahead: int

@@ -1,4 +1,4 @@
-"""Writing `images.beton`: FFCV's own writer, fed with the JPEG bytes that the shards already hold.
+"""Writing `images.beton`: FFCV's own writer, fed with the bytes that the shards already hold.
 
 FFCV's writer re-encodes whatever it is given, prints a bar, waits for ever if its worker dies (one bad sample or a full
 disk is enough), and importing it sets torch to one thread. So it runs as a process of its own, `python -m
@@ -55,11 +55,12 @@ def ffcv_missing() -> str | None:
 
 
 def write_beton(
-    folder: Path, *, stall_seconds: float = 180.0, progress: Callable[[int], None] = lambda done: None
+    folder: Path, *, raw: bool, stall_seconds: float = 180.0, progress: Callable[[int], None] = lambda done: None
 ) -> Path:
     """Write `images.beton` from the shards, `index.npy` and `labels.npy` in `folder`, in a watched child process.
 
-    stall_seconds: give up when the file has not grown for so long. progress: called with the bytes written so far.
+    raw: they hold pixels. stall_seconds: give up when the file has not grown for so long. progress: called with the
+    bytes written so far.
     Raises ResourceError: FFCV cannot be imported, the disk is full, the writer died; StalledError: it stopped moving.
     """
     index = np.load(folder / "index.npy", mmap_mode="r")
@@ -77,7 +78,7 @@ def write_beton(
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         child = subprocess.Popen(
-            python("-W", "ignore", "-m", "pipeline.ffcv_writer", os.path.abspath(folder)),
+            python("-W", "ignore", "-m", "pipeline.ffcv_writer", os.path.abspath(folder), "raw" if raw else "jpg"),
             stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True,
         )  # fmt: skip
         try:
@@ -142,7 +143,7 @@ def _kill(child: subprocess.Popen) -> None:
 
 
 class _Pictures:
-    """What FFCV's writer asks for samples: ((JPEG bytes, height, width), label)."""
+    """What FFCV's writer asks for samples: ((bytes, height, width), label)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -162,7 +163,7 @@ class _Pictures:
 
 
 def page_bytes(index: np.ndarray) -> int:
-    """FFCV's page size: a power of two, at least twice the largest JPEG.
+    """FFCV's page size: a power of two, at least twice the largest picture.
 
     The file is a whole number of pages, so a small store gets small ones.
     """
@@ -171,21 +172,20 @@ def page_bytes(index: np.ndarray) -> int:
     return 1 << (floor - 1).bit_length()
 
 
-def _write(folder: Path) -> None:
+def _write(folder: Path, mode: str) -> None:
+    """mode: FFCV's name of what the bytes are, jpg or raw."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.writer import DatasetWriter
 
-    jpg = IMAGE_MODES["jpg"]
-
     def store_as_it_is(destination: np.ndarray, image: Any, malloc: Callable) -> None:
-        jpeg, destination["height"], destination["width"] = image
-        destination["mode"] = jpg
-        destination["data_ptr"], storage = malloc(jpeg.nbytes)
-        storage[:] = jpeg
+        data, destination["height"], destination["width"] = image
+        destination["mode"] = IMAGE_MODES[mode]
+        destination["data_ptr"], storage = malloc(data.nbytes)
+        storage[:] = data
 
     # The type must stay RGBImageField: FFCV writes its number into the header, and picks the decoder by it.
-    field = RGBImageField(write_mode="jpg")
+    field = RGBImageField(write_mode=mode)
     field.encode = store_as_it_is
     pictures = _Pictures(folder)
     multiprocessing.set_start_method("fork", force=True)  # the field is handed over as it is, not pickled
@@ -245,15 +245,15 @@ def _check(folder: Path) -> None:
         raise RuntimeError("FFCV's file ends before its last picture")
     with open(folder / BETON, "rb") as file:
         for i in np.unique(np.linspace(0, len(pictures) - 1, 64).astype(int)):
-            (jpeg, _, _), _ = pictures[i]
+            (data, _, _), _ = pictures[i]
             file.seek(int(pointers[i]))
-            if file.read(jpeg.nbytes) != jpeg.tobytes():
+            if file.read(data.nbytes) != data.tobytes():
                 raise RuntimeError(f"FFCV's file has other bytes for sample {i}")
 
 
 def main(argv: list[str]) -> int:
-    folder = Path(argv[0])
-    _write(folder)
+    folder, mode = Path(argv[0]), argv[1]
+    _write(folder, mode)
     _check(folder)
     return 0
 

@@ -1,7 +1,7 @@
-"""From a file somebody calls a picture to a verified JPEG that every decoder reads alike, or a reason why not.
+"""From a file somebody calls a picture to one that is stored and every decoder reads alike, or a reason why not.
 
 Decoders disagree on orientation tags, 16-bit values, transparency and colour models, and none of the fast ones can
-skip a damaged file. So all of that is settled here, once, with Pillow, and the loaders see only plain JPEGs.
+skip a damaged file. So all of that is settled here, once, with Pillow, and the loaders see plain JPEGs or pixels.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .avif"
     b" .heic .heif".split()
 )
+MOST_RAW = 1 << 29  # bytes of a picture: FFCV's pages, twice as large, end at 2 GiB
 ORIENTATION = 0x0112
 TURNS = {  # EXIF orientation -> what makes such a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +44,8 @@ class Encoding:
     """How pictures are checked and stored."""
 
     max_side: int = 500
+    pixels: str = "jpeg"
+    """How they are stored: "jpeg", or "raw": 3 bytes each, nothing to decode."""
     quality: int = 90
     """JPEG quality of larger pictures."""
     chroma: str = "4:2:0"
@@ -62,12 +65,20 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A verified JPEG, 8-bit YCbCr, upright. `kept`: its entropy-coded bytes are the source's own."""
+    """A verified JPEG, 8-bit YCbCr, upright; or RGB pixels, row by row, where `raw`. `kept`: its entropy-coded bytes
+    are the source's own."""
 
-    jpeg: bytes
+    data: bytes
     height: int
     width: int
-    kept: bool
+    kept: bool = False
+    raw: bool = False
+
+    def image(self) -> Image.Image:
+        if self.raw:
+            return Image.frombytes("RGB", (self.width, self.height), self.data)
+        with Image.open(io.BytesIO(self.data), formats=["JPEG"]) as image:
+            return image.convert("RGB")
 
 
 class Rejected(Exception):
@@ -113,9 +124,9 @@ def check_picture(data: bytes, encoding: Encoding) -> Stored:
     8-bit RGB, shrunk by antialiased (Lanczos) resampling where the longer side exceeds max_side, encoded. 16-bit
     grey is scaled to 8 bits, alpha is laid over white, CMYK converted, an animation gives its first frame.
 
-    A baseline 8-bit YCbCr JPEG that needs none of it keeps its own entropy-coded bytes: no second loss, and the
-    tables and scans are the source's. Only its metadata (EXIF, XMP, thumbnails, comments, bytes after the end) is
-    left out.
+    A baseline 8-bit YCbCr JPEG that needs none of it keeps its own entropy-coded bytes, where JPEGs are stored: no
+    second loss, and the tables and scans are the source's. Only its metadata (EXIF, XMP, thumbnails, comments, bytes
+    after the end) is left out.
 
     Raises Rejected with the reason. Truncated files are refused. Not seen are flipped bits that still decode, and a cut
     JPEG that something has closed with an end marker: decoders show grey there without a word.
@@ -184,11 +195,11 @@ def _normalise(image: Image.Image, data: bytes, encoding: Encoding) -> Stored:
     _check_pixels(image, encoding)
     if min(image.size) < encoding.min_side:
         raise Rejected(f"is {image.width} x {image.height} pixels, under --min-side {encoding.min_side}")
-    is_jpeg = image.format in ("JPEG", "MPO")
+    raw, is_jpeg = encoding.pixels == "raw", image.format in ("JPEG", "MPO")
     image.load()
     _check_pixels(image, encoding)  # some formats tell their true size only now
     orientation = _orientation(image)
-    if is_jpeg and orientation in (0, 1) and max(image.size) <= encoding.max_side:
+    if is_jpeg and not raw and orientation in (0, 1) and max(image.size) <= encoding.max_side:
         plain = plain_jpeg(data)
         if plain is not None and clean(plain):
             return Stored(plain, image.height, image.width, kept=True)
@@ -199,7 +210,9 @@ def _normalise(image: Image.Image, data: bytes, encoding: Encoding) -> Stored:
         if min(width, height) < encoding.min_side:
             raise Rejected(f"is {picture.width} x {picture.height} pixels: too narrow at {encoding.max_side} pixels")
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return Stored(encode(picture, encoding), picture.height, picture.width, kept=False)
+    if raw and 3 * picture.width * picture.height > MOST_RAW:
+        raise Rejected(f"is {picture.width} x {picture.height} pixels: too many to be stored raw, lower --max-side")
+    return Stored(encode(picture, encoding), picture.height, picture.width, raw=raw)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -222,7 +235,10 @@ def _check_pixels(image: Image.Image, encoding: Encoding) -> None:
 
 
 def encode(picture: Image.Image, encoding: Encoding) -> bytes:
-    """An RGB picture as baseline JPEG without metadata, its Huffman tables optimised: fewer bytes to decode."""
+    """An RGB picture as baseline JPEG without metadata, its Huffman tables optimised: fewer bytes to decode; or its
+    pixels, row by row, where they are stored raw."""
+    if encoding.pixels == "raw":
+        return picture.tobytes()
     small = max(picture.size) <= encoding.small_side
     buffer = io.BytesIO()
     # `info` of the source could carry an ICC profile, a comment or a density into the file.

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.decoder import checksum
+from pipeline.decoder import checksum, ppm_head
 from pipeline.staging import write_durably
 from pipeline.store import FORMAT, INDEX, MANIFEST
 
@@ -32,13 +32,13 @@ ROW = struct.Struct("<IIQHHQ")  # an INDEX row
 class ShardWriter:
     """Appends pictures to `shard-00000.tar`, `shard-00001.tar`, … and writes each shard's index for DALI's reader.
 
-    A sample is `%09d.jpg` (its sample id) and `%09d.cls`: the first label column as decimal text of one fixed width,
-    because a batch of differing widths cannot become one array. Unknown is `-00001`: `int()` of it is -1, as
-    everywhere else in the project, and a class 0 cannot be mistaken for it.
+    A sample is `%09d.jpg` (its sample id; `%09d.ppm` where pixels are stored raw) and `%09d.cls`: the first label
+    column as decimal text of one fixed width, because a batch of differing widths cannot become one array. Unknown is
+    `-00001`: `int()` of it is -1, as everywhere else in the project, and a class 0 cannot be mistaken for it.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int, label_width: int = 6) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, shard_bytes: int, label_width: int = 6, raw: bool = False) -> None:
+        self.folder, self.raw = folder, raw
         self.shard_bytes = shard_bytes
         self.label_width = label_width
         self.shards: list[str] = []
@@ -67,17 +67,18 @@ class ShardWriter:
         self.shards, self.files, self.count = list(shards), dict(files), len(index)
         self._rows = bytearray(index.tobytes())
 
-    def add(self, jpeg: bytes, *, label: int, height: int, width: int) -> int:
-        """Append one verified JPEG; returns its sample id."""
-        key = f"{self.count:09d}"
-        cls = b"%0*d" % (self.label_width, label)
-        room = sum(BLOCK + _padded(len(data)) for data in (jpeg, cls))
+    def add(self, data: bytes, *, label: int, height: int, width: int) -> int:
+        """Append one picture, a verified JPEG or raw pixels; returns its sample id."""
+        key, kind = f"{self.count:09d}", "ppm" if self.raw else "jpg"
+        head = ppm_head(height, width) if self.raw else b""
+        cls, size = b"%0*d" % (self.label_width, label), len(head) + len(data)
+        room = 2 * BLOCK + _padded(size) + _padded(len(cls))
         if self._file is None or (self._place and self._place + room > self.shard_bytes):
             self._next_shard()
-        offset = self._member(f"{key}.jpg", jpeg)
+        offset = self._member(f"{key}.{kind}", head + data)
         cls_offset = self._member(f"{key}.cls", cls)
-        self._lines.append(f"jpg {offset} {len(jpeg)} {key}.jpg cls {cls_offset} {len(cls)} {key}.cls")
-        self._rows += ROW.pack(len(self.shards) - 1, len(jpeg), offset, height, width, checksum(jpeg))
+        self._lines.append(f"{kind} {offset} {size} {key}.{kind} cls {cls_offset} {len(cls)} {key}.cls")
+        self._rows += ROW.pack(len(self.shards) - 1, len(data), offset + len(head), height, width, checksum(data))
         self.count += 1
         return self.count - 1
 

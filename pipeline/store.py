@@ -2,12 +2,13 @@
 
     STORE/
       manifest.json     written last; a folder without it is not a store
-      index.npy         one INDEX row per image: where its JPEG lies, how large it is
+      index.npy         one INDEX row per image: where it lies, how large it is
       labels.npy        (count, columns) int32, -1 where unknown
       names.txt         the source path of each image, relative, one per line, newlines escaped
-      shard-00000.tar   WebDataset shards: NNNNNNNNN.jpg and NNNNNNNNN.cls per image, USTAR
+      shard-00000.tar   WebDataset shards: NNNNNNNNN.jpg, or .ppm where pixels are stored raw, and NNNNNNNNN.cls per
+                        image, USTAR
       shard-00000.idx   the same shard's index in the format that DALI's reader takes
-      images.beton      the same JPEG bytes in an FFCV file (fields `image` and `label`)
+      images.beton      the same JPEGs or pixels in an FFCV file (fields `image` and `label`)
       bad_files.jsonl   what was rejected, and why
       stats.json        how the conversion went: seconds, rates, sides
 
@@ -37,8 +38,8 @@ BETON = "images.beton"
 # What a manifest holds that is read later, where nobody expects it to be damaged.
 KINDS = {"count": int, "max_height": int, "max_width": int, "columns": dict, "shards": list, "files": dict}
 
-# offset counts from the start of the shard to the first byte of the JPEG, not to its tar header; sum is
-# decoder.checksum of the JPEG.
+# offset counts from the start of the shard to the first byte of the JPEG, or of the pixels behind the head of their
+# PPM; size and sum, decoder.checksum, are of the bytes from there on.
 INDEX = np.dtype([
     ("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("height", "<u2"), ("width", "<u2"), ("sum", "<u8"),
 ])  # fmt: skip
@@ -106,6 +107,11 @@ class Store:
         """Raises UsageError where images were generated."""
         if self.generated is not None:
             raise UsageError(f"{self.root} holds generated images, and {purpose} takes real ones alone.")
+
+    @property
+    def raw(self) -> bool:
+        """Whether pictures are stored as RGB pixels, row by row, and not as JPEGs."""
+        return self.manifest.get("encode", {}).get("pixels") == "raw"
 
     @property
     def columns(self) -> dict[str, list[str]]:

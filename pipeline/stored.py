@@ -28,6 +28,7 @@ class StoredPictures:
         """
         store.hold_tables()
         self.store, self.paths, self._file, self._offset = store, paths, file, offset
+        self._raw = np.repeat([part.raw for part in store.parts], [part.count for part in store.parts])
         self._open: list[int] = []
         make_room_for_files(len(paths))
         with contextlib.ExitStack() as stack:
@@ -50,7 +51,7 @@ class StoredPictures:
         index = self.store.index[ids]
         rows = np.zeros(len(ids), SAMPLE)
         rows["file"] = np.array(self._open, np.int32)[self._file[ids]]
-        rows["offset"] = self._offset[ids]
+        rows["offset"], rows["raw"] = self._offset[ids], self._raw[ids]
         for name in ("size", "height", "width", "sum"):
             rows[name] = index[name]
         return rows

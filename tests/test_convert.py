@@ -28,8 +28,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline import ffcv_writer
-from pipeline.decoder import clean
+from pipeline import ffcv_writer, pictures
+from pipeline.decoder import checksum, clean
 from pipeline.errors import DataError, StalledError, UsageError
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
@@ -43,7 +43,7 @@ from pipeline.stored import StoredPictures
 from pipeline.unfinished import Unfinished, fits, worth_keeping
 from tests.conftest import needs_compiler
 from tests.images import encoded, make_folder, picture, pixels, psnr
-from tools import convert
+from tools import convert, verify
 from tools.converting import conversion, decoding, watchdog
 from train.command import run
 
@@ -84,7 +84,7 @@ def keep(tmp_path: Path, data: bytes, **encoding) -> np.ndarray:
     path = tmp_path / "picture"
     path.write_bytes(data)
     result = read_picture(path, Encoding(**encoding))
-    decoded = pixels(result.jpeg)
+    decoded = pixels(result.data)
     assert decoded.shape == (result.height, result.width, 3)
     return decoded
 
@@ -117,8 +117,8 @@ def test_orientation_is_baked_in_and_gone(tmp_path, kind, orientation):
     path = tmp_path / "picture"
     path.write_bytes(encoded(turned, kind, exif=exif, **options))
     result = read_picture(path, Encoding())
-    assert psnr(pixels(result.jpeg), pixels(upright)) > 35
-    assert 0x0112 not in Image.open(io.BytesIO(result.jpeg)).getexif()
+    assert psnr(pixels(result.data), pixels(upright)) > 35
+    assert 0x0112 not in Image.open(io.BytesIO(result.data)).getexif()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -126,7 +126,7 @@ def test_a_broken_exif_block_is_no_fault_of_the_picture(tmp_path, kind):
     # With a resolution of its own: else Pillow looks for one in the block, and forgets that it could not be read.
     data = encoded(picture(1, 90, 60), kind, exif=b"Exif\0\0this is no TIFF header", dpi=(72, 72))
     result = read_picture(write(tmp_path, data), Encoding())
-    assert psnr(pixels(result.jpeg), pixels(data)) > 35
+    assert psnr(pixels(result.data), pixels(data)) > 35
     assert result.kept == (kind == "JPEG")
 
 
@@ -204,7 +204,7 @@ def test_small_pictures_keep_their_chroma(tmp_path):
     dots[:, 1::2] = (0, 0, 255)
     assert np.abs(keep(tmp_path, encoded(Image.fromarray(dots), "PNG")) - dots).mean() < 10
     for width, expected in ((128, 0x11), (129, 0x22)):
-        jpeg = read_picture(write(tmp_path, encoded(picture(0, width, 90), "PNG")), Encoding()).jpeg
+        jpeg = read_picture(write(tmp_path, encoded(picture(0, width, 90), "PNG")), Encoding()).data
         frame = jpeg.index(b"\xff\xc0")
         assert jpeg[frame + 11] == expected  # luma samples per chroma sample, across and down
 
@@ -214,7 +214,7 @@ def test_colour_for_each_pixel_is_a_choice(tmp_path):
     dots[:, ::2] = (255, 0, 0)
     dots[:, 1::2] = (0, 0, 255)
     source = write(tmp_path, encoded(Image.fromarray(dots), "PNG"))
-    halved, whole = (read_picture(source, Encoding(chroma=chroma)).jpeg for chroma in ("4:2:0", "4:4:4"))
+    halved, whole = (read_picture(source, Encoding(chroma=chroma)).data for chroma in ("4:2:0", "4:4:4"))
     errors = [np.abs(pixels(jpeg).astype(int) - dots).mean() for jpeg in (halved, whole)]
     assert errors[0] > 5 * errors[1]
     (tmp_path / "in").mkdir()
@@ -250,9 +250,9 @@ def test_a_plain_jpeg_keeps_its_own_bytes_and_loses_its_metadata(tmp_path, subsa
     )
     result = read_picture(write(tmp_path, source + b"SECRET after the end"), Encoding())
     assert result.kept
-    assert scan_bytes(result.jpeg) == scan_bytes(source)
-    assert b"SECRET" not in result.jpeg
-    assert np.array_equal(pixels(result.jpeg), pixels(source))
+    assert scan_bytes(result.data) == scan_bytes(source)
+    assert b"SECRET" not in result.data
+    assert np.array_equal(pixels(result.data), pixels(source))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_plain_jpeg_keeps_its_own_bytes_and_loses_its_metadata(tmp_path, subsa
 def test_other_jpegs_are_encoded_anew_as_baseline_ycbcr(tmp_path, data):
     result = read_picture(write(tmp_path, data), Encoding())
     assert not result.kept
-    assert plain_jpeg(result.jpeg) is not None
+    assert plain_jpeg(result.data) is not None
     assert max(result.width, result.height) <= 500
 
 
@@ -281,7 +281,7 @@ def test_a_jpeg_that_pillow_alone_forgives_is_encoded_anew(tmp_path):
     assert not clean(plain_jpeg(cut) or b"")
     result = read_picture(write(tmp_path, cut), Encoding())
     assert not result.kept
-    assert clean(result.jpeg)
+    assert clean(result.data)
 
 
 def png_file(width: int, height: int, idat: bytes, depth: int = 8, colour: int = 2) -> bytes:
@@ -357,7 +357,7 @@ def test_damaged_files_end_as_picture_or_reason_and_never_otherwise(tmp_path):
         if isinstance(result, str):
             assert result.isprintable()
         else:
-            assert pixels(result.jpeg).shape == (result.height, result.width, 3)
+            assert pixels(result.data).shape == (result.height, result.width, 3)
         outcomes[isinstance(result, str)] += 1
     assert min(outcomes.values()) > 50  # the damage is neither always harmless nor always fatal
 
@@ -591,6 +591,90 @@ def test_an_ffcv_only_store_is_read_like_any_other(stores):
     assert not list(store.root.glob("shard-*"))
     assert store.shards == [store.beton]
     assert [stored(store, i) for i in range(40)] == [stored(stores["both"], i) for i in range(40)]
+
+
+# ---------------------------------------------------------------------------------------------------- raw pixels
+
+
+@pytest.fixture(scope="module")
+def raw(source, tmp_path_factory) -> dict[str, Store]:
+    """The same folder once more, for each choice of backends, without JPEG."""
+    folder = tmp_path_factory.mktemp("raw")
+    chosen = ("dali",) if ffcv_writer.ffcv_missing() else ("both", "dali", "ffcv")
+    for name in chosen:
+        assert daae_convert(source, folder / name, "--backends", name, "--pixels", "raw") == 0
+    return {name: Store.open(folder / name) for name in chosen}
+
+
+def test_raw_pixels_are_those_of_the_source_whatever_holds_them(raw, stores, source):
+    for store in raw.values():
+        assert store.raw
+        assert names(store) == names(stores["dali"])
+        assert np.array_equal(store.labels, stores["dali"].labels)
+        for i, name in enumerate(names(store)):
+            with Image.open(source / os.fsdecode(name)) as image:
+                assert stored(store, i) == image.convert("RGB").tobytes()
+            assert store.index["sum"][i] == checksum(stored(store, i))
+        assert verify.main([str(store.root), "--workers", "1", "--quiet"]) == 0
+    assert not stores["dali"].raw
+
+
+def test_a_shard_of_raw_pixels_holds_files_that_everything_reads(raw):
+    store = raw["dali"]
+    with tarfile.open(store.shards[0]) as archive:
+        members = archive.getmembers()
+        assert [member.name for member in members[:3]] == ["000000000.ppm", "000000000.cls", "000000001.ppm"]
+        lines = (store.root / "shard-00000.idx").read_text().splitlines()
+        for i in range(store.count):
+            file, cls = members[2 * i], members[2 * i + 1]
+            with Image.open(io.BytesIO(content(archive, file))) as image:
+                assert (image.format, image.mode, image.tobytes()) == ("PPM", "RGB", stored(store, i))
+            words = ["ppm", file.offset_data, file.size, file.name, "cls", cls.offset_data, cls.size, cls.name]
+            assert lines[1 + i] == " ".join(map(str, words))
+
+
+@needs_ffcv
+def test_stock_ffcv_sees_raw_pixels_to_the_bit(raw, tmp_path):
+    store = raw["both"]
+    words = [sys.executable, "-W", "ignore", "-c", STOCK_FFCV, str(store.beton), str(tmp_path / "seen.npz")]
+    subprocess.run(words, check=True, timeout=120, capture_output=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+    seen = np.load(tmp_path / "seen.npz")["images"]
+    assert [picture.tobytes() for picture in seen] == [stored(store, i) for i in range(store.count)]
+
+
+def test_large_raw_pictures_are_shrunk_and_larger_ones_refused(tmp_path, monkeypatch):
+    upright = picture(3, 640, 480)
+    path = write(tmp_path, encoded(upright, "PNG"))
+    shrunk = read_picture(path, Encoding(pixels="raw"))
+    assert (shrunk.height, shrunk.width, shrunk.kept) == (375, 500, False)
+    assert shrunk.data == upright.resize((500, 375), Image.Resampling.LANCZOS).tobytes()
+    monkeypatch.setattr(pictures, "MOST_RAW", 3 * 500 * 375 - 1)
+    with pytest.raises(Rejected, match="is 500 x 375 pixels: too many to be stored raw, lower --max-side"):
+        read_picture(path, Encoding(pixels="raw"))
+
+
+def test_raw_pixels_have_no_quality_and_are_another_store(raw, source, tmp_path, capsys):
+    for words in (("--quality", "80"), ("--chroma", "4:4:4")):
+        assert "--pixels raw makes none" in fails(capsys, 2, source, tmp_path / "s", "--pixels", "raw", *words)
+    said = fails(capsys, 2, source, raw["dali"].root, "--backends", "dali")
+    assert "made with other settings (pixels raw -> jpeg)" in said
+
+
+def test_a_plan_sets_raw_pixels_beside_jpegs(tmp_path, capsys):
+    make_folder(tmp_path / "in", 12, 240)
+    words = [str(tmp_path / "in"), "--plan", "--quiet", "--pixels", "raw", "--backends", "dali"]
+    assert run(convert.main, [*words, "--json"]) == 0
+    choices = json.loads(capsys.readouterr().out)["choices"]
+    assert [one["pixels"] for one in choices] == ["jpeg", "jpeg", "jpeg", "raw"]
+    assert choices[3]["bytes"] > 5 * choices[1]["bytes"]
+    assert choices[3]["psnr"] == {"0.2": None, "1": None}  # nothing is lost
+    assert run(convert.main, words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5].startswith("--max-side 500 *    raw ")
+    assert not any("*" in line for line in lines[2:5])
+    assert daae_convert(tmp_path / "in", tmp_path / "s", "--backends", "dali", "--pixels", "raw") == 0
+    shards = sum(path.stat().st_size for path in (tmp_path / "s").glob("shard-*.tar"))
+    assert choices[3]["bytes"] == pytest.approx(shards, rel=0.05, abs=20_000)
 
 
 def test_shards_are_split_by_size(tmp_path):

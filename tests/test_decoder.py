@@ -148,6 +148,71 @@ def test_what_is_wrong_with_a_picture_is_said_of_that_one_alone(tmp_path: Path):
     assert np.array_equal(out[[0, 5]], good[0][[0, 5]])
 
 
+def raw_rows(images: list[Image.Image]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """As in_memory, of pixels."""
+    arrays = [np.asarray(image).reshape(-1).copy() for image in images]
+    rows = np.zeros(len(images), decoder.SAMPLE)
+    for row, array, image in zip(rows, arrays, images, strict=True):
+        row["data"], row["size"], row["file"], row["raw"] = array.ctypes.data, array.size, -1, 1
+        row["height"], row["width"], row["sum"] = image.height, image.width, decoder.checksum(array)
+    return rows, arrays
+
+
+@pytest.mark.parametrize("simd", [True, False])
+def test_views_of_raw_pixels_are_pillows_beside_jpegs_in_one_batch(simd):
+    sizes = [(333, 500), (97, 131), (16, 16), (15, 241), (1, 1), (640, 33), (2, 3)]
+    images = [picture(seed, width, height) for seed, (height, width) in enumerate(sizes * 2)]
+    files = [encoded(image, "PNG") for image in images]
+    rows, _alive = raw_rows(images)
+    compressed, _alive_too = in_memory([jpeg(120, 160, 40 + seed) for seed in range(3)])
+    mixed = np.concatenate([rows[:7], compressed, rows[7:]])
+    where, sides = [random_boxes(mixed, seed) for seed in (1, 2)], [112, 33]
+    outs, failed = views(mixed, where, sides, simd=simd)
+    assert failed.size == 0
+    of_raw = np.flatnonzero(mixed["raw"])
+    for out, geometry, side in zip(outs, where, sides, strict=True):
+        mine = Geometry(geometry.boxes[of_raw], geometry.flip[of_raw])
+        truth = by_pillow(files, mine, side)
+        assert psnr(out[of_raw], truth).min() > 50
+        assert np.abs(out[of_raw].astype(int) - truth).max() <= 1
+        slow = np.zeros_like(out)
+        assert decoder.PillowDecoder(2).decode(mixed, [geometry], [slow]).size == 0
+        assert np.array_equal(slow[of_raw], truth)
+
+
+def test_raw_pixels_of_another_size_are_no_picture():
+    for size in (3 * 40 * 30 - 1, 3 * 40 * 30 + 1, 0):
+        rows, _alive = raw_rows([picture(1, 40, 31), picture(2, 40, 30)])
+        rows["height"][0], rows["size"][0], rows["sum"][0] = 30, size, 0
+        where = Geometry(np.tile([5, 5, 20, 30], (2, 1)), np.zeros(2, bool))
+        _, failed = views(rows, [where], [16])
+        assert (failed.tolist(), rows["status"].tolist()) == ([0], [decoder.OTHER_PICTURE, decoder.DONE])
+        rows["status"] = 0
+        assert decoder.PillowDecoder(1).decode(rows, [where], [np.zeros((2, 16, 16, 3), np.uint8)]).tolist() == [0]
+        assert rows["status"].tolist() == [decoder.OTHER_PICTURE, decoder.DONE]
+
+
+def test_a_fetched_batch_is_files_that_pillow_opens():
+    """What DALI is fed with: raw pixels become portable pixmaps."""
+    images = [picture(seed, 50 + seed, 40) for seed in range(4)]
+    rows, _alive = raw_rows(images)
+    source = jpeg(60, 70, 9)
+    compressed, _alive_too = in_memory([source])
+    mixed = np.concatenate([rows[:2], compressed, rows[2:]])
+    files, failed = decoder.fetch(decoder.RegionDecoder(2), mixed)
+    assert failed.size == 0
+    assert files[2].tobytes() == source
+    for file, image in zip([files[0], files[1], files[3], files[4]], images, strict=True):
+        with Image.open(io.BytesIO(file.tobytes())) as found:
+            assert (found.format, found.size, found.tobytes()) == ("PPM", image.size, image.tobytes())
+    where = random_boxes(mixed, 3)
+    (out,), failed = views(mixed, [where], [24])  # the rows point into the fetched files now
+    assert failed.size == 0
+    assert (
+        psnr(out[:1], by_pillow([encoded(images[0], "PNG")], Geometry(where.boxes[:1], where.flip[:1]), 24)).min() > 50
+    )
+
+
 def test_a_closed_file_is_a_failure_and_no_crash(tmp_path: Path):
     rows, _alive = in_memory([jpeg(40, 40, 1)])
     rows["file"] = 999_999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -21,6 +22,8 @@ from pipeline import decoder as decoders
 from pipeline import sampling
 from pipeline.beton import picture_offsets
 from pipeline.errors import DataError, ResourceError, StalledError, UsageError
+from pipeline.ffcv_writer import ffcv_missing
+from pipeline.inflated import Inflated
 from pipeline.loader import Loader, open_loader
 from pipeline.sampling import View
 from pipeline.shard_loader import Blocks
@@ -83,17 +86,69 @@ def test_pixels_are_pillows(loader, store):
         assert np.median(decibels) >= 50
 
 
-def test_without_a_compiler_pixels_are_pillows_to_the_bit(store, monkeypatch):
+def test_without_a_compiler_pixels_are_pillows_to_the_bit(store, raw_path, monkeypatch):
     def refuse(*_):
         raise OSError("no C compiler")
 
     monkeypatch.setattr(decoders.native, "library", refuse)
-    plain = open_loader(store, VIEWS, batch=BATCH, seed=3, backend="shards")
-    assert isinstance(plain.source.decoder, decoders.PillowDecoder)
-    for batch in plain.epoch(1):
-        for name in VIEWS:
-            assert np.array_equal(batch.images[name].numpy(), reference(store, batch.id.numpy(), name, 1))
-    plain.close()
+    for each in (store, Store.open(raw_path)):
+        plain = open_loader(each, VIEWS, batch=BATCH, seed=3, backend="shards")
+        assert isinstance(plain.source.decoder, decoders.PillowDecoder)
+        for batch in plain.epoch(1):
+            for name in VIEWS:
+                assert np.array_equal(batch.images[name].numpy(), reference(each, batch.id.numpy(), name, 1))
+        plain.close()
+
+
+@pytest.fixture(scope="module")
+def raw_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures in four classes, stored as pixels, in both backends where FFCV is installed."""
+    root = tmp_path_factory.mktemp("raw")
+    make_folder(root / "images", 2 * BATCH, 96, 4)
+    words = [str(root / "images"), str(root / "store"), "--pixels", "raw", "--quiet"]
+    assert convert.main([*words, "--backends", "both" if ffcv_missing() is None else "dali"]) == 0
+    return root / "store"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_a_raw_store_are_pillows(raw_path, backend):
+    store = Store.open(raw_path)
+    opened = open_loader(store, VIEWS, batch=BATCH, seed=3, backend=backend, label="class")
+    for decibels in agreement(opened, store).values():
+        assert len(decibels) == 2 * BATCH
+        assert decibels.min() > 50
+    opened.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_byte_that_changed_in_a_raw_store_is_never_shown(raw_path, tmp_path, backend):
+    shutil.copytree(raw_path, tmp_path / "damaged")
+    store = Store.open(raw_path)
+    with contextlib.closing(StoredPictures.in_shards(store)) as stored:
+        pixels = stored.read(17).tobytes()
+    for file in [*(tmp_path / "damaged").glob("*.tar"), *(tmp_path / "damaged").glob("*.beton")]:
+        data = file.read_bytes()
+        assert data.count(pixels) == 1
+        file.write_bytes(data.replace(pixels, pixels[:-1] + bytes([pixels[-1] ^ 1])))
+    with pytest.raises(DataError, match=r"sample 17 of .* its bytes are not those that were converted"):
+        list(open_loader(Store.open(tmp_path / "damaged"), VIEWS, batch=BATCH, backend=backend).epoch(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_raw_pixels_and_jpegs_are_read_as_one_store(store, raw_path, backend):
+    """As generated images may be, beside real ones."""
+    raw = Store.open(raw_path)
+    manifest = store.manifest | {
+        "count": store.count + raw.count,
+        "max_height": max(store.max_height, raw.max_height),
+        "max_width": max(store.max_width, raw.max_width),
+    }
+    both = Inflated(store.root, manifest, store, raw, 1)
+    opened = open_loader(both, VIEWS, batch=BATCH, seed=3, backend=backend)
+    for decibels in agreement(opened, both).values():
+        assert len(decibels) == (store.count + raw.count) // BATCH * BATCH
+        assert decibels.min() >= 45
+    opened.close()
 
 
 def test_every_backend_gives_the_same_batches(loader, shards):

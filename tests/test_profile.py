@@ -19,10 +19,12 @@ from PIL import Image
 from pipeline import native
 from pipeline.errors import ResourceError
 from pipeline.loader import open_loader
+from pipeline.sampling import View
 from pipeline.store import Store
 from tests.conftest import needs_ffcv
-from tools import profile
-from tools.profiling import tune
+from tests.images import make_folder
+from tools import convert, profile
+from tools.profiling import stages, tune
 from tools.profiling.bottleneck import Measured, verdict
 from tools.profiling.stages import usable_backends
 from train import gallery
@@ -296,6 +298,18 @@ def test_what_the_search_writes_configures_a_run(unlabelled_path: Path, tmp_path
     assert settings.speed.ahead in (2, 4)
     assert run(profile.main, [*words, "--tune", str(tmp_path / "fast.txt")]) == 2
     assert "--tune writes a .yaml file" in capsys.readouterr().err
+
+
+def test_a_store_of_raw_pixels_is_profiled_without_what_is_said_of_jpegs(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_folder(tmp_path / "in", 32, 48)
+    words = [str(tmp_path / "in"), str(tmp_path / "s"), "--backends", "dali", "--pixels", "raw", "--quiet"]
+    assert convert.main(words) == 0
+    store = Store.open(tmp_path / "s")
+    with contextlib.closing(open_loader(store, {"a": View(side=32)}, batch=8, backend="shards")) as loader:
+        limits = stages.machine_limits(loader, torch.device("cpu"))
+    assert set(limits) == {"copy_gb", "read_disk", "read_cached"}
+    assert run(profile.main, ["--data", str(tmp_path / "s"), "--peers"]) == 2
+    assert "holds raw pixels" in capsys.readouterr().err
 
 
 @pytest.mark.slow

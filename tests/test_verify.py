@@ -293,3 +293,36 @@ def test_wrong_words_end_in_a_sentence(tmp_path, capsys):
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     assert daae_verify(tmp_path) == 3
     assert "has format 1, this program reads" in capsys.readouterr().err
+
+
+def test_a_raw_store_is_checked_and_mended_like_any_other(tmp_path, capsys):
+    make_folder(tmp_path / "in", 6, 40)
+    words = [str(tmp_path / "in"), str(tmp_path / "s"), "--backends", "dali", "--pixels", "raw", "--quiet"]
+    assert run(convert.main, words) == 0
+    before = Store.open(tmp_path / "s")
+    pictures, row = jpegs(before), before.index[2]
+    assert daae_verify(tmp_path / "s") == 0
+    flip(before.shards[0], int(row["offset"]) + 100)
+    assert daae_verify(tmp_path / "s") == 3
+    assert "sample 2 (00002.jpg): its bytes are not those that were converted" in capsys.readouterr().out
+    assert daae_verify(tmp_path / "s", "--fix") == 0
+    fixed = Store.open(tmp_path / "s")
+    assert fixed.raw
+    assert jpegs(fixed) == pictures[:2] + pictures[3:]
+    assert b"000000002.ppm" in fixed.shards[0].read_bytes()
+    assert daae_verify(tmp_path / "s") == 0
+
+
+def test_an_index_that_does_not_fit_raw_pixels_is_named(tmp_path, capsys):
+    writer = ShardWriter(tmp_path, shard_bytes=1 << 20, raw=True)
+    good, bad = picture(0, 40, 30).tobytes(), picture(1, 40, 30).tobytes()
+    writer.add(good, label=-1, height=30, width=40)
+    writer.add(bad, label=-1, height=30, width=41)
+    writer.close()
+    tables = write_tables(tmp_path, writer.index, np.empty((2, 0), int), [b"good", b"bad"])
+    facts = {"columns": {}, "encode": {"shard_mb": 1, "backends": ["dali"], "pixels": "raw"}, "source": {}}
+    write_manifest(
+        tmp_path, files=writer.files | tables, index=writer.index, shards=writer.shards, bad=0, skipped={}, **facts
+    )
+    assert daae_verify(tmp_path) == 3
+    assert "sample 1 (bad): it has 3,600 bytes for 1,230 pixels\n" in capsys.readouterr().out

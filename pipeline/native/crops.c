@@ -1,7 +1,7 @@
-/* Every view of a JPEG from one decode of the region that the views need, a batch at a time.
+/* Every view of a stored picture from one decode of the region that the views need, a batch at a time.
  *
- *   file --(pread: a file cut short under us is an error, where a memory map would kill the process)--> JPEG
- *        --(libjpeg-turbo: only the rows and columns under the boxes)--> RGBX rows
+ *   file --(pread: a file cut short under us is an error, where a memory map would kill the process)--> JPEG or pixels
+ *        --(libjpeg-turbo, or a copy: only the rows and columns under the boxes)--> RGBX rows
  *        --(per view: vertical, then horizontal triangle filter, flip)--> (side, side, 3) uint8
  *
  * The filter is Pillow's antialiased bilinear on the crop: a triangle as wide as the reduction, cut off at the box.
@@ -40,12 +40,15 @@ typedef struct {
     int32_t top, left, high, wide, flip; /* a view's box in the stored picture, and whether it is mirrored */
 } box_t;
 
-/* One picture: where its JPEG lies, what the store says of it, and how it went. */
+/* One picture: where it lies, what the store says of it, and how it went. */
 typedef struct {
-    uint8_t *data;         /* the JPEG in memory, where file is -1; else where to read it to, if anywhere */
+    uint8_t *data;         /* its bytes in memory, where file is -1; else where to read them to, if anywhere */
     uint64_t offset, size; /* in the file */
     uint64_t sum;          /* of the bytes, see checksum(); 0: not known */
-    int32_t file, height, width, status;
+    int32_t file;
+    uint16_t height, width;
+    int32_t raw; /* the bytes are RGB pixels, row by row, and no JPEG */
+    int32_t status;
 } sample_t;
 
 /* The filter of one axis: output i is the sum of taps[i * reach + k] * input[first[i] + k], k < reach. */
@@ -64,9 +67,9 @@ typedef struct {
     struct jpeg_decompress_struct jpeg;
     struct jpeg_error_mgr handler;
     jmp_buf escape;
-    uint8_t *bytes; /* a JPEG as read from its file */
+    uint8_t *bytes; /* a picture as read from its file */
     size_t bytes_cap;
-    uint8_t *pixels; /* the decoded region, RGBX */
+    uint8_t *pixels; /* the region, RGBX */
     size_t pixels_cap;
     int16_t *line; /* four output rows before the horizontal filter, pixel by pixel: RGBX of each row */
     size_t line_cap;
@@ -328,25 +331,34 @@ static void read_header(struct jpeg_decompress_struct *jpeg, const uint8_t *data
     jpeg->do_fancy_upsampling = TRUE;
 }
 
-/* All views of one picture, whose JPEG is `data`. */
-static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample, int views, const box_t *boxes,
-                      const int32_t *sides, uint8_t *const *outs) {
-    int height = sample->height, width = sample->width;
-    int top = INT_MAX, left = INT_MAX, bottom = 0, right = 0;
-    for (int v = 0; v < views; v++) {
-        const box_t *b = boxes + v;
-        if (b->top < 0 || b->left < 0 || b->high < 1 || b->wide < 1 || b->top + b->high > height ||
-            b->left + b->wide > width)
-            return OTHER_PICTURE;
-        if (b->top < top) top = b->top;
-        if (b->left < left) left = b->left;
-        if (b->top + b->high > bottom) bottom = b->top + b->high;
-        if (b->left + b->wide > right) right = b->left + b->wide;
+/* Where the views of a picture look, and from where on pixels[] holds it: `columns` of each row from (top, left). */
+typedef struct {
+    int top, left, bottom, right;
+    size_t columns;
+} region_t;
+
+/* The smallest region that holds all boxes; 0 where one is not inside the picture. */
+static int enclose(region_t *r, const sample_t *sample, int views, const box_t *boxes) {
+    *r = (region_t){INT_MAX, INT_MAX, 0, 0, 0};
+    for (const box_t *b = boxes; b < boxes + views; b++) {
+        if (b->top < 0 || b->left < 0 || b->high < 1 || b->wide < 1 || b->top + b->high > sample->height ||
+            b->left + b->wide > sample->width)
+            return 0;
+        if (b->top < r->top) r->top = b->top;
+        if (b->left < r->left) r->left = b->left;
+        if (b->top + b->high > r->bottom) r->bottom = b->top + b->high;
+        if (b->left + b->wide > r->right) r->right = b->left + b->wide;
     }
+    return 1;
+}
+
+/* The region of a JPEG, a little wider than asked for. */
+static int decode_region(scratch_t *s, const uint8_t *data, const sample_t *sample, region_t *r) {
+    int height = sample->height, width = sample->width;
     /* Smooth chroma upsampling looks at the neighbour: without a margin the region's edges would differ. */
-    top = top > MARGIN ? top - MARGIN : 0, left = left > MARGIN ? left - MARGIN : 0;
-    bottom = bottom + MARGIN < height ? bottom + MARGIN : height;
-    right = right + MARGIN < width ? right + MARGIN : width;
+    r->top = r->top > MARGIN ? r->top - MARGIN : 0, r->left = r->left > MARGIN ? r->left - MARGIN : 0;
+    r->bottom = r->bottom + MARGIN < height ? r->bottom + MARGIN : height;
+    r->right = r->right + MARGIN < width ? r->right + MARGIN : width;
 
     struct jpeg_decompress_struct *jpeg = &s->jpeg;
     if (setjmp(s->escape)) {
@@ -359,35 +371,59 @@ static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample,
         return OTHER_PICTURE;
     }
     jpeg_start_decompress(jpeg);
-    JDIMENSION from = left, columns = right - left;
+    JDIMENSION from = r->left, columns = r->right - r->left;
     if ((int)columns < width) jpeg_crop_scanline(jpeg, &from, &columns);
-    size_t stride = (size_t)columns * PIXEL;
-    if (!grow((void **)&s->pixels, &s->pixels_cap, stride * (bottom - top) + 64)) {
+    r->left = (int)from, r->columns = columns;
+    size_t stride = r->columns * PIXEL;
+    if (!grow((void **)&s->pixels, &s->pixels_cap, stride * (r->bottom - r->top) + 64)) {
         jpeg_abort_decompress(jpeg);
         return NO_MEMORY;
     }
-    if (top) jpeg_skip_scanlines(jpeg, top);
-    for (int row = top; row < bottom;) {
+    if (r->top) jpeg_skip_scanlines(jpeg, r->top);
+    for (int row = r->top; row < r->bottom;) {
         JSAMPROW lines[16];
         int count = 0;
-        for (; count < 16 && row + count < bottom; count++) lines[count] = s->pixels + stride * (row + count - top);
+        for (; count < 16 && row + count < r->bottom; count++)
+            lines[count] = s->pixels + stride * (row + count - r->top);
         int got = (int)jpeg_read_scanlines(jpeg, lines, count);
         if (!got) longjmp(s->escape, 1);
         row += got;
     }
     long warnings = s->handler.num_warnings;
     jpeg_abort_decompress(jpeg); /* what lies below the boxes is never decoded */
-    if (warnings) return DAMAGED;
-    s->stage = CUTTING;
-    for (int v = 0; v < views; v++) {
-        if (!sides[v]) continue; /* decoded only: for the profiler */
-        int code = make_view(s, s->pixels, stride, top, (int)from, boxes + v, sides[v], outs[v]);
-        if (code) return code;
+    return warnings ? DAMAGED : DONE;
+}
+
+/* The region of a picture that is stored as pixels. */
+static int copy_region(scratch_t *s, const uint8_t *data, const sample_t *sample, region_t *r) {
+    if (sample->size != (uint64_t)3 * sample->height * sample->width) return OTHER_PICTURE;
+    size_t last = (size_t)(r->right - r->left) - 1;
+    r->columns = last + 1;
+    if (!grow((void **)&s->pixels, &s->pixels_cap, r->columns * PIXEL * (r->bottom - r->top) + 64)) return NO_MEMORY;
+    uint8_t *to = s->pixels;
+    for (int row = r->top; row < r->bottom; row++, to += r->columns * PIXEL) {
+        const uint8_t *from = data + ((size_t)row * sample->width + r->left) * 3;
+        for (size_t x = 0; x < last; x++) memcpy(to + x * PIXEL, from + x * 3, PIXEL); /* X is anything */
+        memcpy(to + last * PIXEL, from + last * 3, 3);
+        to[last * PIXEL + 3] = 0;
     }
     return DONE;
 }
 
-/* A whole picture at 1/denominator of its size, decoded row by row and kept nowhere: for the profiler, and for the
+/* All views of one picture, whose bytes are `data`. */
+static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample, int views, const box_t *boxes,
+                      const int32_t *sides, uint8_t *const *outs) {
+    region_t region;
+    if (!enclose(&region, sample, views, boxes)) return OTHER_PICTURE;
+    int code = (sample->raw ? copy_region : decode_region)(s, data, sample, &region);
+    s->stage = CUTTING;
+    for (int v = 0; code == DONE && v < views; v++)
+        if (sides[v]) /* 0: decoded only, for the profiler */
+            code = make_view(s, s->pixels, region.columns * PIXEL, region.top, region.left, boxes + v, sides[v], outs[v]);
+    return code;
+}
+
+/* A whole JPEG at 1/denominator of its size, decoded row by row and kept nowhere: for the profiler, and for the
  * converter to see that nothing is wrong with it. */
 static int decode_whole(scratch_t *s, const uint8_t *data, const sample_t *sample, int denominator) {
     struct jpeg_decompress_struct *jpeg = &s->jpeg;
@@ -521,7 +557,7 @@ int crops_doing(crops_t *crops, int *place) {
     return IDLE;
 }
 
-/* Decode whole pictures that lie in memory, on one thread. Returns how many failed. */
+/* Decode whole JPEGs that lie in memory, on one thread. Returns how many failed. */
 int crops_whole(crops_t *crops, int count, int denominator, sample_t *samples) {
     int failed = 0;
     for (int i = 0; i < count; i++) {

@@ -44,12 +44,13 @@ def assemble(
         with progress.show():
             beton = write_beton(
                 folder,
+                raw=writer.raw,
                 stall_seconds=watchdog.stall_seconds,
                 progress=lambda done: progress.at(done_bytes=done),
             )
         files |= describe_file(beton)
         if "dali" not in backends:
-            # The FFCV file is then the only shard: the index points at the JPEGs inside it.
+            # The FFCV file is then the only shard: the index points at the pictures inside it.
             index, shards = np.array(move_index(beton, index.tolist()), INDEX), [BETON]
             tables = watchdog.do(WRITING, write, writes=True)
             for name in writer.files:

@@ -199,9 +199,10 @@ def _earlier(flags: Convert, dst: Path, options: dict, digest: str) -> dict | No
 
 
 def _check_disk(flags: Convert, dst: Path, listing: Listing, backends: list[str], done_bytes: int) -> None:
-    """done_bytes: JPEG bytes that an earlier run has written already."""
-    # A stored picture is rarely larger than its source, and hardly ever than 0.4 bytes a pixel; tar adds 2 kB.
-    largest = flags.max_side**2 * 0.4 * (3 if flags.quality > 95 else 1)
+    """done_bytes: of pictures that an earlier run has written already."""
+    # A JPEG is rarely larger than its source, and hardly ever than 0.4 bytes a pixel; tar adds 2 kB. How many pixels a
+    # source has is not known yet: raw ones take at least about its size, or what --max-side lets pass.
+    largest = flags.max_side**2 * (2.25 if flags.pixels == "raw" else 0.4 * (3 if flags.quality > 95 else 1))
     sizes = listing.files.sizes
     pictures = float(np.minimum(1.2 * sizes, largest).sum() + 1024 * len(sizes))
     need = (pictures + 2048 * len(sizes)) + (pictures if "ffcv" in backends else 0) + (32 << 20) - done_bytes
@@ -210,7 +211,7 @@ def _check_disk(flags: Convert, dst: Path, listing: Listing, backends: list[str]
     if free < need:
         raise ResourceError(
             f"{place} has {size_in_words(free)} free, the store needs about {size_in_words(need)}. "
-            "Free some, choose another disk, or lower --max-side or --quality."
+            f"Free some, choose another disk, or lower --max-side{'' if flags.pixels == 'raw' else ' or --quality'}."
         )
 
 
@@ -220,7 +221,7 @@ def _stats(listing: Listing, made: Made, seconds: float) -> dict:
         "seconds": round(seconds, 2),
         "images_per_second": round(len(listing.files) / seconds, 1),
         "source_bytes": int(listing.files.sizes.sum()),
-        "jpeg_bytes": int(index["size"].sum()),
+        "picture_bytes": int(index["size"].sum()),
         "kept": made.kept,
         "encoded": len(made.chosen) - made.kept,
         "mean_height": round(float(index["height"].mean()), 1),

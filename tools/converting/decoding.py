@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from pipeline.errors import UsageError
 from pipeline.limits import usable_cores
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding, Stored
@@ -70,7 +71,8 @@ class Decoding:
         self.flags, self.listing, self.folder = flags, listing, folder
         self.unfinished, self.watchdog = unfinished, watchdog
         width = label_width(listing.labels.columns)
-        self.made = Made(ShardWriter(folder, shard_bytes=flags.shard_mb << 20, label_width=width))
+        raw = flags.pixels == "raw"
+        self.made = Made(ShardWriter(folder, shard_bytes=flags.shard_mb << 20, label_width=width, raw=raw))
         self.made.bad = [{"path": printable(path), "reason": why, "bytes": 0} for path, why in listing.unreadable]
         self.allowed = tolerated(flags.max_bad, len(listing.files))
         done = unfinished.done
@@ -104,7 +106,7 @@ class Decoding:
             with contextlib.closing(results), progress.show():
                 for task, answers in enumerate(results):
                     held.append((task, answers))
-                    held_bytes += sum(len(answer.jpeg) for answer in answers if not isinstance(answer, str))
+                    held_bytes += sum(len(answer.data) for answer in answers if not isinstance(answer, str))
                     if held_bytes > HELD_BYTES or time.monotonic() - written > HELD_SECONDS:
                         self.watchdog.do(WRITING, partial(self._write, held), writes=True)
                         held, held_bytes, written = [], 0, time.monotonic()
@@ -137,7 +139,7 @@ class Decoding:
         made, labels = self.made, self.listing.labels
         label = int(labels.table[place, 0]) if labels.columns else -1
         finished = made.shards.finished
-        made.shards.add(picture.jpeg, label=label, height=picture.height, width=picture.width)
+        made.shards.add(picture.data, label=label, height=picture.height, width=picture.width)
         if made.shards.finished > finished:
             self._vouch(place, last=False)
         made.chosen.append(place)
@@ -162,8 +164,12 @@ class Decoding:
 
 
 def encoding_of(flags: Convert) -> Encoding:
+    """Raises UsageError: flags that exclude one another."""
+    if flags.pixels == "raw" and (flags.quality, flags.chroma) != (Encoding.quality, Encoding.chroma):
+        raise UsageError("--quality and --chroma say how JPEGs are made, and --pixels raw makes none: leave them out.")
     return Encoding(
         max_side=flags.max_side,
+        pixels=flags.pixels,
         quality=flags.quality,
         chroma=flags.chroma,
         max_pixels=flags.max_pixels,

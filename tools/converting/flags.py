@@ -31,6 +31,8 @@ class Convert:
     """ImageNet's ILSVRC2012_devkit_t12.tar.gz, for the labels of its validation set. Default: the one beside SRC."""
     max_side: int = 500
     """Shrink pictures whose longer side is larger, in pixels."""
+    pixels: Literal["jpeg", "raw"] = "jpeg"
+    """raw: each pixel as it is, 3 bytes: many times the space, no loss, and nothing to decode."""
     quality: int = 90
     """JPEG quality. Pictures of at most 128 pixels are stored with 95, and 4:4:4 chroma."""
     chroma: Literal["4:2:0", "4:4:4"] = "4:2:0"

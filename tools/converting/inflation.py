@@ -158,11 +158,12 @@ def _pixels(drawn: Path, number: int) -> Path:
 
 
 def _write_store(flags: Inflate, real: Store, folder: Path, origin: dict, watchdog: Watchdog) -> None:
-    """Shards, tables and manifest, encoded as the real pictures are: their JPEGs must not tell the two apart."""
+    """Shards, tables and manifest, encoded as the real pictures are: how must not tell the two apart."""
     facts, missing = real.manifest["encode"], ffcv_missing()
-    encoding = Encoding(**{field.name: facts[field.name] for field in dataclasses.fields(Encoding)})
+    names = {field.name for field in dataclasses.fields(Encoding)} & facts.keys()
+    encoding = Encoding(**{name: facts[name] for name in names})
     backends = [name for name in facts["backends"] if name != "ffcv" or missing is None] or ["dali"]
-    writer = ShardWriter(folder, shard_bytes=facts["shard_mb"] << 20)
+    writer = ShardWriter(folder, shard_bytes=facts["shard_mb"] << 20, raw=real.raw)
     progress = Progress("writing", total_images=flags.count, quiet=flags.quiet)
     try:
         with progress.show():
@@ -171,8 +172,8 @@ def _write_store(flags: Inflate, real: Store, folder: Path, origin: dict, watchd
                 if writer.count == 0:
                     _sheet(pixels[: flags.count]).save(folder / SHEET)
                 for picture in pixels[: flags.count - writer.count]:
-                    jpeg = encode(Image.fromarray(picture), encoding)
-                    writer.add(jpeg, label=-1, height=flags.side, width=flags.side)
+                    data = encode(Image.fromarray(picture), encoding)
+                    writer.add(data, label=-1, height=flags.side, width=flags.side)
                 progress.at(images=writer.count)
         writer.close()
     except BaseException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import statistics
 import sys
@@ -76,6 +75,7 @@ def plan(flags: Convert) -> dict:
         "choices": [
             {
                 "max_side": one.encoding.max_side if one.encoding.max_side < MAX_SIDE else None,
+                "pixels": one.encoding.pixels,
                 "quality": one.encoding.quality,
                 "chroma": one.encoding.chroma,
                 "bytes": round(
@@ -95,9 +95,9 @@ def plan(flags: Convert) -> dict:
 
 
 def choices(flags: Convert) -> list[Encoding]:
-    """Sides as they are, the default, a smaller one; and what the flags say, where that is none of these."""
+    """JPEGs of sides as they are, of the default and of a smaller one; and what the flags say, if none of these."""
     asked = encoding_of(flags)
-    plain = dataclasses.replace(asked, chroma=Encoding.chroma)
+    plain = dataclasses.replace(asked, pixels=Encoding.pixels, chroma=Encoding.chroma)
     usual = [dataclasses.replace(plain, max_side=side, quality=q) for side, q in ((MAX_SIDE, 90), (500, 90), (400, 85))]
     return usual if asked in usual else [*usual, asked]
 
@@ -130,7 +130,7 @@ class _Made:
 
     @property
     def mean_bytes(self) -> float:
-        return sum(len(one.jpeg) for one in self.good) / max(1, len(self.good))
+        return sum(len(one.data) for one in self.good) / max(1, len(self.good))
 
     @property
     def kept(self) -> int:
@@ -151,9 +151,10 @@ def load_seconds(made: list[list[Stored]]) -> list[float | None]:
                 if not count:
                     continue
                 samples = np.zeros(count, SAMPLE)
-                jpegs = [np.frombuffer(one.jpeg, np.uint8) for one in stored]
-                samples["data"] = [jpeg.ctypes.data for jpeg in jpegs]
-                samples["size"] = [len(jpeg) for jpeg in jpegs]
+                held = [np.frombuffer(one.data, np.uint8) for one in stored]
+                samples["data"] = [data.ctypes.data for data in held]
+                samples["size"] = [len(data) for data in held]
+                samples["raw"] = [one.raw for one in stored]
                 samples["file"] = -1
                 samples["height"], samples["width"] = zip(*((one.height, one.width) for one in stored), strict=True)
                 sizes = np.stack([samples["height"], samples["width"]], axis=1)
@@ -171,25 +172,24 @@ def psnr(stored: list[Stored | None], whole: list[Stored | None], area: float) -
     """Decibels between a central 224 px crop of a picture as it is stored and the same crop of the picture as it was.
 
     stored, whole: of the same pictures, None where one is rejected. area: share of the picture that the crop covers.
-    The median over what is there twice and not the same bytes; None where nothing is.
+    The median over what is there twice and not the same; None where nothing is.
     """
     found = []
     for one, other in list(zip(stored, whole, strict=True))[:LOOKED_AT]:
-        if one is None or other is None or one.jpeg == other.jpeg:
+        if one is None or other is None or one.data == other.data:
             continue
-        mine, theirs = (_central(each.jpeg, math.sqrt(area)) for each in (one, other))
-        found.append(10 * math.log10(255**2 / max(1e-9, float(np.square(mine - theirs).mean()))))
+        mine, theirs = (_central(each.image(), math.sqrt(area)) for each in (one, other))
+        error = float(np.square(mine - theirs).mean())
+        found += [10 * math.log10(255**2 / error)] if error else []
     return round(statistics.median(found), 1) if found else None
 
 
-def _central(jpeg: bytes, share: float) -> np.ndarray:
+def _central(image: Image.Image, share: float) -> np.ndarray:
     """(224, 224, 3) float64: the central part of `share` of each side, by Pillow's antialiased bilinear filter."""
-    with Image.open(io.BytesIO(jpeg)) as image:
-        wide, high = image.size
-        left, top = wide * (1 - share) / 2, high * (1 - share) / 2
-        box = (left, top, wide - left, high - top)
-        crop = image.convert("RGB").resize((CROP.side, CROP.side), Image.Resampling.BILINEAR, box=box)
-        return np.asarray(crop, np.float64)
+    wide, high = image.size
+    left, top = wide * (1 - share) / 2, high * (1 - share) / 2
+    box = (left, top, wide - left, high - top)
+    return np.asarray(image.resize((CROP.side, CROP.side), Image.Resampling.BILINEAR, box=box), np.float64)
 
 
 def table(flags: Convert, planned: dict) -> str:
@@ -200,10 +200,12 @@ def table(flags: Convert, planned: dict) -> str:
         f"{'':30}{'store':>12}{'conversion':>14}{'one 224 px crop':>22}{'bytes kept':>12}{'others, dB':>14}",
     ]
     for one in planned["choices"]:
-        asked = (one["max_side"], one["quality"], one["chroma"]) == (flags.max_side, flags.quality, flags.chroma)
+        names = ("max_side", "pixels", "quality", "chroma")
+        asked = all(one[name] == getattr(flags, name) for name in names)
         name = "sides as they are" if one["max_side"] is None else f"--max-side {one['max_side']}"
-        chroma = "" if one["chroma"] == Encoding.chroma else " " + one["chroma"]
-        name = f"{name + (' *' if asked else ''):<20}q{str(one['quality']) + chroma:<9}"
+        how = "raw" if one["pixels"] == "raw" else f"q{one['quality']}"
+        how += "" if one["chroma"] == Encoding.chroma else f" {one['chroma']}"
+        name = f"{name + (' *' if asked else ''):<20}{how:<10}"
         if one["load_images_per_second"] is None:
             lines.append(f"{name}{'none left':>12}")
             continue

@@ -161,6 +161,9 @@ class Checker:
             return "its shard ends before it does"
         if checksum(data) != int(row["sum"]):
             return "its bytes are not those that were converted"
+        if self.reader.store.raw:
+            pixels = int(row["height"]) * int(row["width"])
+            return None if len(data) == 3 * pixels else f"it has {len(data):,} bytes for {pixels:,} pixels"
         try:
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
                 if image.size != (int(row["width"]), int(row["height"])):
@@ -233,7 +236,10 @@ def _fix(flags: Verify, store: Store, samples: list[dict], watchdog: Watchdog) -
                 for one in samples]  # fmt: skip
     with staging(store.root, replace=True, keep=lambda left, error: _left_alone(left, watchdog)) as folder:
         writer = ShardWriter(
-            folder, shard_bytes=manifest["encode"]["shard_mb"] << 20, label_width=label_width(store.columns)
+            folder,
+            shard_bytes=manifest["encode"]["shard_mb"] << 20,
+            label_width=label_width(store.columns),
+            raw=store.raw,
         )
         progress = Progress("writing", total_images=len(good), quiet=flags.quiet)
 
@@ -242,8 +248,8 @@ def _fix(flags: Verify, store: Store, samples: list[dict], watchdog: Watchdog) -
                 watchdog.tell(str(folder), writer.count)
                 row = index[sample]
                 label = int(labels[sample, 0]) if labels.shape[1] else -1
-                jpeg = _still_good(reader, sample, row)
-                writer.add(jpeg, label=label, height=int(row["height"]), width=int(row["width"]))
+                data = _still_good(reader, sample, row)
+                writer.add(data, label=label, height=int(row["height"]), width=int(row["width"]))
 
         with contextlib.closing(SampleReader(store)) as reader, progress.show():
             try:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import native
+from pipeline.errors import UsageError
 from pipeline.loader import check_batch
 from pipeline.store import Store
 from pipeline.stored import StoredPictures
@@ -194,11 +195,13 @@ def compare_peers(
 ) -> tuple[dict[str, dict[str, dict]], dict[str, dict], dict[int, dict], list[str]]:
     """views -> peer -> rates; of ours alone views -> rates and threads -> rates; what is to be said beside them.
 
-    seconds: of each, in all rounds. Raises DataError, ResourceError, StalledError.
+    seconds: of each, in all rounds. Raises DataError, ResourceError, StalledError, UsageError.
     """
     from tools.profiling.stages import watched  # which no peer's process waits for
 
     store = Store.open(data)
+    if store.raw:
+        raise UsageError(f"--peers compares how JPEGs are decoded, and {store.root} holds raw pixels. Take another.")
     check_batch(store, batch)
     absent = missing(store)
     for name, why in absent.items():

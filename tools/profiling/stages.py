@@ -200,6 +200,9 @@ def _limits_of_storage(loader: Loader, stored: StoredPictures, got_on: Callable[
         rows = stored.rows(seen[:128])
         _room, failed = fetch(decoder, rows)
         _check(stored, seen[:128], rows, failed)
+        rows = rows[rows["raw"] == 0]
+        if not len(rows):
+            return found
         for name, denominator in (("decode_whole", 1), ("decode_half", 2)):
             found[name], _ = _rate(lambda part, d=denominator: decoder.decode_whole(part, d), rows)
             got_on()
