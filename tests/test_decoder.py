@@ -208,9 +208,8 @@ def test_a_fetched_batch_is_files_that_pillow_opens():
     where = random_boxes(mixed, 3)
     (out,), failed = views(mixed, [where], [24])  # the rows point into the fetched files now
     assert failed.size == 0
-    assert (
-        psnr(out[:1], by_pillow([encoded(images[0], "PNG")], Geometry(where.boxes[:1], where.flip[:1]), 24)).min() > 50
-    )
+    first = Geometry(where.boxes[:1], where.flip[:1])
+    assert psnr(out[:1], by_pillow([encoded(images[0], "PNG")], first, 24)).min() > 50
 
 
 def test_a_closed_file_is_a_failure_and_no_crash(tmp_path: Path):

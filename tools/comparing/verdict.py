@@ -502,6 +502,11 @@ def warnings(study: Study) -> list[str]:
     return found + unlike(study)
 
 
+def _named(names: list[str]) -> str:
+    """The first few by name."""
+    return listed([*names[:NAMED], *([f"{len(names) - NAMED} more"] if len(names) > NAMED else [])])
+
+
 def missing(study: Study) -> list[str]:
     """What is not there, and how to get it."""
     found = []
@@ -510,12 +515,12 @@ def missing(study: Study) -> list[str]:
             steps = f" at step {trial.step:,}" + (f" of {trial.steps:,}" if trial.steps else "")
             reason = f" ({trial.reason})" if trial.reason else ""
             found.append(f"{trial.name} is not finished: {trial.state}{steps}{reason}.")
-        elif trial.folder is None:
-            found.append(f"{trial.name}: its run folder is gone, so there is no loss curve and no picture.")
+    gone = [trial.name for trial in study.trials if trial.done and trial.folder is None]
+    if gone:
+        found.append(f"Loss curves and pictures of {_named(gone)}: the run folder is gone.")
     if study.missing:
-        names = [cell.words for cell in study.missing[:NAMED]]
-        names += [f"{len(study.missing) - NAMED} more"] if len(study.missing) > NAMED else []
-        found.append(f"Not started yet: {listed(names)}. The same `daae compare` goes on.")
+        names = _named([cell.words for cell in study.missing])
+        found.append(f"Not started yet: {names}. The same `daae compare` goes on.")
     finished = [trial for trial in study.trials if trial.done]
     if finished and all(trial.final is None for trial in finished):
         found.append(
