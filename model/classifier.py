@@ -32,4 +32,6 @@ class Classifier(nn.Module):
         """(B, C) logits. branches: (B, depth, 2), what attention and MLP of each block are multiplied by, for each
         image; see sampling.branch_scales. None while nothing is dropped."""
         (code,) = self.encoder.encode(self.encoder.embed(view), branches=branches)
-        return self.head(self.fc_norm(patch_mean(code)))
+        # Near 10 the steps of bfloat16 are a sixteenth: the first two classes would often tie.
+        with torch.autocast(code.device.type, enabled=False):
+            return self.head(self.fc_norm(patch_mean(code.to(torch.promote_types(code.dtype, torch.float32)))))

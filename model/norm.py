@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, in the type of its tokens; on a CPU with a backward pass of ours for bfloat16."""
+    """torch's: on a CPU in the type of its tokens, with a backward pass of ours for bfloat16. Where CUDA's autocast is
+    on it norms in float32, which a compiled step makes part of its neighbours."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

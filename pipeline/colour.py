@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampling import Colours
+from pipeline.transfer import to_device
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision weigh red, green and blue
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the four changes as Colours.order numbers them
@@ -32,7 +33,7 @@ def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
     mean: (B, 3), the mean colour of each image, which contrast pivots on.
     """
     device, rows = mean.device, torch.arange(len(mean), device=mean.device)
-    factors, order = _send(drawn.factors.astype(np.float32), device), _send(drawn.order, device)
+    factors, order = to_device(drawn.factors.astype(np.float32), device), to_device(drawn.order, device)
     luma = _constants(device)[0]
     eye = torch.eye(3, device=device).expand(len(mean), 3, 3)
     to_gray = luma.expand(3, 3)  # each row: the luma weights
@@ -49,7 +50,7 @@ def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
         now = (matrix @ mean[:, :, None])[:, :, 0] + offset
         pivot = torch.where(which == CONTRAST, (1 - factors[:, CONTRAST]) * (now @ luma), 0.0)
         matrix, offset = change @ matrix, (change @ offset[:, :, None])[:, :, 0] + pivot[:, None]
-    gray = _send(drawn.gray, device)[:, None]
+    gray = to_device(drawn.gray, device)[:, None]
     matrix = torch.where(gray[:, :, None], to_gray @ matrix, matrix)
     offset = torch.where(gray, (offset @ luma)[:, None], offset)
     return matrix, offset
@@ -63,7 +64,7 @@ def mean_colour(images: Tensor) -> Tensor:
 
 def _hue_turn(drawn: Colours, device: torch.device) -> Tensor:
     """(B, 3, 3): turn the chroma plane by `hue` of a full circle, luma untouched."""
-    angle = _send(drawn.hue.astype(np.float32), device) * (2 * math.pi)
+    angle = to_device(drawn.hue.astype(np.float32), device) * (2 * math.pi)
     turn = torch.zeros(len(angle), 3, 3, device=device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
@@ -80,11 +81,6 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return luma, there, back
 
 
-def _send(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """To the device, without a wait where the driver allows it: the numbers are few."""
-    return torch.from_numpy(numbers).to(device, non_blocking=True)
-
-
 def recolour(pixels: Tensor, drawn: Colours) -> Tensor:
     """(B, S, S, 3) float in [0, 1] -> the same shape, recoloured and clamped to [0, 1], blurred and solarised."""
     batch, high, wide, _ = pixels.shape
@@ -92,10 +88,10 @@ def recolour(pixels: Tensor, drawn: Colours) -> Tensor:
     matrix, offset = colour_maps(flat.mean(dim=1), drawn)
     made = torch.baddbmm(offset[:, None, :], flat, matrix.transpose(1, 2)).clamp_(0, 1).view_as(pixels)
     if drawn.blur is not None and len(rows := np.flatnonzero(drawn.blur)):
-        at = _send(rows, made.device)
+        at = to_device(rows, made.device)
         made[at] = blur(made[at], drawn.blur[rows])
     if drawn.solarise is not None and len(rows := np.flatnonzero(drawn.solarise)):
-        at = _send(rows, made.device)
+        at = to_device(rows, made.device)
         made[at] = solarise(made[at])
     return made
 
@@ -109,7 +105,7 @@ def blur(pixels: Tensor, sigma: np.ndarray) -> Tensor:
     """
     count, side = pixels.shape[:2]
     reach = max(1, round(side / 20))
-    width = _send(sigma.astype(np.float32), pixels.device)[:, None]
+    width = to_device(sigma.astype(np.float32), pixels.device)[:, None]
     places = _reached(side, reach, pixels.device)
     taps = torch.softmax(-((torch.arange(-reach, reach + 1, device=pixels.device) / width) ** 2) / 2, dim=1)
     kernel = (taps @ places.flatten(1)).view(count, side, side)

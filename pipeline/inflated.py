@@ -49,6 +49,10 @@ class Inflated(Store):
     def per_epoch(self) -> int:
         return mixture_length(self.real.count, self.artificial.count, self.real_repeat)
 
+    @property
+    def drawn(self) -> str:
+        return " an epoch, with generated ones"
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         return mixture_order(seed, epoch, self.real.count, self.artificial.count, self.real_repeat)
 

@@ -90,7 +90,7 @@ if triton is not None:
 
     @triton.jit
     def _to_patches(
-        images, maps, out, side: tl.constexpr, patch: tl.constexpr, cells: tl.constexpr, clamp: tl.constexpr,
+        images, maps, out, side: tl.constexpr, patch: tl.constexpr, cells: tl.constexpr, coloured: tl.constexpr,
         mean_r: tl.constexpr, mean_g: tl.constexpr, mean_b: tl.constexpr,
         std_r: tl.constexpr, std_g: tl.constexpr, std_b: tl.constexpr,
     ):  # fmt: skip
@@ -105,7 +105,7 @@ if triton is not None:
         red = tl.load(pixel, mask=inside, other=0).to(tl.float32) / 255.0
         green = tl.load(pixel + 1, mask=inside, other=0).to(tl.float32) / 255.0
         blue = tl.load(pixel + 2, mask=inside, other=0).to(tl.float32) / 255.0
-        if clamp:
+        if coloured:
             m = maps + picture * 12
             r = tl.load(m) * red + tl.load(m + 1) * green + tl.load(m + 2) * blue + tl.load(m + 3)
             g = tl.load(m + 4) * red + tl.load(m + 5) * green + tl.load(m + 6) * blue + tl.load(m + 7)
@@ -151,7 +151,7 @@ def to_patches(
     affine = out if maps is None else torch.cat([maps[0], maps[1][:, :, None]], dim=2).contiguous()
     _to_patches[batch, grid * grid](
         images.contiguous(), affine, out, side=side, patch=patch, cells=triton.next_power_of_2(patch * patch),
-        clamp=maps is not None, mean_r=mean[0], mean_g=mean[1], mean_b=mean[2],
+        coloured=maps is not None, mean_r=mean[0], mean_g=mean[1], mean_b=mean[2],
         std_r=std[0], std_g=std[1], std_b=std[2],
     )  # fmt: skip
     return out

@@ -50,7 +50,7 @@ class Source(Protocol):
         """For each array of B sample ids the (B, S, S, 3) uint8 crops of every view, on the device.
 
         They are the caller's to keep. where(ids) gives the boxes and flips of each view.
-        Raises DataError naming the sample that cannot be decoded.
+        Raises DataError naming the sample that cannot be decoded, ResourceError where the machine cannot.
         """
         ...
 
@@ -88,6 +88,8 @@ class Loader:
         self.device, self.shuffle, self.stall_seconds = device, shuffle, stall_seconds
         self.rank, self.ranks, self.ahead = rank, ranks, ahead
         self._left: threading.Thread | None = None  # of an epoch that was closed in the middle of a batch
+        # One for all epochs: memory that is freed on a stream is used again on that one alone.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Training drops the last partial batch; evaluation must see every image and takes it.
         self.chosen = None if only is None else np.asarray(only, np.int64)
         self.ordered = np.arange(store.count) if self.chosen is None else self.chosen
@@ -108,7 +110,7 @@ class Loader:
             sampling.batch_ids(order, step, self.batch, self.rank, self.ranks) for step in range(start, self.batches)
         ]
         self._wait_for_the_last()
-        ahead = _Ahead(self._make(epoch, plan), self.source.doing, self.device, self.ahead, self.stall_seconds)
+        ahead = _Ahead(self._make(epoch, plan), self.source.doing, self.stream, self.ahead, self.stall_seconds)
         try:
             yield from ahead
         finally:
@@ -149,10 +151,14 @@ class _Ahead:
     """Runs an iterator in a thread, `ahead` items in advance. On CUDA it works on a stream of its own."""
 
     def __init__(
-        self, items: Iterator[Batch], doing: Callable[[], str], device: torch.device, ahead: int, stall_seconds: float
+        self,
+        items: Iterator[Batch],
+        doing: Callable[[], str],
+        stream: torch.cuda.Stream | None,
+        ahead: int,
+        stall_seconds: float,
     ):
-        self.items, self.doing, self.device, self.stall_seconds = items, doing, device, stall_seconds
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.items, self.doing, self.stream, self.stall_seconds = items, doing, stream, stall_seconds
         self.ready: queue.Queue = queue.Queue(ahead)
         self.stop = threading.Event()
         self.stalled = False
@@ -195,7 +201,7 @@ class _Ahead:
                 raise in_words(what) from what
             batch, done = what
             if done is not None:
-                current = torch.cuda.current_stream(self.device)
+                current = torch.cuda.current_stream(batch.label.device)
                 current.wait_event(done)
                 for tensor in (*batch.images.values(), batch.label):
                     tensor.record_stream(current)  # made on the loader's stream, used on this one
@@ -236,8 +242,7 @@ def check_batch(store: Store, batch: int, only: np.ndarray | None = None) -> Non
     """Raises DataError: no epoch, of these samples or of all, holds a whole batch."""
     count = store.per_epoch if only is None else len(only)
     if count < batch:
-        of_them = "" if count == store.count else " an epoch, with generated ones"
-        of_them = of_them if only is None else " to train on"
+        of_them = store.drawn if only is None else " to train on"
         raise DataError(
             f"{store.root} has {count:,} images{of_them}, fewer than one batch of {batch:,}. "
             f"Use --batch {max(1, count // 2)} or fewer, or more images."
@@ -278,7 +283,7 @@ def open_loader(
     store.hold_tables()
     device = torch.device(device)
     if backend == "auto":
-        backend = choose_backend(store, device)
+        backend = choose_backend(device)
     of_files = {"ahead": ahead}
     options = {
         "ffcv": of_files, "shards": of_files, "dali": {"hw_decoder_load": hw_decoder_load},
@@ -311,11 +316,9 @@ def _source_class(store: Store, backend: Backend) -> Callable[..., Source]:
         ) from None
 
 
-def choose_backend(store: Store, device: torch.device) -> Literal["ffcv", "shards", "dali"]:
-    """On a GPU DALI, which decodes there; elsewhere the region decoder, on shards where there are any: they need
-    no library to be found."""
-    if not store.shards:
-        return "ffcv"
+def choose_backend(device: torch.device) -> Literal["shards", "dali"]:
+    """On a GPU DALI, which decodes there; elsewhere the region decoder, on what the index points into: that needs no
+    library to be found."""
     if device.type == "cuda":
         with contextlib.suppress(ImportError):
             importlib.import_module(MODULES["dali"][0])

@@ -117,7 +117,7 @@ def mixture_order(seed: int, epoch: int, real: int, generated: int, real_repeat:
 
 
 def mixture_length(real: int, generated: int, real_repeat: int) -> int:
-    """Images of an epoch of mixture_order; every real_repeat-th of the generated ones is rounded up in some epochs."""
+    """Images that every epoch of mixture_order has. Some have one more, where real_repeat does not divide generated."""
     return real + generated // real_repeat
 
 

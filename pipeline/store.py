@@ -36,7 +36,9 @@ FORMAT = 2  # 2: a checksum for each sample
 MANIFEST = "manifest.json"
 BETON = "images.beton"
 # What a manifest holds that is read later, where nobody expects it to be damaged.
-KINDS = {"count": int, "max_height": int, "max_width": int, "columns": dict, "shards": list, "files": dict}
+KINDS = {
+    "count": int, "max_height": int, "max_width": int, "columns": dict, "shards": list, "files": dict, "encode": dict,
+}  # fmt: skip
 
 # offset counts from the start of the shard to the first byte of the JPEG, or of the pixels behind the head of their
 # PPM; size and sum, decoder.checksum, are of the bytes from there on.
@@ -89,6 +91,11 @@ class Store:
         """Images of an epoch."""
         return self.count
 
+    @property
+    def drawn(self) -> str:
+        """What to say behind the number of images of an epoch, where they are not the store's."""
+        return ""
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Sample ids of an epoch, (at least per_epoch,) int64, none twice."""
         return epoch_order(seed, epoch, self.count)
@@ -111,7 +118,12 @@ class Store:
     @property
     def raw(self) -> bool:
         """Whether pictures are stored as RGB pixels, row by row, and not as JPEGs."""
-        return self.manifest.get("encode", {}).get("pixels") == "raw"
+        return self.manifest["encode"].get("pixels") == "raw"
+
+    @property
+    def suffix(self) -> str:
+        """Of a picture's name in a shard."""
+        return "ppm" if self.raw else "jpg"
 
     @property
     def columns(self) -> dict[str, list[str]]:
@@ -128,6 +140,7 @@ class Store:
 
     @property
     def shards(self) -> list[Path]:
+        """What `index` counts by: tar shards, or images.beton alone where there are none."""
         return [self.root / name for name in self.manifest["shards"]]
 
     @property

@@ -18,6 +18,7 @@ from pipeline.augment import strengthen
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.errors import UsageError
 from pipeline.sampling import GOLDEN, MASK64, View, branch_scales, colours, mask_key, noise_key, noise_levels
+from pipeline.transfer import to_device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ViT here uses
 
@@ -177,7 +178,7 @@ def make_views(
     Raises UsageError where a batch cannot be cut into the groups that a view wants.
     """
     made, ids = {}, batch.id.numpy()
-    there = batch.id.to(next(iter(batch.images.values())).device, non_blocking=True)
+    there = to_device(ids, next(iter(batch.images.values())).device)
     for name, view in views.items():
         images = batch.images[name]
         drawn = colours(view, name, seed, batch.epoch, ids) if view.coloured else None
@@ -200,13 +201,12 @@ def make_views(
             count = kept_count(grid * grid, view.mask_ratio) if view.group == 1 else grid * grid // view.group
             keep, hidden = draw_mask(there, grid * grid, count, mask_key(name, seed, batch.epoch), view.group)
         if view.noise is not None:
-            levels = torch.from_numpy(noise_levels(view.noise, name, seed, batch.epoch, ids)).float()
-            sigma = levels.to(patches.device, non_blocking=True)
+            sigma = to_device(noise_levels(view.noise, name, seed, batch.epoch, ids), patches.device).float()
             drawn_noise = draw_noise(there, patches[0].numel(), noise_key(name, seed, batch.epoch))
             noise = sigma[:, None, None] * drawn_noise.view_as(patches)
         if view.drop_path is not None:
             scales = branch_scales(*view.drop_path, f"drop path {name}", seed, batch.epoch, ids)
-            branches = torch.from_numpy(scales).to(patches.device, non_blocking=True)
+            branches = to_device(scales, patches.device)
         made[name] = Patches(patches, grid, keep, hidden, noise, sigma, branches)
     return made
 

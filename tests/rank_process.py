@@ -34,6 +34,7 @@ from model.objectives.selfcon import SelfCon
 from model.objectives.simclr import SimCLR
 from model.objectives.supcon import SupCon
 from model.objectives.swav import SwAV
+from pipeline.errors import DataError
 from pipeline.sampling import epoch_order
 from pipeline.views import Batch, Patches, make_views
 from tests.conftest import COUNT, SMALL
@@ -273,6 +274,8 @@ def strike(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "raise":
         raise ZeroDivisionError("seven")
+    elif fault == "damage":
+        raise DataError("sample seven is damaged.")
     elif fault == "term":
         os.kill(os.getpid(), signal.SIGTERM)
     elif fault == "slow":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,8 +30,8 @@ from tests.rank_process import BASES, METHODS
 from tests.test_objectives import views_of
 from tests.test_pretrain import flags
 from train.config import Optim
-from train.data import open_data
-from train.journal import read_rows
+from train.data import open_data, open_store
+from train.json_files import read_rows
 from train.optim import make_optimizer, parameter_groups
 from train.presets import PRESETS, open_preset
 from train.pretrain import main
@@ -320,27 +322,50 @@ def test_a_queue_of_more_than_a_quarter_of_the_images_is_warned_of(method):
 
 
 @pytest.mark.parametrize("name", ["supcon", "selfcon"])
-def test_a_supervised_method_needs_a_label_of_every_image(store_path, unlabelled_path, tmp_path, monkeypatch, name):
+def test_a_supervised_method_needs_labels(store_path, unlabelled_path, tmp_path, monkeypatch, name):
     command = flags(f"{name}-tiny", unlabelled_path, tmp_path / "run", "--steps", "2")
     with pytest.raises(UsageError, match=rf"--objective {name} learns from labels, and .* has none"):
         main(command)
     command = flags(f"{name}-tiny", store_path, tmp_path / "run", "--steps", "2")
     with pytest.raises(DataError, match="no label column 'kind'"):
         main([*command, "--method.label", "kind"])
-    label = Store.label
+    monkeypatch.setattr(Store, "label", lambda self, column: (np.full(self.count, -1), ["a"]))
+    with pytest.raises(UsageError, match=r"no image of .* has one in column class\. Choose another with"):
+        main(command)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_supervised_method_learns_from_the_images_that_have_a_label(store_path, tmp_path, monkeypatch):
+    label, whole = Store.label, Store.open(store_path)
+    left_out = {3, 17, 40, 41, 95}
 
     def partly(self: Store, column: str):
         known, names = label(self, column)
         known = known.copy()
-        known[:5] = -1
+        known[list(left_out)] = -1
         return known, names
 
     monkeypatch.setattr(Store, "label", partly)
-    with pytest.raises(
-        UsageError, match=r"5 of 96 in .* have none in column class\. Choose another with --method\.label"
-    ):
-        main(command)
-    assert list(tmp_path.iterdir()) == []
+    run = replace(open_preset("supcon-tiny"), data=store_path, device="cpu", loader="shards", model=SMALL)
+    run = replace(run, optim=Optim(batch=13))
+    store = open_store(run)
+    assert (store.per_epoch, store.count, store.fingerprint) == (91, 96, whole.fingerprint)
+    for epoch in (0, 1):
+        assert set(store.order(0, epoch).tolist()) == set(range(96)) - left_out
+    with contextlib.closing(open_data(run, store)) as loader:
+        batches = list(loader.epoch(2))
+    seen = torch.cat([batch.id for batch in batches])
+    assert len(seen) == len(set(seen.tolist())) == 91  # seven whole batches
+    assert int(torch.cat([batch.label for batch in batches]).min()) >= 0
+    with pytest.raises(DataError, match="has 91 images with a label in column class, fewer than one batch of 92"):
+        open_data(replace(run, optim=Optim(batch=92)), store)
+    assert main(flags("supcon-tiny", store_path, tmp_path / "run", "--steps", "2")) == 0
+    assert ", the 91 of 96 with a label in column class, on " in (tmp_path / "run/train.log").read_text()
+
+
+def test_generated_images_have_no_labels_to_learn_from(store_path, tmp_path):
+    with pytest.raises(UsageError, match=r"learns from labels, and generated images \(--inflate\) have none"):
+        main([*flags("supcon-tiny", store_path, tmp_path / "run", "--steps", "2"), "--inflate.data", str(store_path)])
 
 
 def test_labels_reach_a_supervised_method_and_no_other(store_path):

@@ -25,7 +25,7 @@ from tests.conftest import SMALL
 from tests.test_objectives import LABEL, batch, views_of
 from tests.test_pretrain import flags
 from train.config import Optim
-from train.journal import read_rows
+from train.json_files import read_rows
 from train.optim import make_optimizer
 from train.presets import TINY, VIT_B, open_preset
 from train.pretrain import main

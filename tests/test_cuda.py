@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import CANDIDATES, WAYS, attend_by_products
+from model.attention import WAYS, attend_by_products
 from model.network import Network
 from model.objectives import OBJECTIVES
 from pipeline import kernels
@@ -120,7 +120,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(preset: str):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("way", CANDIDATES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", [(4, 12, 50, 64), (4, 16, 197, 32)])
 def test_every_way_to_attend_on_the_gpu_is_the_same(way: str, shape: tuple[int, ...]):
     """In bfloat16 beside products in float64 of the same numbers, forward and backward."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_pretrain import flags, read_json, start, weights
-from train.journal import read_rows
+from train.json_files import read_rows
 from train.pretrain import main
 
 KILLS = 20

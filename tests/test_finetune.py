@@ -28,7 +28,7 @@ from train.config import Optim
 from train.evaluation import tuner
 from train.evaluation.tuner import numpy_seeded
 from train.finetune import Recipe, main
-from train.journal import read_rows
+from train.json_files import read_rows
 from train.optim import make_optimizer, parameter_groups, set_rate
 from train.pretrain import main as pretrain
 
@@ -143,6 +143,17 @@ def test_the_head_reads_the_mean_of_the_patches_behind_a_norm_of_its_own():
     again = Classifier(small_encoder(), 5, seed=3)
     assert torch.equal(again.head.weight, Classifier(small_encoder(), 5, seed=3).head.weight)
     assert not torch.equal(again.head.weight, Classifier(small_encoder(), 5, seed=4).head.weight)
+
+
+def test_logits_are_float32_in_a_run_of_bfloat16():
+    classifier = Classifier(small_encoder(), 5, seed=0)
+    torch.nn.init.normal_(classifier.head.weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = classifier(seen())
+        (code,) = classifier.encoder.encode(classifier.encoder.embed(seen()))
+    assert logits.dtype == torch.float32
+    exact = classifier.head(classifier.fc_norm(patch_mean(code.float())))
+    torch.testing.assert_close(logits, exact, rtol=1e-6, atol=1e-6)
 
 
 def test_branches_are_scaled_for_each_image():

@@ -21,7 +21,7 @@ from pipeline.views import make_views
 from tests.test_pretrain import flags
 from tools import methods
 from train.config import Run
-from train.journal import read_rows
+from train.json_files import read_rows
 from train.pretrain import main as pretrain
 from train.step import noise
 

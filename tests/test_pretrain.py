@@ -23,7 +23,8 @@ from tests.images import make_folder
 from tools import convert
 from train import checkpoint, evaluate, loop
 from train.command import run
-from train.journal import duration, read_rows
+from train.journal import duration
+from train.json_files import read_rows
 from train.ledger import ASIDE
 from train.loop import evaluation_steps
 from train.pretrain import main
@@ -319,6 +320,20 @@ def test_flipped_bits_fall_back_to_the_checkpoint_before(store_path, tmp_path, c
     said = capsys.readouterr().err
     assert "step_000000004 is damaged (model.safetensors" in said
     assert "at step 2 of 6" in said
+
+
+def test_a_damaged_last_checkpoint_is_made_again(store_path, tmp_path):
+    out = tmp_path / "run"
+    command = flags("mae-tiny", store_path, out, "--steps", "4", "--watch.checkpoint-minutes", "0")
+    main(command)
+    whole = {name: value.clone() for name, value in weights(out, 4).items()}  # else they are the file, mapped
+    last = out / "checkpoints" / "step_000000004" / "model.safetensors"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 4
+    last.write_bytes(data)
+    main(command)
+    assert checkpoint.verify(last.parent).step == 4
+    assert all(torch.equal(whole[name], value) for name, value in weights(out, 4).items())
 
 
 def test_full_disk_keeps_the_old_checkpoint(store_path, tmp_path, monkeypatch):

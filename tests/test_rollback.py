@@ -12,9 +12,8 @@ from pipeline.errors import NumericsError, UsageError
 from pipeline.views import Batch
 from tests.rank_process import poison, spoilt
 from tests.test_pretrain import flags, moments, read_json, timeless, weights
-from tools import export
-from train import checkpoint
-from train.journal import read_rows
+from train import checkpoint, folder
+from train.json_files import read_rows
 from train.pretrain import main
 from train.schedule import learning_rate
 from train.step import Stepper
@@ -53,7 +52,7 @@ def test_a_run_goes_back_passes_the_bad_data_and_resumes_to_the_bit(store_path, 
     # Rows of steps that were not taken tell no loss rather than one of 0.
     assert [row["step"] for row in rows if "loss" not in row] == [3, 4]
     # The rate is that of the step, whichever batch it gets.
-    optim = export.run_settings(out).optim
+    optim = folder.run_settings(out).optim
     assert [row["lr"] for row in rows] == [learning_rate(optim, step, 9, 0.05 * 9) for step in range(9)]
     last = checkpoint.newest(out / "checkpoints", pytest.fail)
     assert last is not None

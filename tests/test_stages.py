@@ -16,7 +16,7 @@ from tests.conftest import COUNT, SMALL
 from tests.test_pretrain import flags, weights
 from tests.test_step import batch_of, small_run
 from train.config import Optim, Run
-from train.journal import read_rows
+from train.json_files import read_rows
 from train.pace import seconds_per_step
 from train.plan import make_plan
 from train.pretrain import main

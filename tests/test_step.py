@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import weakref
 from dataclasses import replace
 
@@ -22,9 +23,10 @@ from pipeline.views import Batch
 from tests.conftest import SMALL
 from train.attention import settle_attention
 from train.config import Optim, Run, Speed
-from train.device import choose_device, choose_precision, memory_gb
+from train.device import choose_device, choose_precision, find_device, memory_gb
 from train.ledger import TRAINING, Ledger
 from train.step import Refused, Stepper, noise, views_of
+from train.stop import CutShort, Stop
 
 CPU = torch.device("cpu")
 SMALL_DAAE = DAAE(head_hidden=32, head_out=16)
@@ -216,12 +218,35 @@ def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch, rank):
             choose_device(wish)
 
 
+def test_every_process_has_a_gpu_of_its_own_also_by_the_settings_of_a_run_with_one(monkeypatch):
+    for name, value in {"LOCAL_RANK": "2", "RANK": "2", "LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [find_device(wish) for wish in ("auto", "cuda", "cuda:0")] == [torch.device("cuda", 2)] * 3
+
+
 def test_bf16_is_not_emulated_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     gpu = torch.device("cuda", 0)
     assert [choose_precision(wish, gpu) for wish in ("auto", "fp16", "fp32")] == ["fp16", "fp16", "fp32"]
     with pytest.raises(ResourceError, match=r"--precision bf16: cuda:0 has no units for it\. Use --precision fp16"):
         choose_precision("bf16", gpu)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_work_that_may_be_lost_is_not_begun_once_a_signal_has_come():
+    with Stop(quiet=True) as stop:
+        with stop.at_once():
+            begun = True
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(CutShort), stop.at_once():
+            begun = False
+    assert begun
+    with Stop(quiet=True) as stop, pytest.raises(CutShort), stop.at_once():
+        signal.raise_signal(signal.SIGUSR1)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -231,6 +256,19 @@ def test_bf16_is_not_emulated_on_a_gpu_without_it(monkeypatch):
 def _usual_attention():
     yield
     choose("")
+
+
+@pytest.mark.parametrize("way", ["flash", "cudnn"])
+def test_full_precision_never_meets_a_kernel_of_half_of_it(way):
+    """What is drawn or checked in float32 beside a run in bf16 attends over the run's own lengths."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, 17, 8) for _ in range(3))
+    usual = attention.attend(query, key, value)
+    choose(f"2x17x8={way}")
+    assert torch.equal(attention.attend(query, key, value), usual)
+    if way == "cudnn":  # a CPU has none
+        with pytest.raises(RuntimeError):
+            attention.attend(*(each.bfloat16() for each in (query, key, value)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -29,7 +29,7 @@ from tests.test_pretrain import flags, moments, weights
 from tests.test_step import CPU, batch_of, small_run, stepper_of
 from train import checkpoint
 from train.config import Optim
-from train.journal import read_rows
+from train.json_files import read_rows
 from train.optim import make_optimizer
 from train.presets import TINY, VIT_B, open_preset
 from train.pretrain import main

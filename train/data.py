@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.errors import UsageError
 from pipeline.inflated import Inflated
+from pipeline.labelled import Labelled
 from pipeline.loader import Loader, check_batch, open_loader
 from pipeline.store import Store
 from pipeline.views import check_views, group_size
@@ -13,10 +14,18 @@ from train.stages import parts_of
 
 
 def open_store(run: Run) -> Store:
-    """The images that a run trains on. Raises DataError, UsageError."""
+    """The images that a run trains on; of a method that learns from labels, those with one.
+
+    Raises DataError, UsageError.
+    """
     assert run.data is not None
     real, wish = Store.open(run.data), run.inflate
-    return real if wish.data is None else Inflated.join(real, wish.data, wish.real_repeat)
+    column = label_column(run, real)
+    if column is None:
+        return real if wish.data is None else Inflated.join(real, wish.data, wish.real_repeat)
+    if wish.data is not None:
+        raise UsageError(f"--objective {run.objective} learns from labels, and generated images (--inflate) have none.")
+    return Labelled.of(real, column)
 
 
 def check_data(run: Run, store: Store, ranks: int = 1) -> None:
@@ -45,18 +54,17 @@ def check_data(run: Run, store: Store, ranks: int = 1) -> None:
 def label_column(run: Run, store: Store) -> str | None:
     """The column that a supervised method learns from: its own choice or the store's leading one; None for others.
 
-    Raises UsageError where an image has no label in it, DataError where there is no such column.
+    Raises UsageError where no image has a label in it, DataError where there is no such column.
     """
     if not run.method.supervised:
         return None
     column = getattr(run.method, "label", None) or next(iter(store.columns), None)
     if column is None:
         raise UsageError(f"--objective {run.objective} learns from labels, and {store.root} has none.")
-    missing = int((store.label(column)[0] < 0).sum())
-    if missing:
+    if (store.label(column)[0] < 0).all():
         raise UsageError(
-            f"--objective {run.objective} learns from a label of every image, and {missing:,} of {store.count:,} in "
-            f"{store.root} have none in column {column}. Choose another with --method.label, or convert those that do."
+            f"--objective {run.objective} learns from labels, and no image of {store.root} has one in column {column}. "
+            "Choose another with --method.label."
         )
     return column
 

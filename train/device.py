@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def resolve(run: Run, store: Store | None) -> Run:
     """The run with every "auto" settled; without a store, the loader's stays."""
     device = choose_device(run.device)
-    loader = choose_backend(store, device) if run.loader == "auto" and store is not None else run.loader
+    loader = choose_backend(device) if run.loader == "auto" and store is not None else run.loader
     return dataclasses.replace(
         run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
     )
@@ -44,7 +44,8 @@ def find_device(wish: str) -> torch.device:
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = wanted()
-    if wish == "cuda" and ranks.local_count > 1:
+    # Also where a run's own config.yaml, fed back, names the GPU of one process.
+    if wish.partition(":")[0] == "cuda" and ranks.local_count > 1:
         if 0 < (count := torch.cuda.device_count()) < ranks.local_count:
             raise ResourceError(
                 f"{ranks.local_count} processes want a GPU each, and this machine has {count}. Use --gpus {count}, or "

@@ -195,7 +195,7 @@ def encoder_features(
                     yield getattr(each, feature)
 
         key = {"weights": digest, "feature": feature, "precision": settings.precision, "centre": centre}
-        key |= {"side": side, "decoder": choose_backend(store, device), **samples_key(store, ids)}
+        key |= {"side": side, "decoder": choose_backend(device), **samples_key(store, ids)}
         return at_hand(kept(cache, key, (len(ids), encoder.width), batches), device)
 
     return featurise
@@ -210,7 +210,7 @@ def pixel_features(device: torch.device, cache: Path | None = None) -> Featurise
         how = {"side": PIXEL_SIDE, "device": device, "only": ids}
         if cache is None:
             return at_hand(pixels(store, **how).half(), device)
-        key = {"feature": "pixels", "side": PIXEL_SIDE, "decoder": choose_backend(store, device)}
+        key = {"feature": "pixels", "side": PIXEL_SIDE, "decoder": choose_backend(device)}
         shape = (len(ids), 3 * PIXEL_SIDE**2)
         return at_hand(kept(cache, key | samples_key(store, ids), shape, lambda: small_pixels(store, **how)), device)
 

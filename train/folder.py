@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 
 import yaml
@@ -83,9 +81,3 @@ def resume_point(out: Path, path: str | None, fingerprint: str, images: int, war
             f"fingerprint {state['data']} -> {fingerprint}). Use the old one, or another --out."
         )
     return found
-
-
-def read_json(path: Path) -> dict:
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {}

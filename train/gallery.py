@@ -18,6 +18,7 @@ from pipeline.store import Store
 from pipeline.stored import StoredPictures
 from pipeline.views import Batch, Patches, denormalise, group_size, make_views, take, unpatchify
 from train.config import Run
+from train.device import autocast
 
 SHOWN = 8
 GAP, HIDDEN_GRAY = 4, 0.5
@@ -123,8 +124,9 @@ def repainted(network: Network, view: Patches, run: Run) -> Tensor:
     assert view.keep is not None
     assert view.hidden is not None
     network.eval()
-    code = run.method.code(network, view)
-    predicted = network.parts["decoder"](code, view, view.hidden)[0].float()
+    with autocast(view.pixels.device, run.precision):  # attention was chosen for this type
+        code = run.method.code(network, view)
+        predicted = network.parts["decoder"](code, view, view.hidden)[0].float()
     if getattr(run.method, "norm_pix", False):
         truth = take(view.pixels, view.hidden)
         predicted = predicted * (truth.var(-1, keepdim=True) + 1e-6).sqrt() + truth.mean(-1, keepdim=True)

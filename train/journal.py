@@ -20,6 +20,7 @@ from pipeline.limits import affinity
 from pipeline.staging import write_whole
 from train.allocator import SETTINGS
 from train.command import exit_code
+from train.json_files import read_rows
 
 LINE_SECONDS = 30.0  # between plain lines where there is no terminal
 
@@ -125,16 +126,6 @@ class Journal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file; a last line torn by a crash is no row."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
 
 
 def duration(seconds: float) -> str:

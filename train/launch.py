@@ -1,4 +1,4 @@
-"""`daae pretrain --gpus N`: torchrun's agent starts the same command N times; the run's own exit code comes back."""
+"""`--gpus N`: torchrun's agent starts the same command N times; the run's own exit code comes back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from pathlib import Path
 from pipeline.errors import Preempted, StalledError
 from pipeline.interpreter import python
 from pipeline.limits import usable_cores
+from train.json_files import read_object
 from train.stop import Stop
 
 
-def launch(processes: int, words: Sequence[str], out: Path) -> int:
-    """Run `python -m train.pretrain` with these words in so many processes of this machine.
+def launch(module: str, processes: int, words: Sequence[str], out: Path) -> int:
+    """Run `python -m MODULE` with these words in so many processes of this machine.
 
-    Returns the exit code of the run. Signals reach the processes through the agent, which waits for them to save.
+    out: the run's folder, whose status tells why it failed. Returns its exit code. Signals reach the processes through
+    the agent, which waits for them to save.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,7 +37,7 @@ def launch(processes: int, words: Sequence[str], out: Path) -> int:
     )  # fmt: skip
     started = time.time()
     try:
-        program, *flags = python("-m", "train.pretrain", *words)
+        program, *flags = python("-m", module, *words)
         elastic_launch(config, program)(*flags)
     except ChildFailedError as failed:
         first = failed.get_first_failure()[1].exitcode
@@ -47,7 +49,6 @@ def launch(processes: int, words: Sequence[str], out: Path) -> int:
 
 def _told(out: Path, started: float) -> int:
     """What the run says of itself; 0 where it says nothing."""
-    from train.folder import read_json
 
-    status = read_json(out / "status.json")
+    status = read_object(out / "status.json")
     return int(status.get("code") or 0) if status.get("heartbeat", 0.0) >= started else 0

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from model.objectives import Outcome
 from pipeline import native
 from pipeline.errors import NumericsError, Preempted, UsageError
 from pipeline.inflated import Inflated
+from pipeline.labelled import Labelled
 from pipeline.limits import usable_cores
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
@@ -36,7 +37,8 @@ from train.config import Budget, Run, as_values, flat
 from train.data import check_data, open_data, open_store
 from train.device import device_name, memory_gb, resolve
 from train.evaluation.scores import Scores
-from train.journal import Journal, code_revision, duration, earlier_environments, environment, read_rows
+from train.journal import Journal, code_revision, duration, earlier_environments, environment
+from train.json_files import read_rows
 from train.ledger import PARTS, TRAINING, Ledger
 from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, digest, together, wanted
@@ -134,6 +136,8 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         else:
             where = name if ranks.count == 1 else f"{ranks.count} x {name}"
             share = f", {store.real_share:.0%} of them real" if isinstance(store, Inflated) else ""
+            if isinstance(store, Labelled):
+                share = f", the {store.per_epoch:,} of {store.count:,}{store.drawn}"
             journal.say(
                 f"{run.preset}: {trainer.steps:,} steps of {run.optim.batch} images from {run.data}{share}, on {where}."
             )
@@ -191,7 +195,8 @@ class Trainer:
         self.batch: Batch | None = None  # of the last step, until the next is taken
         self.refused = 0  # steps, up to the last row
         self.alarm: str | None = None  # what the method said of the last row
-        self.saved, self.saved_at, self.logged = False, time.monotonic(), (0, 0, 0.0)  # step, images, seconds
+        self.saved_step: int | None = None  # the newest checkpoint that is sound
+        self.saved_at, self.logged = time.monotonic(), (0, 0, 0.0)  # step, images, seconds
         self.scores = Scores.prepare(run, device, journal, baselines) if run.watch.evaluations and ranks.first else None
 
     def resume(self, point: checkpoint.Checkpoint) -> None:
@@ -200,7 +205,7 @@ class Trainer:
         self.stepper.refused = Refused(self.device, point.state.get("refused", 0))
         self.clock.load(point.state["clock"])
         self.ledger.load(point.state.get("ledger", {}))
-        self.saved, self.logged = True, (self.step, self.clock.images, self.clock.train_seconds)
+        self.logged = (self.step, self.clock.images, self.clock.train_seconds)
 
     def load(self, point: checkpoint.Checkpoint) -> None:
         if self.stepper.sharded:
@@ -212,7 +217,7 @@ class Trainer:
             self.stepper.load_average(point.average())
             checkpoint.load_optimizer(self.network, self.optimizer, point.moments())
         self.stepper.scaler.load_state_dict(point.state.get("scaler", {}))
-        self.step = self.stepper.taken = point.step
+        self.step = self.stepper.taken = self.saved_step = point.step
 
     def train(self, limit: int | None, *, until_score: bool) -> None:
         run, clock, ranks, ledger = self.run, self.clock, self.ranks, self.ledger
@@ -310,7 +315,8 @@ class Trainer:
             "data_wait": round(wait, 4), "spent": spent,
         })  # fmt: skip
         used, total = memory_gb(self.device)
-        saved = f"ckpt {duration(time.monotonic() - self.saved_at)} ago" if self.saved else "no ckpt yet"
+        there = self.saved_step is not None
+        saved = f"ckpt {duration(time.monotonic() - self.saved_at)} ago" if there else "no ckpt yet"
         left = (self.steps - self.step) * clock.train_seconds / max(1, self.step)
         self.journal.progress(self.step, self.steps, (
             f"ep {epochs:.1f}/{self.stages[-1].epochs(self.steps):.1f}  step {self.step:,}  "
@@ -468,12 +474,13 @@ class Trainer:
                 path = sharded.save(where, tensors, state, keep, self.ranks, whole=self.step == self.steps)
             else:
                 path = checkpoint.save(where, tensors, state, keep)
-        self.saved, self.saved_at = True, time.monotonic()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
     def save_once(self) -> None:
-        """A step that is saved is never saved again: for a moment there would be none of it."""
-        if self.for_all(not checkpoint.place(folder.checkpoints(self.journal.out), self.step).exists()):
+        """A step that is saved is not saved again: for a moment there would be none of it. What lies in its place and
+        was not resumed from is damaged, and is replaced."""
+        if self.for_all(self.saved_step != self.step):
             self.save()
 
     def alone(self, occasion: str, work: Callable[[], None]) -> None:
@@ -490,7 +497,7 @@ class Trainer:
             self.preempted()
         self.ranks.tell(occasion, "done")
 
-    def preempted(self) -> None:
+    def preempted(self) -> NoReturn:
         self.save_once()
         raise Preempted(
             f"stopped by {self.stop.name or ELSEWHERE} at step {self.step:,} of {self.steps:,}; checkpoint saved. "

@@ -1,7 +1,8 @@
 """How many seconds a step takes, measured before a run is planned in seconds.
 
 Several recipes are measured in turns of a few steps: a slow minute of the machine then slows all of them, and what they
-are given for the same seconds stays fair. `daae compare` has its arms measured so, by `python -m train.pace FILE`.
+are given for the same seconds stays fair. `daae compare` has its arms measured so, by `python -m train.pace FILE N`, in
+as many processes as its runs have.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -103,12 +105,22 @@ def steps_for(wish: Budget, pace: float) -> Budget:
 
 
 def main(argv: list[str]) -> int:
-    """Measure what a file asks for, {"settings": {name: settings of a run}}, and write "seconds_per_step" into it."""
+    """Measure what a file asks for, {"settings": {name: settings of a run}}, and write "seconds_per_step" into it.
+
+    argv: the file, and the number of processes that train together.
+    """
+    path, processes = Path(argv[0]), int(argv[1])
+    if processes > 1 and "RANK" not in os.environ:
+        from train.launch import launch
+
+        return launch("train.pace", processes, argv, path.parent)
+    import torch
+
     from train.config import Run, with_values
     from train.data import open_store
     from train.device import resolve
+    from train.ranks import together
 
-    path = Path(argv[0])
     question = json.loads(path.read_text(encoding="utf-8"))
     recipes, wanted = [], 0.0
     for name, values in question["settings"].items():
@@ -117,9 +129,12 @@ def main(argv: list[str]) -> int:
             raise DataError(f"{path}: {name} names no data or no seconds.")
         store, wanted = open_store(wish), max(wanted, wish.budget.seconds)
         recipes.append((resolve(wish, store), store))
-    paces = seconds_per_step(recipes, wanted)
-    answer = {**question, "seconds_per_step": dict(zip(question["settings"], paces, strict=True))}
-    write_whole(path, json.dumps(answer, indent=1))
+    first = recipes[0][0]
+    with together(torch.device(first.device), first.speed.stall_seconds) as ranks:
+        paces = seconds_per_step(recipes, wanted, ranks)
+    if ranks.first:
+        answer = {**question, "seconds_per_step": dict(zip(question["settings"], paces, strict=True))}
+        write_whole(path, json.dumps(answer, indent=1))
     return 0
 
 

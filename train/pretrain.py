@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         if controls.gpus > 1:
             from train.launch import launch
 
-            return launch(controls.gpus, argv, wish.out)
+            return launch("train.pretrain", controls.gpus, argv, wish.out)
     from train.loop import pretrain
 
     result = pretrain(wish, controls)

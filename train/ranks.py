@@ -34,7 +34,11 @@ GONE = "gone"  # the beat of a process that has left on purpose
 
 
 class Followed(StalledError):
-    """Another rank has said why it ends, and this one ends with it."""
+    """Another rank has said why it ends, and this one ends with it, and with its code."""
+
+    def __init__(self, sentence: str, code: int):
+        super().__init__(sentence)
+        self.code = code
 
 
 class Ranks:
@@ -141,13 +145,13 @@ class Ranks:
 
     # --- beats ---
 
-    def farewell(self, reason: str) -> None:
-        """The last beat: why this process ends, or nothing where it ends in peace."""
+    def farewell(self, reason: str, code: int) -> None:
+        """The last beat: why this process ends, and its exit code; an empty reason where it ends in peace."""
         self._leaving.set()
         # A thread that is in the store's C++ when Python ends would take the process down with it.
         self._thread.join(timeout=SILENT_SECONDS)
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"beat/{self.rank}", f"{GONE} {reason}")
+            self._store.set(f"beat/{self.rank}", f"{GONE} {code} {reason}" if reason else GONE)
 
     def look_around(self) -> None:
         """Raises StalledError naming a rank that has left with an error, or has not beaten for SILENT_SECONDS."""
@@ -156,11 +160,12 @@ class Ranks:
             if rank == self.rank:
                 continue
             beat = self._store.get(f"beat/{rank}").decode()
-            if beat.startswith(GONE) and len(beat) > len(GONE) + 1:
-                raise Followed(f"rank {rank} stopped: {beat[len(GONE) + 1 :]}")
+            if beat.startswith(f"{GONE} "):
+                _, code, reason = beat.split(" ", 2)
+                raise Followed(f"rank {rank} stopped: {reason}", int(code))
             if silent[rank][0] != beat:
                 silent[rank] = (beat, time.monotonic())
-            elif not beat.startswith(GONE) and time.monotonic() - silent[rank][1] > SILENT_SECONDS:
+            elif beat != GONE and time.monotonic() - silent[rank][1] > SILENT_SECONDS:
                 host = beat.partition(" ")[2]
                 raise StalledError(
                     f"rank {rank} on {host} has given no sign of life for {SILENT_SECONDS:.0f} s: it was killed or "
@@ -185,7 +190,7 @@ class Ranks:
                 self.on_loss(error)
                 if self.first or not isinstance(error, Followed):
                     print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(StalledError.code)
+                os._exit(error.code)
 
     def _start(self, side: Any, store: Any) -> None:
         self.side, self._store = side, store
@@ -231,18 +236,26 @@ def together(device: torch.device, stall_seconds: float) -> Iterator[Ranks]:
             f"rank {ranks.rank} of {ranks.count} cannot join the others: {' '.join(str(error).split())[:300]}. "
             "Start every process with torchrun, or `daae pretrain --gpus N`."
         ) from None
-    reason = ""
+    reason, code, peace = "", 0, False
     try:
         yield ranks
-    except (Preempted, Followed):  # all of them stop at the same step, each in its time; or one has said it
+        peace = True
+    except Preempted:  # all of them stop at the same step, each in its time
+        peace = True
+        raise
+    except Followed:  # one has said it
         raise
     except BaseException as error:
-        reason = f"{error}" if isinstance(error, DaaeError) else f"{type(error).__name__}: {error}"
+        ours = isinstance(error, DaaeError)
+        reason, code = (f"{error}", error.code) if ours else (f"{type(error).__name__}: {error}", StalledError.code)
         raise
     finally:
-        ranks.farewell(reason)
+        ranks.farewell(reason, code)
         with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+            if peace or backend == "gloo":
+                dist.destroy_process_group()
+            else:  # NCCL would wait for what the others have not sent
+                dist.distributed_c10d._abort_process_group()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def digest(values: Any) -> str:

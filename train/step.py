@@ -74,10 +74,13 @@ class Stepper:
         if self.run.speed.recompute:
             for block in blocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        compiled = self.run.speed.compile and not self.sharded
+        compiled = self.run.speed.compile and self.ranks.count == 1
         if compiled:
             network.compile(dynamic=False)
-        elif self.run.speed.compile:  # putting weights together, between blocks, cannot be compiled
+        elif self.run.speed.compile:
+            # One graph has all gradients at its end, where none can be averaged meanwhile; and divided weights are put
+            # together between blocks. A block is small enough not to be cut up by what torch has against the former.
+            torch._dynamo.config.optimize_ddp = False  # pyright: ignore[reportAttributeAccessIssue]
             for block in blocks:
                 block.compile(dynamic=False)
         if watched and not compiled:

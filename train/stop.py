@@ -39,7 +39,10 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises CutShort where it strikes: for work that may be lost, between two steps."""
+        """Inside, a signal raises CutShort where it strikes: for work that may be lost, between two steps. One that
+        came before raises it at once."""
+        if self.asked:
+            raise CutShort
         self._at_once = True
         try:
             yield

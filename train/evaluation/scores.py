@@ -12,9 +12,9 @@ import torch
 from model.network import Network
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
-from train import folder
 from train.config import Run
 from train.journal import Journal
+from train.json_files import read_object
 
 if TYPE_CHECKING:
     from train.evaluation.exam import Exam
@@ -57,7 +57,7 @@ class Scores:
             **({"objective": self.run.objective} if self.run.method.own_start else {}),
         }  # fmt: skip
         for known in (path, self.baselines_from and self.baselines_from / BASELINES):
-            found = folder.read_json(known) if known else {}
+            found = read_object(known) if known else {}
             if found.get("key") == key:
                 self.baselines = found["scores"]
         if not self.baselines:

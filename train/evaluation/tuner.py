@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from pipeline.loader import Backend, Loader, choose_backend, open_loader
 from pipeline.sampling import View, branch_scales, key
 from pipeline.staging import claimed, write_whole
 from pipeline.store import Store
+from pipeline.transfer import to_device
 from pipeline.views import Batch, Patches, check_views, normalise, patchify
 from train import checkpoint, folder
 from train.clock import Clock
@@ -67,7 +69,7 @@ def finetune(flags: Finetune) -> dict:
     device = choose_device(flags.device)
     precision = choose_precision(flags.precision, device)
     classifier, start = starting_point(flags, run, recipe, len(exam.bank.columns[exam.leading]))
-    backend = choose_backend(exam.bank, device) if flags.loader == "auto" else flags.loader
+    backend = choose_backend(device) if flags.loader == "auto" else flags.loader
     settings = {
         **plain(recipe), "start": weights_digest(classifier.encoder), "label": exam.leading, "fold": flags.fold,
         "device": str(device), "precision": precision, "loader": backend,
@@ -152,14 +154,17 @@ class Tuner:
         self.warmup = warmup_steps(self.optim, self.steps, loader.batches)
         self.clock, self.step = Clock(), 0
         self.sums = torch.zeros(2, device=self.device)  # of losses and gradient norms since the last row
-        self.logged, self.refused_before, self.saved_at = (0, 0.0), 0, time.monotonic()
+        self.logged, self.refused_before = (0, 0.0), 0
+        self.saved_step: int | None = None  # the newest checkpoint that is sound
+        self.saved_at = time.monotonic()
 
     def load(self, point: checkpoint.Checkpoint) -> None:
         self.classifier.load_state_dict(point.weights())
         checkpoint.load_optimizer(self.classifier, self.optimizer, point.moments())
         self.scaler.load_state_dict(point.state["scaler"])
         self.clock.load(point.state["clock"])
-        self.step, self.logged = point.step, (point.step, self.clock.train_seconds)
+        self.step = self.saved_step = point.step
+        self.logged = (point.step, self.clock.train_seconds)
 
     def train(self, limit: int | None) -> None:
         last = self.steps if limit is None else min(self.steps, self.step + limit)
@@ -232,7 +237,7 @@ class Tuner:
             return None
         depth = self.classifier.encoder.depth
         scales = branch_scales(recipe.drop_path, depth, "drop path", recipe.seed, batch.epoch, batch.id.numpy())
-        return torch.from_numpy(scales).to(self.device, non_blocking=True)
+        return to_device(scales, self.device)
 
     def log(self, lr: float) -> None:
         """A row of metrics.jsonl. Raises NumericsError where too many steps in a row were refused."""
@@ -263,19 +268,19 @@ class Tuner:
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
 
     def save_once(self) -> None:
-        """A step that is saved is never saved again: for a moment there would be none of it."""
+        """A step that is saved is not saved again: for a moment there would be none of it."""
         where = folder.checkpoints(self.journal.out)
-        if (where / f"step_{self.step:09d}").exists():
+        if self.saved_step == self.step:
             return
         state = {
             "step": self.step, "steps": self.steps, "clock": self.clock.state(), "scaler": self.scaler.state_dict(),
             "data": self.exam.bank.fingerprint, "images_in_store": self.exam.bank.count,
         }  # fmt: skip
         path = checkpoint.save(where, checkpoint.tensors_of(self.classifier, self.optimizer), state, keep=2)
-        self.saved_at = time.monotonic()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         self.journal.status(last_checkpoint=path.name)
 
-    def preempted(self, where: str) -> None:
+    def preempted(self, where: str) -> NoReturn:
         self.save_once()
         raise Preempted(f"stopped by {self.stop.name} {where}; checkpoint saved. Run the same command again to go on.")
 
@@ -288,14 +293,11 @@ class Tuner:
                 "state": "paused", "step": self.step, "steps": self.steps,
                 "sentence": f"{self.journal.out} paused at step {self.step:,} of {self.steps:,}.",
             }  # fmt: skip
-        if self.stop.asked:
-            self.preempted("before scoring")
         try:
             with self.stop.at_once():
                 scores = {name: self.score(name, store) for name, store in self.exam.tests.items()}
         except CutShort:
             self.preempted("while scoring")
-            raise
         result = self.result(scores)
         write_whole(self.journal.out / RESULT, json.dumps(result, indent=1))
         self.journal.status(state="done", code=0, reason="", step=self.step)
