@@ -23,6 +23,8 @@ from pipeline import native
 from pipeline.errors import ResourceError
 from pipeline.sampling import GOLDEN, Geometry
 
+# A store holds what `--max-pixels` let pass, and its index says how large that is.
+Image.MAX_IMAGE_PIXELS = None
 MOST_VIEWS = 16
 MOST_WAITING = 64  # pictures that are done and not yet taken
 
@@ -239,7 +241,8 @@ def by_pillow(sample: np.void, data: bytes) -> tuple[int, Image.Image | None]:
 
 
 def fetch(decoder: Decoder, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Read and check a batch into memory: (B) files in it, JPEG or PPM, and the places of the pictures that failed.
+    """Read a batch from its open files and check it: (B) arrays that are JPEG or PPM files, and the places of the
+    pictures that failed.
 
     The rows point into that memory afterwards, which must outlive their use.
     """

@@ -2,7 +2,7 @@
 
 FFCV's writer re-encodes whatever it is given, prints a bar, waits for ever if its worker dies (one bad sample or a full
 disk is enough), and importing it sets torch to one thread. So it runs as a process of its own, `python -m
-pipeline.ffcv_writer FOLDER`, with an `encode` that stores our bytes as they are, and is watched from both sides.
+pipeline.ffcv_writer FOLDER MODE`, with an `encode` that stores our bytes as they are, and is watched from both sides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ def write_beton(
 ) -> Path:
     """Write `images.beton` from the shards, `index.npy` and `labels.npy` in `folder`, in a watched child process.
 
-    raw: they hold pixels. stall_seconds: give up when the file has not grown for so long. progress: called with the
-    bytes written so far.
+    raw: they hold pixels. stall_seconds: give up when the file has not grown for so long. progress: called
+    several times a second with the bytes written so far.
     Raises ResourceError: FFCV cannot be imported, the disk is full, the writer died; StalledError: it stopped moving.
     """
     index = np.load(folder / "index.npy", mmap_mode="r")
@@ -85,9 +85,9 @@ def write_beton(
             size, moved = -1, time.monotonic()
             while child.poll() is None:
                 now = target.stat().st_size if target.exists() else -1
+                progress(max(0, min(now, expected)))
                 if now != size:
                     size, moved = now, time.monotonic()
-                    progress(max(0, min(size, expected)))
                 # Before there is a file, FFCV is being imported.
                 elif time.monotonic() - moved > (stall_seconds if size >= 0 else max(stall_seconds, IMPORT_SECONDS)):
                     raise StalledError(f"FFCV's writer has not moved for {stall_seconds:.0f} s. {_disk(folder)}")
@@ -101,10 +101,11 @@ def write_beton(
     return target
 
 
-def move_index(beton: Path, rows: Sequence[tuple]) -> list[tuple]:
-    """INDEX rows that point at the shards -> the same pictures inside the FFCV file, as shard 0."""
-    pointers = picture_offsets(beton, len(rows))
-    return [(0, row[1], int(at), *row[3:]) for row, at in zip(rows, pointers, strict=True)]
+def move_index(beton: Path, index: np.ndarray) -> np.ndarray:
+    """(count,) INDEX that points at the shards -> the same pictures inside the FFCV file, as shard 0."""
+    moved = index.copy()
+    moved["shard"], moved["offset"] = 0, picture_offsets(beton, len(index))
+    return moved
 
 
 def _failure(said: str, code: int, folder: Path) -> ResourceError:
@@ -118,7 +119,8 @@ def _failure(said: str, code: int, folder: Path) -> ResourceError:
 
 def _disk(folder: Path) -> str:
     facts = os.statvfs(folder)
-    return f"Its disk has {size_in_words(facts.f_bavail * facts.f_frsize)} free; --backends dali needs no FFCV file."
+    free = size_in_words(facts.f_bavail * facts.f_frsize)
+    return f"Its disk has {free} free; a store of `daae convert --backends dali` has no FFCV file."
 
 
 def _kill(child: subprocess.Popen) -> None:

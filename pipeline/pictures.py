@@ -26,7 +26,7 @@ EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .avif"
     b" .heic .heif".split()
 )
-MOST_RAW = 1 << 29  # bytes of a picture: FFCV's pages, twice as large, end at 2 GiB
+MOST_RAW = 1 << 29  # bytes of a picture. FFCV's pages are twice as large, and one of 2 GiB is more than a write takes
 ORIENTATION = 0x0112
 TURNS = {  # EXIF orientation -> what makes such a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,6 +75,7 @@ class Stored:
     raw: bool = False
 
     def image(self) -> Image.Image:
+        """RGB, upright, decoded by Pillow."""
         if self.raw:
             return Image.frombytes("RGB", (self.width, self.height), self.data)
         with Image.open(io.BytesIO(self.data), formats=["JPEG"]) as image:
@@ -131,8 +132,7 @@ def check_picture(data: bytes, encoding: Encoding) -> Stored:
     Raises Rejected with the reason. Truncated files are refused. Not seen are flipped bits that still decode, and a cut
     JPEG that something has closed with an end marker: decoders show grey there without a word.
     """
-    # The limit is ours, checked below, before anything is decoded.
-    Image.MAX_IMAGE_PIXELS = None
+    # Pillow's own limit is off (decoder.py). Ours is checked below, before anything is decoded.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

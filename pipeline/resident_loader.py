@@ -25,6 +25,8 @@ MOST = 0.6  # of the memory that is free
 
 
 class ResidentSource:
+    """Raises DataError (a sample is damaged), ResourceError (no room), StalledError when it is made."""
+
     def __init__(
         self,
         store: Store,

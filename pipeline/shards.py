@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.decoder import checksum, ppm_head
+from pipeline.decoder import checksum_in_c, ppm_head
 from pipeline.staging import write_durably
 from pipeline.store import FORMAT, INDEX, MANIFEST
 
@@ -78,7 +78,8 @@ class ShardWriter:
         offset = self._member(f"{key}.{kind}", head + data)
         cls_offset = self._member(f"{key}.cls", cls)
         self._lines.append(f"{kind} {offset} {size} {key}.{kind} cls {cls_offset} {len(cls)} {key}.cls")
-        self._rows += ROW.pack(len(self.shards) - 1, len(data), offset + len(head), height, width, checksum(data))
+        total = checksum_in_c(np.frombuffer(data, np.uint8))
+        self._rows += ROW.pack(len(self.shards) - 1, len(data), offset + len(head), height, width, total)
         self.count += 1
         return self.count - 1
 

@@ -580,9 +580,8 @@ def test_the_ffcv_file_holds_the_very_bytes_of_the_shards(stores):
     store = stores["both"]
     assert store.beton is not None
     data = store.beton.read_bytes()
-    rows = ffcv_writer.move_index(store.beton, store.index.tolist())
-    for i, (_, size, at, *_) in enumerate(rows):
-        assert data[at : at + size] == stored(store, i)
+    for i, row in enumerate(ffcv_writer.move_index(store.beton, store.index)):
+        assert data[row["offset"] : row["offset"] + row["size"]] == stored(store, i)
 
 
 @needs_ffcv

@@ -192,14 +192,20 @@ def test_raw_pixels_of_another_size_are_no_picture():
         assert rows["status"].tolist() == [decoder.OTHER_PICTURE, decoder.DONE]
 
 
-def test_a_fetched_batch_is_files_that_pillow_opens():
+def test_a_fetched_batch_is_files_that_pillow_opens(tmp_path):
     """What DALI is fed with: raw pixels become portable pixmaps."""
     images = [picture(seed, 50 + seed, 40) for seed in range(4)]
     rows, _alive = raw_rows(images)
     source = jpeg(60, 70, 9)
     compressed, _alive_too = in_memory([source])
     mixed = np.concatenate([rows[:2], compressed, rows[2:]])
+    parts = [images[0].tobytes(), images[1].tobytes(), source, images[2].tobytes(), images[3].tobytes()]
+    (tmp_path / "shard").write_bytes(b"x" * 7 + b"".join(parts))
+    mixed["offset"] = 7 + np.cumsum([0, *map(len, parts[:-1])])
+    handle = os.open(tmp_path / "shard", os.O_RDONLY)
+    mixed["file"], mixed["data"] = handle, 0
     files, failed = decoder.fetch(decoder.RegionDecoder(2), mixed)
+    os.close(handle)
     assert failed.size == 0
     assert files[2].tobytes() == source
     for file, image in zip([files[0], files[1], files[3], files[4]], images, strict=True):

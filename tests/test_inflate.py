@@ -535,7 +535,7 @@ def test_an_arm_may_be_inflated_and_all_take_equal_steps(store_path, real_path, 
     """T-I4."""
     settings = {"inflate.data": str(generated_path), "inflate.real_repeat": 2}
     arms = {"none": "mae-tiny", "inflated": {"preset": "mae-tiny", "settings": settings}}
-    values = {"arms": arms, "data": str(real_path), "steps": 40}
+    values = {"arms": arms, "data": str(real_path), "steps": 40, "settings": {"optim.batch": 16}}
     plan = plan_of(values, tmp_path)
     assert compare.differs(plan, "inflated") == settings
     assert [plan.wish(arm).inflate.data for arm in arms] == [None, generated_path]
@@ -550,7 +550,8 @@ def test_an_arm_may_be_inflated_and_all_take_equal_steps(store_path, real_path, 
 
 def test_a_comparison_knows_which_images_were_generated(real_path, generated_path, tmp_path):
     arms = {"inflated": {"preset": "mae-tiny", "settings": {"inflate.data": str(generated_path)}}}
-    plan = plan_of({"arms": arms, "data": str(real_path), "steps": 40}, tmp_path)
+    values = {"arms": arms, "data": str(real_path), "steps": 40, "settings": {"optim.batch": 16}}
+    plan = plan_of(values, tmp_path)
     settings = flat(as_values(plan.wish("inflated")))
     record = {
         "arm": "inflated", "seed": 0, "settings": settings, "declared": ["inflate.data"],
@@ -567,7 +568,8 @@ def test_the_arms_of_the_ready_experiment_are_adainfs_and_its_augmentation_alone
     """T-I4, on the file that is there to be run."""
     text = (EXPERIMENTS / "adainf.yaml").read_text()
     values = yaml.safe_load(text.replace("demo/stores/emoji-generated", str(generated_path)))
-    plan = plan_of({**values, "data": str(real_path), "tests": [], "label": None}, tmp_path)
+    small = {**values.get("settings", {}), "optim.batch": 16}
+    plan = plan_of({**values, "data": str(real_path), "tests": [], "label": None, "settings": small}, tmp_path)
     assert list(plan.arms) == ["none", "inflated", "weaker", "both"]
     wishes = [plan.wish(arm) for arm in plan.arms]
     assert {wish.budget for wish in wishes} == {Budget(steps=values["steps"])}

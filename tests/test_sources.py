@@ -24,7 +24,7 @@ import pytest
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.pictures import Encoding, Rejected, Stored
 from pipeline.shards import printable
-from pipeline.sources.archives import ArchiveReader, ArchiveSource, plain_label
+from pipeline.sources.archives import ArchiveReader, ArchiveSource, looks_like_webdataset, plain_label
 from pipeline.sources.entries import Entries, Listing
 from pipeline.sources.imagenet import DEVKIT
 from pipeline.sources.source import Choice, Source, open_source, try_entry
@@ -156,6 +156,39 @@ def write_tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], mode: Ta
         for info, data in members:
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+@pytest.mark.parametrize("when", ["inf", "nan", "1.7e12", "-5"])
+def test_a_time_that_is_none_is_no_reason_to_refuse_an_archive(tmp_path, when):
+    jpeg = encoded(picture(1, 32, 32))
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, at in (("a/1.jpg", when), ("a/2.jpg", "1e9")):
+            info, content = member(name, jpeg, pax_headers={"mtime": at})
+            archive.addfile(info, io.BytesIO(content))
+    listing = opened(tmp_path / "a.tar").listing(tmp_path / "spool")
+    assert {entry.path for entry in listing.files} == {b"a/1.jpg", b"a/2.jpg"}
+    assert listing.unreadable == []
+
+
+def test_a_size_that_no_file_can_have_is_a_damaged_archive(tmp_path):
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 1 << 64
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+    with pytest.raises(DataError, match="it has a file of 18,446,744,073,709,551,616 bytes"):
+        opened(tmp_path / "a.tar").listing(tmp_path / "spool")
+
+
+def test_a_protocol_that_fails_on_reading_is_a_sentence(monkeypatch):
+    class Refused(io.BytesIO):
+        def read(self, size=-1):
+            raise RuntimeError("403, message='Forbidden'")  # as aiohttp's errors are
+
+    volume = Volume("https://example.org/a.tar", 10, "")
+    monkeypatch.setattr(Volume, "_open", lambda self: Refused())
+    with pytest.raises(DataError, match=r"https://example\.org/a\.tar cannot be read: 403, message='Forbidden'\."):
+        volume.head()
+    with pytest.raises(DataError, match="403"):
+        looks_like_webdataset(volume)
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

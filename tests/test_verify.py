@@ -189,6 +189,47 @@ def test_an_error_of_the_machine_is_no_verdict_on_a_picture(store, monkeypatch, 
         checker.problem(1)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_disk_that_fails_once_is_read_again_and_twice_is_no_verdict_on_a_file(store, capsys, monkeypatch, times):
+    problem, failures = verification._problem, []
+
+    def fails(path: Path, facts: dict, tell) -> str | None:
+        if path.name == "names.txt" and len(failures) < times:
+            failures.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return problem(path, facts, tell)
+
+    monkeypatch.setattr(verification, "_problem", fails)
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    assert daae_verify(store, "--fix") == (0 if times == 1 else 5)
+    assert len(failures) == times
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    if times == 2:
+        assert "names.txt cannot be read: Input/output error. Look at the disk" in capsys.readouterr().err
+
+
+@needs_ffcv
+@pytest.mark.parametrize("backends", ["both", "ffcv"])
+def test_without_ffcv_a_store_is_mended_as_far_as_its_shards_reach(tmp_path, capsys, monkeypatch, backends):
+    make_folder(tmp_path / "in", 4, 40)
+    words = [str(tmp_path / "in"), str(tmp_path / "s"), "--backends", backends, "--quiet"]
+    assert run(convert.main, words) == 0
+    store = Store.open(tmp_path / "s")
+    flip(store.shards[0], int(store.index["offset"][1]) + 100)
+    before = {path.name: path.read_bytes() for path in store.root.iterdir()}
+    monkeypatch.setattr(verification, "ffcv_missing", lambda: "cv2 is not installed")
+    if backends == "ffcv":
+        assert daae_verify(store.root, "--fix") == 5
+        assert "is an FFCV file alone, and FFCV is not there: cv2 is not installed." in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in store.root.iterdir()} == before
+        return
+    assert run(verify.main, [str(store.root), "--workers", "1", "--fix"]) == 0
+    assert "FFCV is not there (cv2 is not installed); the store is left without" in capsys.readouterr().err
+    fixed = Store.open(store.root)
+    assert (fixed.count, fixed.beton, fixed.manifest["encode"]["backends"]) == (3, None, ["dali"])
+    assert daae_verify(store.root) == 0
+
+
 def test_a_store_whose_path_says_format_is_looked_at_as_any_other(converted, tmp_path, capsys):
     store = tmp_path / "format 1"
     shutil.copytree(converted, store)
@@ -300,16 +341,16 @@ def test_a_raw_store_is_checked_and_mended_like_any_other(tmp_path, capsys):
     words = [str(tmp_path / "in"), str(tmp_path / "s"), "--backends", "dali", "--pixels", "raw", "--quiet"]
     assert run(convert.main, words) == 0
     before = Store.open(tmp_path / "s")
-    pictures, row = jpegs(before), before.index[2]
+    pictures, row, names = jpegs(before), before.index[2], lines(tmp_path / "s", "names.txt")
     assert daae_verify(tmp_path / "s") == 0
     flip(before.shards[0], int(row["offset"]) + 100)
     assert daae_verify(tmp_path / "s") == 3
-    assert "sample 2 (00002.jpg): its bytes are not those that were converted" in capsys.readouterr().out
+    assert f"sample 2 ({names[2]}): its bytes are not those that were converted" in capsys.readouterr().out
     assert daae_verify(tmp_path / "s", "--fix") == 0
     fixed = Store.open(tmp_path / "s")
     assert fixed.raw
     assert jpegs(fixed) == pictures[:2] + pictures[3:]
-    assert b"000000002.ppm" in fixed.shards[0].read_bytes()
+    assert b"000000004.ppm" in fixed.shards[0].read_bytes()
     assert daae_verify(tmp_path / "s") == 0
 
 

@@ -417,9 +417,10 @@ static int make_views(scratch_t *s, const uint8_t *data, const sample_t *sample,
     if (!enclose(&region, sample, views, boxes)) return OTHER_PICTURE;
     int code = (sample->raw ? copy_region : decode_region)(s, data, sample, &region);
     s->stage = CUTTING;
+    size_t stride = region.columns * PIXEL;
     for (int v = 0; code == DONE && v < views; v++)
         if (sides[v]) /* 0: decoded only, for the profiler */
-            code = make_view(s, s->pixels, region.columns * PIXEL, region.top, region.left, boxes + v, sides[v], outs[v]);
+            code = make_view(s, s->pixels, stride, region.top, region.left, boxes + v, sides[v], outs[v]);
     return code;
 }
 

@@ -284,6 +284,12 @@ def looks_like_webdataset(volume: Volume) -> bool:
                     labelled.add((folder, stem))
                 if count >= 40:
                     break
-    except DAMAGED as error:
+    except DaaeError:
+        raise
+    except Exception as error:
         check_machine(volume.path, error)
+        if volume.remote:
+            raise DataError(f"{volume.path} {words(error)}.") from None
+        if not isinstance(error, DAMAGED):
+            raise
     return bool(pictures & labelled)

@@ -83,9 +83,14 @@ def each_in_tar(
             except (tarfile.TarError, EOFError) as error:
                 listing.unreadable.append((posixpath.join(prefix, path), words(error)))
             continue
-        take(Member(path, info.size, info.offset_data, int(info.mtime * 1e9), partial(_content, archive, info)))
+        take(Member(path, info.size, info.offset_data, _stamp(info.mtime), partial(_content, archive, info)))
     if archive.open_end:
         listing.skipped["archives without an end mark (cut off?)"] += 1
+
+
+def _stamp(seconds: float) -> int:
+    """Nanoseconds; 0 for what is no time of these centuries: a header may hold anything, also nan."""
+    return int(seconds * 1e9) if 0 <= seconds < 1 << 33 else 0
 
 
 def _take_shifted(take: Callable[[Member], None], folder: bytes, outer: tarfile.TarInfo, member: Member) -> None:
@@ -132,7 +137,7 @@ class _Header(tarfile.TarInfo):
             if tarfile.offset == 0 or type(error) is HeaderError:
                 raise
             raise ReadError(f"{error} at byte {tarfile.offset:,}, and what follows is lost") from None
-        if header.size < 0:  # the next one would be one that was read already, for ever
+        if not 0 <= header.size < 1 << 63:  # below 0 the next one would be one that was read already, for ever
             raise ReadError(f"it has a file of {header.size:,} bytes")
         return header
 

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError, ResourceError
+from pipeline.errors import DaaeError, DataError, ResourceError
 from pipeline.handles import check_machine
 from pipeline.sources.archives import ArchiveReader, plain_label
 from pipeline.sources.entries import Labels, Listing, Tell, Vocabulary, no_labels, nobody
@@ -159,8 +159,8 @@ class ParquetSource(TableSource):
         try:
             with self.volumes[0].open() as file:
                 schema = parquet.read_schema(file)
-        except (arrow.ArrowException, OSError) as error:
-            raise _damaged(self.volumes[0], error) from None
+        except Exception as error:
+            raise _damaged(self.volumes[0], error, arrow.ArrowException) from None
 
         def holds_bytes(kind: Any) -> bool:
             if arrow.types.is_struct(kind):
@@ -204,8 +204,8 @@ class ParquetSource(TableSource):
                         for cell, text in zip(pictures, texts, strict=True):
                             yield _row(b"%s/%09d" % (folder, at), cell, text)
                             at += 1
-            except (arrow.ArrowException, OSError, KeyError) as error:
-                raise _damaged(volume, error) from None
+            except Exception as error:
+                raise _damaged(volume, error, arrow.ArrowException, KeyError) from None
 
 
 def splits_in(paths: list[str]) -> dict[str, str]:
@@ -246,9 +246,14 @@ def _names_in(metadata: dict | None, label: str | None) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def _damaged(volume: Volume, error: Exception) -> DataError:
-    """Raises ResourceError where the disk or the network failed, and not the file."""
+def _damaged(volume: Volume, error: Exception, *known: type[Exception]) -> Exception:
+    """What to raise for an error on reading a volume: a sentence where it is `known`, the system's or a protocol's.
+
+    Raises ResourceError where the disk or the network failed, and not the file.
+    """
     check_machine(volume.path, error)
+    if isinstance(error, DaaeError) or not (volume.remote or isinstance(error, (OSError, *known))):
+        return error
     return DataError(f"{volume.path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}.")
 
 

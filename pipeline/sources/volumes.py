@@ -13,13 +13,15 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import DaaeError, DataError, ResourceError
 from pipeline.handles import steadily
 from pipeline.sources.entries import Tell, nobody
 
 HEAD = 512
+
+T = TypeVar("T")
 
 
 def is_url(name: str) -> bool:
@@ -48,8 +50,11 @@ class Volume:
 
     def open(self) -> BinaryIO:
         """Raises DataError, ResourceError."""
+        return self._trying(self._open)
+
+    def _trying(self, read: Callable[[], T]) -> T:
         try:
-            return steadily(self.path, self._open)
+            return steadily(self.path, read)
         except DaaeError:
             raise
         except Exception as error:  # each protocol has errors of its own
@@ -62,11 +67,13 @@ class Volume:
         return open(self.path, "rb")
 
     def head(self) -> bytes:
+        """Its first bytes. Raises DataError, ResourceError."""
+
         def read() -> bytes:
-            with self.open() as file:
+            with self._open() as file:
                 return file.read(HEAD)
 
-        return steadily(self.path, read)
+        return self._trying(read)
 
 
 def file_system(url: str) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.ffcv_writer import move_index, write_beton
 from pipeline.shards import ShardWriter, describe_file, write_tables
-from pipeline.store import BETON, INDEX
+from pipeline.store import BETON
 from tools.converting.watchdog import WRITING, Watchdog
 from tools.progress import Progress
 
@@ -41,17 +41,20 @@ def assemble(
     tables = watchdog.do(WRITING, write, writes=True)
     if "ffcv" in backends:
         progress = Progress("FFCV file", total_bytes=int(index["size"].sum()), quiet=watchdog.quiet)
+
+        def heard(done: int) -> None:
+            watchdog.tell(str(folder / BETON), len(index))
+            progress.at(done_bytes=done)
+
+        def write_ffcv() -> Path:
+            return write_beton(folder, raw=writer.raw, stall_seconds=watchdog.stall_seconds, progress=heard)
+
         with progress.show():
-            beton = write_beton(
-                folder,
-                raw=writer.raw,
-                stall_seconds=watchdog.stall_seconds,
-                progress=lambda done: progress.at(done_bytes=done),
-            )
+            beton = watchdog.do(WRITING, write_ffcv, writes=True)
         files |= describe_file(beton)
         if "dali" not in backends:
             # The FFCV file is then the only shard: the index points at the pictures inside it.
-            index, shards = np.array(move_index(beton, index.tolist()), INDEX), [BETON]
+            index, shards = move_index(beton, index), [BETON]
             tables = watchdog.do(WRITING, write, writes=True)
             for name in writer.files:
                 (folder / name).unlink()

@@ -5,7 +5,9 @@ list the source, with labels -> pictures (decoding.py) -> shards, in order -> FF
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 import sys
@@ -13,12 +15,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
+from pipeline.pictures import FORMATS, Encoding
 from pipeline.shards import printable, write_file, write_manifest
 from pipeline.sources.entries import Listing, Tell
-from pipeline.sources.source import Choice, Source, open_source
+from pipeline.sources.source import Choice, Reader, Source, open_source
 from pipeline.sources.tables import Columns
 from pipeline.staging import size_in_words, staging, write_durably
 from pipeline.store import FORMAT, MANIFEST, Store
@@ -29,6 +33,7 @@ from tools.converting.flags import Convert
 from tools.converting.watchdog import WRITING, Watchdog
 
 BAD_FILES, STATS = "bad_files.jsonl", "stats.json"
+LOOKED_AT = 64  # pictures, for what raw ones will take
 SPLITS = {"train", "val", "valid", "validation", "test", "training", "testing"}
 
 
@@ -65,9 +70,11 @@ def _convert(flags: Convert, dst: Path, watchdog: Watchdog) -> dict:
             raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
         for path, why in listing.unreadable[:3]:
             note(flags, f"{printable(path)} {why}; what else is there is used.")
-        _check_disk(flags, dst, listing, backends, int(unfinished.done.rows["row"]["size"].sum()))
+        reader = source.reader(unfinished.spool)
+        mean = watchdog.do("looking at pictures", lambda: picture_bytes(flags, reader, listing, watchdog.tell))
+        _check_disk(dst, listing, backends, mean, int(unfinished.done.rows["row"]["size"].sum()))
         complaint.unlink(missing_ok=True)
-        made = Decoding(flags, listing, folder, unfinished, watchdog).run(source.reader(unfinished.spool))
+        made = Decoding(flags, listing, folder, unfinished, watchdog).run(reader)
         _check_bad(flags, listing, made, complaint)
         chosen = np.array(made.chosen, np.int64)
         whole = assemble(
@@ -84,7 +91,8 @@ def _convert(flags: Convert, dst: Path, watchdog: Watchdog) -> dict:
             watchdog.tell(str(folder), len(chosen))
             bad = write_file(folder, BAD_FILES, bad_lines(made.bad))
             # The one file that differs from run to run, so the manifest does not vouch for it.
-            write_durably(folder / STATS, (json.dumps(_stats(listing, made, seconds), indent=1) + "\n").encode())
+            stats = _stats(listing, made, seconds, len(listing.files) - unfinished.done.next)
+            write_durably(folder / STATS, (json.dumps(stats, indent=1) + "\n").encode())
             write_manifest(
                 folder,
                 files=whole.files | bad,
@@ -185,7 +193,8 @@ def _earlier(flags: Convert, dst: Path, options: dict, digest: str) -> dict | No
     ask = "Choose another DST, or --overwrite replaces it."
     try:
         manifest = Store.open(dst).manifest
-        before, listing, bad = manifest["encode"], manifest["source"]["listing"], manifest["bad"]
+        before = {"pixels": Encoding.pixels} | manifest["encode"]  # a store from before there was a choice
+        listing, bad = manifest["source"]["listing"], manifest["bad"]
     except (DataError, KeyError, TypeError) as error:
         raise UsageError(f"{dst} is a damaged store: {error} {ask}") from None
     if listing != digest:
@@ -198,28 +207,46 @@ def _earlier(flags: Convert, dst: Path, options: dict, digest: str) -> dict | No
     return _result(dst, 0.0, done="nothing to do")
 
 
-def _check_disk(flags: Convert, dst: Path, listing: Listing, backends: list[str], done_bytes: int) -> None:
-    """done_bytes: of pictures that an earlier run has written already."""
-    # A JPEG is rarely larger than its source, and hardly ever than 0.4 bytes a pixel; tar adds 2 kB. How many pixels a
-    # source has is not known yet: raw ones take at least about its size, or what --max-side lets pass.
-    largest = flags.max_side**2 * (2.25 if flags.pixels == "raw" else 0.4 * (3 if flags.quality > 95 else 1))
+def picture_bytes(flags: Convert, reader: Reader, listing: Listing, tell: Tell) -> float:
+    """About how many bytes a stored picture takes, on average."""
     sizes = listing.files.sizes
-    pictures = float(np.minimum(1.2 * sizes, largest).sum() + 1024 * len(sizes))
-    need = (pictures + 2048 * len(sizes)) + (pictures if "ffcv" in backends else 0) + (32 << 20) - done_bytes
+    if flags.pixels == "jpeg":
+        # It is rarely larger than its source, and hardly ever than 0.4 bytes a pixel.
+        largest = flags.max_side**2 * 0.4 * (3 if flags.quality > 95 else 1)
+        return float(np.minimum(1.2 * sizes, largest).mean() + 1024)
+    found = []
+    for place in np.unique(np.linspace(0, len(sizes) - 1, LOOKED_AT).astype(int)).tolist():
+        entry = listing.files[place]
+        tell(entry.path, len(found))
+        with contextlib.suppress(Exception):  # what is wrong with a picture is said when it is converted
+            data = reader.read(entry, encoding_of(flags).max_bytes)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                shrunk = min(1.0, flags.max_side / max(image.size))
+                found.append(3 * shrunk**2 * image.width * image.height)
+    return float(np.mean(found)) if found else 3.0 * flags.max_side**2
+
+
+def _check_disk(dst: Path, listing: Listing, backends: list[str], mean: float, done_bytes: int) -> None:
+    """mean: bytes of a stored picture. done_bytes: of pictures that an earlier run has written already."""
+    count = len(listing.files)
+    pictures = mean * count
+    # A shard has headers, padding and a label besides.
+    need = (pictures + 2048 * count) + (pictures if "ffcv" in backends else 0) + (32 << 20) - done_bytes
     place = dst.absolute().parent
     free = shutil.disk_usage(place).free
     if free < need:
         raise ResourceError(
             f"{place} has {size_in_words(free)} free, the store needs about {size_in_words(need)}. "
-            f"Free some, choose another disk, or lower --max-side{'' if flags.pixels == 'raw' else ' or --quality'}."
+            "Free some, choose another disk, lower --max-side, or pass --backends dali, which keeps each picture once."
         )
 
 
-def _stats(listing: Listing, made: Made, seconds: float) -> dict:
+def _stats(listing: Listing, made: Made, seconds: float, here: int) -> dict:
+    """seconds: of this run, which looked at `here` of the files; an earlier one may have done the others."""
     index = made.shards.index
     return {
         "seconds": round(seconds, 2),
-        "images_per_second": round(len(listing.files) / seconds, 1),
+        "images_per_second": round(here / seconds, 1),
         "source_bytes": int(listing.files.sizes.sum()),
         "picture_bytes": int(index["size"].sum()),
         "kept": made.kept,

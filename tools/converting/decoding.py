@@ -27,7 +27,8 @@ from tools.converting.flags import Convert
 from tools.converting.watchdog import WRITING, Watchdog
 from tools.progress import Progress
 
-TASK = 8  # files that a worker takes at once
+TASK = 8  # files that a worker takes at once; fewer where raw pictures may be large
+TASK_BYTES = 32 << 20
 # Pictures are written, in a thread of its own each time, when so many bytes of them wait or so much time has passed.
 HELD_BYTES, HELD_SECONDS = 4 << 20, 0.5
 
@@ -43,18 +44,18 @@ class Made:
 
 
 class Remaining:
-    """What is left to do, cut into tasks when a worker is free: no list of a million paths."""
+    """What is left to do, cut into tasks of `size` files when a worker is free: no list of a million paths."""
 
-    def __init__(self, listing: Listing, start: int, lost: dict[bytes, str]) -> None:
-        self.files, self.start = listing.files, start
+    def __init__(self, listing: Listing, start: int, lost: dict[bytes, str], size: int = TASK) -> None:
+        self.files, self.start, self.size = listing.files, start, size
         self.lost = {place for place in map(listing.files.find, lost) if place is not None}
 
     def __len__(self) -> int:
-        return -(-(len(self.files) - self.start) // TASK)
+        return -(-(len(self.files) - self.start) // self.size)
 
     def places(self, task: int) -> range:
-        first = self.start + task * TASK
-        return range(first, min(first + TASK, len(self.files)))
+        first = self.start + task * self.size
+        return range(first, min(first + self.size, len(self.files)))
 
     def __getitem__(self, task: int) -> list[Entry]:
         if not 0 <= task < len(self):
@@ -84,7 +85,8 @@ class Decoding:
                 flags,
                 f"going on behind {done.next:,} of {len(listing.files):,} images that an earlier run had finished.",
             )
-        self.tasks = Remaining(listing, done.next, done.lost)
+        size = min(TASK, max(1, TASK_BYTES // (3 * flags.max_side**2))) if raw else TASK
+        self.tasks = Remaining(listing, done.next, done.lost, size)
 
     def run(self, reader: Reader) -> Made:
         """Raises ResourceError, StalledError; what was vouched for until then is there to be gone on from."""

@@ -32,7 +32,7 @@ class Convert:
     max_side: int = 500
     """Shrink pictures whose longer side is larger, in pixels."""
     pixels: Literal["jpeg", "raw"] = "jpeg"
-    """raw: each pixel as it is, 3 bytes: many times the space, no loss, and nothing to decode."""
+    """raw: 3 bytes for each pixel that --max-side leaves: many times the space, no loss by JPEG, nothing to decode."""
     quality: int = 90
     """JPEG quality. Pictures of at most 128 pixels are stored with 95, and 4:4:4 chroma."""
     chroma: Literal["4:2:0", "4:4:4"] = "4:2:0"

@@ -46,7 +46,7 @@ from tools.progress import Progress
 from train.checkpoint import list_steps, share
 from train.device import autocast, choose_device
 from train.generator import Recipe, Training
-from train.journal import read_rows
+from train.json_files import read_rows
 from train.stop import Stop
 
 GENERATOR, SHEET = "generator.safetensors", "sheet.png"  # beside the store's own files: to look at, and to draw more
@@ -68,7 +68,7 @@ def inflate(flags: Inflate) -> dict:
     if _finished(flags, job):
         return _result(flags, start, done="nothing to do")
     device = choose_device(flags.device)
-    _check_disk(flags)
+    _check_disk(flags, store)
     watchdog = Watchdog(STALL_SECONDS, quiet=flags.quiet)
     adopt, keep = (lambda left: _adopt(flags, left, job)), (lambda left, error: _keep(flags, left, error, watchdog))
     with (
@@ -158,7 +158,7 @@ def _pixels(drawn: Path, number: int) -> Path:
 
 
 def _write_store(flags: Inflate, real: Store, folder: Path, origin: dict, watchdog: Watchdog) -> None:
-    """Shards, tables and manifest, encoded as the real pictures are: how must not tell the two apart."""
+    """Shards, tables and manifest, encoded as the real pictures are, so that this does not tell the two apart."""
     facts, missing = real.manifest["encode"], ffcv_missing()
     names = {field.name for field in dataclasses.fields(Encoding)} & facts.keys()
     encoding = Encoding(**{name: facts[name] for name in names})
@@ -264,10 +264,11 @@ def _preempted(stop: Stop, where: str) -> Preempted:
     return Preempted(f"stopped by {stop.name} at {where}. Run the same command again to go on.")
 
 
-def _check_disk(flags: Inflate) -> None:
+def _check_disk(flags: Inflate, real: Store) -> None:
     pixels = 3 * flags.side**2
-    # Pixels until they are written, JPEGs in shards and FFCV file, each at most 0.6 bytes a value; tar adds 2 kB.
-    need = flags.count * (2.2 * pixels + 4096) + (256 << 20)
+    # Pixels until they are written, and in shards and FFCV file what is stored of them: of JPEGs at most 0.6 bytes a
+    # value. tar adds 2 kB.
+    need = flags.count * ((1 + 2 * (1 if real.raw else 0.6)) * pixels + 4096) + (256 << 20)
     place = next(each for each in flags.out.absolute().parents if each.exists())
     free = shutil.disk_usage(place).free
     if free < need:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -31,6 +32,7 @@ SAMPLED = 200
 ROUNDS = 5  # of loading, the choices taking turns
 CROP = View(side=224)
 LOOKED_AT = 64  # pictures whose detail is compared
+HELD_BYTES = 1 << 30  # of raw pictures
 AREAS = (0.2, 1.0)  # share of the picture that a crop covers: the tightest of most recipes, and all of it
 TAR_BYTES = 2048  # headers, padding and the label of a picture in a shard
 
@@ -50,13 +52,15 @@ def plan(flags: Convert) -> dict:
         if not listing.files:
             raise DataError(f"{flags.src} has no images ({listing.looked_at()}).")
         # The order of the store is by a hash, but a sample of its own leaves nobody to guess what it holds.
-        sample = [listing.files[int(at)] for at in epoch_order(0, 0, len(listing.files))[:SAMPLED]]
+        looked_at = SAMPLED if flags.pixels == "jpeg" else min(SAMPLED, max(16, HELD_BYTES // (3 * flags.max_side**2)))
+        sample = [listing.files[int(at)] for at in epoch_order(0, 0, len(listing.files))[:looked_at]]
         if not flags.quiet:
             print(f"looking at {len(sample)} pictures …", file=sys.stderr)
         made = watchdog.do(
             "reading",
             lambda: [_Made(encoding, source.reader(spool), sample, watchdog.tell) for encoding in choices(flags)],
         )
+        whole = watchdog.do("reading", lambda: as_they_were(flags, source.reader(spool), sample, watchdog.tell))
     if not any(each.good for each in made):
         raise DataError(f"{flags.src}: none of {len(sample)} pictures looked at is readable, {made[0].reason}.")
     cores = usable_cores()
@@ -87,7 +91,7 @@ def plan(flags: Convert) -> dict:
                 "bad": len(sample) - len(one.good),
                 "load_images_per_second": None if load is None else round(cores / load),
                 "kept": None if not one.good else round(one.kept / len(one.good), 3),
-                "psnr": {f"{area:g}": psnr(one.stored, made[0].stored, area) for area in AREAS},
+                "psnr": {f"{area:g}": psnr(one.stored, whole, area) for area in AREAS},
             }
             for one, load in zip(made, loads, strict=True)
         ],
@@ -168,28 +172,45 @@ def load_seconds(made: list[list[Stored]]) -> list[float | None]:
     return [max(statistics.median(each), 1e-9) if each else None for each in times]
 
 
-def psnr(stored: list[Stored | None], whole: list[Stored | None], area: float) -> float | None:
+Crops = dict[float, np.ndarray]  # of one picture, by the share of it that they cover
+
+
+def as_they_were(flags: Convert, reader: Reader, sample: list[Entry], tell: Tell) -> list[Crops | None]:
+    """Central crops of the first pictures of the sample before anything is lost; None of one that is no picture."""
+    plain = dataclasses.replace(encoding_of(flags), max_side=MAX_SIDE, pixels="raw")
+    found: list[Crops | None] = []
+    for entry in sample[:LOOKED_AT]:
+        tell(entry.path, len(found))
+        crops = None
+        with contextlib.suppress(Rejected):
+            image = check_picture(reader.read(entry, plain.max_bytes), plain).image()
+            crops = {area: _central(image, math.sqrt(area)) for area in AREAS}
+        found.append(crops)
+    return found
+
+
+def psnr(stored: list[Stored | None], whole: list[Crops | None], area: float) -> float | None:
     """Decibels between a central 224 px crop of a picture as it is stored and the same crop of the picture as it was.
 
     stored, whole: of the same pictures, None where one is rejected. area: share of the picture that the crop covers.
     The median over what is there twice and not the same; None where nothing is.
     """
     found = []
-    for one, other in list(zip(stored, whole, strict=True))[:LOOKED_AT]:
-        if one is None or other is None or one.data == other.data:
+    for one, crops in zip(stored, whole, strict=False):
+        if one is None or crops is None:
             continue
-        mine, theirs = (_central(each.image(), math.sqrt(area)) for each in (one, other))
-        error = float(np.square(mine - theirs).mean())
+        difference = _central(one.image(), math.sqrt(area)).astype(float) - crops[area]
+        error = float(np.square(difference).mean())
         found += [10 * math.log10(255**2 / error)] if error else []
     return round(statistics.median(found), 1) if found else None
 
 
 def _central(image: Image.Image, share: float) -> np.ndarray:
-    """(224, 224, 3) float64: the central part of `share` of each side, by Pillow's antialiased bilinear filter."""
+    """(224, 224, 3) uint8: the central part of `share` of each side, by Pillow's antialiased bilinear filter."""
     wide, high = image.size
     left, top = wide * (1 - share) / 2, high * (1 - share) / 2
     box = (left, top, wide - left, high - top)
-    return np.asarray(image.resize((CROP.side, CROP.side), Image.Resampling.BILINEAR, box=box), np.float64)
+    return np.asarray(image.resize((CROP.side, CROP.side), Image.Resampling.BILINEAR, box=box))
 
 
 def table(flags: Convert, planned: dict) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.decoder import checksum, clean
-from pipeline.errors import DataError
+from pipeline.decoder import checksum_in_c, clean
+from pipeline.errors import DataError, ResourceError
+from pipeline.ffcv_writer import ffcv_missing
 from pipeline.handles import Handles, steadily
 from pipeline.limits import usable_cores
 from pipeline.ordered_map import ordered_map
@@ -102,6 +103,14 @@ def bad_files(flags: Verify, store: Store) -> list[dict]:
 
 
 def _file(path: Path, facts: dict, tell: Tell) -> str | None:
+    """What is wrong with a file. Raises ResourceError where the disk or the machine fails, and not the file."""
+    try:
+        return steadily(path, lambda: _problem(path, facts, tell))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _problem(path: Path, facts: dict, tell: Tell) -> str | None:
     tell(path.name, 0)
     if not path.is_file():
         return "is missing"
@@ -109,13 +118,10 @@ def _file(path: Path, facts: dict, tell: Tell) -> str | None:
     if size != facts["bytes"]:
         return f"has {size:,} bytes, the manifest says {facts['bytes']:,}"
     state = hashlib.sha256()
-    try:
-        with steadily(path, lambda: open(path, "rb")) as file:
-            while block := file.read(1 << 20):
-                state.update(block)
-                tell(path.name, 0)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+            tell(path.name, 0)
     return None if state.hexdigest() == facts["sha256"] else "is not what was written: its sha256 differs"
 
 
@@ -159,7 +165,7 @@ class Checker:
             return f"its shard cannot be read: {error.strerror}"
         if len(data) < int(row["size"]):
             return "its shard ends before it does"
-        if checksum(data) != int(row["sum"]):
+        if checksum_in_c(np.frombuffer(data, np.uint8)) != int(row["sum"]):
             return "its bytes are not those that were converted"
         if self.reader.store.raw:
             pixels = int(row["height"]) * int(row["width"])
@@ -232,12 +238,13 @@ def _fix(flags: Verify, store: Store, samples: list[dict], watchdog: Watchdog) -
     if not len(good):
         raise DataError(f"{store.root} has no good picture left. Convert the images again.")
     manifest, labels, index = store.manifest, np.asarray(store.labels), np.asarray(store.index)
+    encode = {**manifest["encode"], "backends": _backends(flags, store)}
     rejected = [{"path": one["name"], "reason": f"dropped: {one['reason']}", "bytes": int(index[one["sample"]]["size"])}
                 for one in samples]  # fmt: skip
     with staging(store.root, replace=True, keep=lambda left, error: _left_alone(left, watchdog)) as folder:
         writer = ShardWriter(
             folder,
-            shard_bytes=manifest["encode"]["shard_mb"] << 20,
+            shard_bytes=encode["shard_mb"] << 20,
             label_width=label_width(store.columns),
             raw=store.raw,
         )
@@ -267,7 +274,7 @@ def _fix(flags: Verify, store: Store, samples: list[dict], watchdog: Watchdog) -
             writer,
             labels[good],
             lambda: (unprintable(names[sample]) for sample in good),
-            backends=manifest["encode"]["backends"],
+            backends=encode["backends"],
             watchdog=watchdog,
         )
 
@@ -276,14 +283,30 @@ def _fix(flags: Verify, store: Store, samples: list[dict], watchdog: Watchdog) -
             listed = sorted([*_listed(store.root / BAD_FILES), *rejected], key=lambda row: row["path"])
             files = whole.files | write_file(folder, BAD_FILES, bad_lines(listed))
             _carry(store.root, folder, {MANIFEST, *manifest["files"], *files})
-            facts = ("columns", "encode", "source", "skipped", "generated")
+            facts = ("columns", "source", "skipped", "generated")
             kept = {name: manifest[name] for name in facts if name in manifest}
             write_manifest(
-                folder, files=files, index=whole.index, shards=whole.shards, bad=manifest["bad"] + len(rejected), **kept
-            )
+                folder, files=files, index=whole.index, shards=whole.shards, encode=encode,
+                bad=manifest["bad"] + len(rejected), **kept,
+            )  # fmt: skip
 
         watchdog.do(WRITING, finish, writes=True)
     return len(good)
+
+
+def _backends(flags: Verify, store: Store) -> list[str]:
+    """What the store is written for: an FFCV file beside shards is left out where FFCV is not there.
+
+    Raises ResourceError where nothing else is left.
+    """
+    backends, missing = store.manifest["encode"]["backends"], ffcv_missing()
+    if "ffcv" not in backends or missing is None:
+        return backends
+    if "dali" not in backends:
+        raise ResourceError(f"{store.root} is an FFCV file alone, and FFCV is not there: {missing}. Run `make setup`.")
+    if not flags.quiet:
+        print(f"note: FFCV is not there ({missing}); the store is left without an FFCV file.", file=sys.stderr)
+    return ["dali"]
 
 
 def _left_alone(folder: Path, watchdog: Watchdog) -> bool:
@@ -298,7 +321,7 @@ def _still_good(reader: SampleReader, sample: int, row: np.void) -> bytes:
     data = b""
     with contextlib.suppress(OSError):
         data = reader.read(sample)
-    if len(data) != int(row["size"]) or checksum(data) != int(row["sum"]):
+    if len(data) != int(row["size"]) or checksum_in_c(np.frombuffer(data, np.uint8)) != int(row["sum"]):
         raise DataError(
             f"sample {sample} of {reader.store.root} was good a moment ago and is not any more. Nothing was changed; "
             "look at the disk and the memory of this machine."
