@@ -39,4 +39,4 @@ faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 900
 
 clean:
-	rm -rf $(VENV) $(DEMO) *.egg-info
+	rm -rf "$(VENV)" "$(DEMO)" *.egg-info

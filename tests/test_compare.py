@@ -25,9 +25,10 @@ from pipeline.store import Store
 from tests.study_folders import write_run
 from tools import children, compare, report
 from tools.comparing import experiment as asked
-from tools.comparing.records import Cell, cells, read_lines, read_study, target_score
+from tools.comparing.records import Cell, cells, read_study, target_score
 from train.command import parse
 from train.device import choose_precision, device_name
+from train.json_files import read_rows
 
 ROOT = Path(__file__).parent.parent
 TINY = ("model.side=32", "model.width=32", "model.depth=1", "model.heads=2", "model.decoder_width=32")
@@ -39,11 +40,13 @@ def plan_of(*words: str) -> asked.Plan:
 
 
 def words_for(store: Path, out: Path, *more: str, presets: tuple[str, ...] = ("mae-tiny", "daae-tiny")) -> list[str]:
-    return ["--presets", *presets, "--data", str(store), "--out", str(out), *more]
+    fits = () if "--settings" in more else ("--settings", "optim.batch=16")  # the store is small
+    return ["--presets", *presets, "--data", str(store), "--out", str(out), *more, *fits]
 
 
 def experiment(path: Path, **values: Any) -> str:
-    path.write_text(yaml.safe_dump({"arms": {"a": "mae-tiny", "b": "daae-tiny"}, "steps": 4} | values, sort_keys=False))
+    default = {"arms": {"a": "mae-tiny", "b": "daae-tiny"}, "steps": 4, "settings": {"optim.batch": 16}}
+    path.write_text(yaml.safe_dump(default | values, sort_keys=False))
     return str(path)
 
 
@@ -283,7 +286,7 @@ def test_another_machine_is_refused_before_anything_is_trained_there(plan):
     record = record_of(plan, "mae-tiny")
     here = choose_precision("auto", torch.device("cpu"))
     machine = {**record, "env": {**record["env"], "device": device_name(torch.device("cpu"))}}
-    same = {**machine, "settings": {**record["settings"], "precision": here}}
+    same = {**machine, "settings": {**record["settings"], "precision": here, "loader": "shards"}}
     asked.check_here(plan, same)
     with pytest.raises(
         UsageError, match=r"runs with processor Test CPU, 2 threads; here it is .*Go on where they were"
@@ -291,6 +294,24 @@ def test_another_machine_is_refused_before_anything_is_trained_there(plan):
         asked.check_here(plan, record)
     with pytest.raises(UsageError, match=rf"runs with precision fp16; here it is {here}"):
         asked.check_here(plan, {**machine, "settings": {**record["settings"], "precision": "fp16"}})
+    with pytest.raises(UsageError, match="runs with loader dali; here it is shards"):
+        asked.check_here(plan, {**same, "settings": {**same["settings"], "loader": "dali"}})
+    with pytest.raises(UsageError, match="runs with --gpus 8; here it is 1"):
+        asked.check_here(plan, {**same, "env": {**same["env"], "ranks": 8}})
+
+
+def test_an_arm_that_cannot_run_is_refused_before_the_first_one_trains(store_path, tmp_path):
+    slow = {"preset": "mae-tiny", "settings": {"optim.layer_decay": 2}}
+    for first, arm, message in (
+        ("mae-tiny", slow, "--optim.layer-decay lies above 0"),
+        ("mocov2-tiny", "mocov2-tiny", "--method.queue 1024 holds more keys than there are images"),
+    ):
+        arms = {"a": first, "b": arm}
+        file = experiment(tmp_path / "e.yaml", arms=arms, data=str(store_path))
+        with pytest.raises(UsageError, match=message):
+            plan_of("--experiment", file, "--out", str(tmp_path / "out"))
+    with pytest.raises(DataError, match="has 96 images, fewer than one batch of 128"):
+        plan_of(*words_for(store_path, tmp_path / "out", "--steps", "4", "--settings", "optim.batch=128"))
 
 
 def test_arms_of_one_size_start_from_the_same_encoder(plan):
@@ -370,11 +391,13 @@ def test_a_run_that_does_not_end_is_killed():
 
 
 def test_a_failing_run_ends_with_its_code_and_reason(tmp_path):
-    (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "reason": "NumericsError: loss not finite"}))
-    with children.Stop() as stop, pytest.raises(children.DaaeError) as raised:
-        children.call(["train.pretrain", "--preset", "nonsense"], "a seed 0", tmp_path, stop, subprocess.DEVNULL)
-    assert raised.value.code == 2
-    assert "a seed 0 failed with exit code 2 (NumericsError: loss not finite)" in str(raised.value)
+    for code, told in ((2, r"failed with exit code 2 (UsageError: no such preset);"), (4, "failed with exit code 2;")):
+        status = {"state": "failed", "code": code, "reason": "UsageError: no such preset"}
+        (tmp_path / "status.json").write_text(json.dumps(status))  # of this end, or of one before
+        with children.Stop() as stop, pytest.raises(children.DaaeError) as raised:
+            children.call(["train.pretrain", "--preset", "nonsense"], "a seed 0", tmp_path, stop, subprocess.DEVNULL)
+        assert raised.value.code == 2
+        assert f"a seed 0 {told}" in str(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------- equal seconds
@@ -389,7 +412,7 @@ def test_seconds_become_steps_once_and_together(store_path, tmp_path):
         assert paces == {arm: known[arm]["seconds_per_step"] for arm in plan.arms}
         assert max(paces.values()) < 1
         # What was measured once stays, and an arm that joins is placed by its ratio to one that was there.
-        known["mae-tiny"]["seconds_per_step"] = 2000.0
+        known["mae-tiny"] |= {"seconds_per_step": 2000.0, "measured": [2000.0]}
         (plan.out / "pace.json").write_text(json.dumps({"mae-tiny": known["mae-tiny"]}))
         assert min(compare.measured_paces(plan, stop, quiet=True).values()) > 500
         joined = json.loads((plan.out / "pace.json").read_text())
@@ -397,13 +420,17 @@ def test_seconds_become_steps_once_and_together(store_path, tmp_path):
         assert 500 < joined["daae-tiny"]["seconds_per_step"] < 20_000
         assert not (plan.out / ".pace.json").exists()
         # Before a further seed all are measured once more; what seconds are divided by stays.
-        assert compare.measured_paces(plan, stop, times=2, quiet=True) == {
+        assert compare.measured_paces(plan, stop, times=3, quiet=True) == {
             arm: each["seconds_per_step"] for arm, each in joined.items()
         }
         again = json.loads((plan.out / "pace.json").read_text())
-        assert {arm: len(each["measured"]) for arm, each in again.items()} == {"mae-tiny": 3, "daae-tiny": 2}
-        assert again["daae-tiny"]["measured"][0] == joined["daae-tiny"]["seconds_per_step"]
-        assert again["daae-tiny"]["measured"][1] < 1
+        assert {arm: len(each["measured"]) for arm, each in again.items()} == {"mae-tiny": 3, "daae-tiny": 3}
+        for arm in plan.arms:
+            assert again[arm]["measured"][0] == joined[arm]["seconds_per_step"]
+            assert max(again[arm]["measured"][1:]) < 1
+        # So that medians are of the same moments.
+        ratios = [joined[arm]["measured"][0] / joined[arm]["measured"][1] for arm in plan.arms]
+        assert ratios[0] == pytest.approx(ratios[1])
     for pace, steps in ((4 / 7.4, "7"), (100.0, "1")):
         words = plan.pretrain_words(Cell("mae-tiny", 0), pace)
         assert words[words.index("--seconds") :][:4] == ["--seconds", "4", "--steps", steps]
@@ -425,7 +452,87 @@ def test_other_settings_are_another_pace(store_path, tmp_path):
         assert max(compare.measured_paces(other, stop, quiet=True).values()) < 1
 
 
+def test_a_fine_tuning_that_diverges_costs_the_others_nothing(plan, monkeypatch, capsys):
+    records = [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")]
+    asked_of = {"finetune": {"epochs": 1}}
+    monkeypatch.setattr(asked.Plan, "asked", lambda self, cell: asked_of)
+    called: list[str] = []
+
+    def finetune(folder, cell, device, flags, stop) -> dict:
+        called.append(cell.arm)
+        if cell.arm == "mae-tiny":
+            raise NumericsError("the gradient was not finite")
+        return {"leading": {"value": 0.5}}
+
+    monkeypatch.setattr(compare, "finetune", finetune)
+    diverged: list[Cell] = []
+    with children.Stop() as stop:
+        for _ in range(2):
+            compare.question(plan, records, stop, diverged, quiet=True)
+    assert called == ["mae-tiny", "daae-tiny"]
+    assert diverged == [Cell("mae-tiny", 0)]
+    assert "finetune mae-tiny seed 0 ends here" in capsys.readouterr().err
+    assert ["asked" in record for record in records] == [False, True]
+    error = children.failure(3, "the disk")
+    with pytest.raises(children.DaaeError, match="the disk"):
+        compare._diverged(error, "a")
+
+
+def test_a_run_that_told_of_a_step_it_lost_again_does_not_stand_still(plan, monkeypatch):
+    """Killed while it was scored: its status names a step behind its last checkpoint."""
+    cell = Cell("mae-tiny", 0)
+    record_of(plan, "mae-tiny")
+    status = plan.folder(cell) / "status.json"
+    before = {"state": "running", "step": 100, "last_checkpoint": "step_000000050"}
+    status.write_text(json.dumps(before))
+    with children.Stop() as stop:
+        after = {**before, "last_checkpoint": "step_000000100"}
+        monkeypatch.setattr(compare, "call", lambda *_: status.write_text(json.dumps(after)))
+        compare.go_on(plan, cell, None, stop, quiet=True)
+        with pytest.raises(children.DaaeError, match="stands still at step 100"):
+            compare.go_on(plan, cell, None, stop, quiet=True)
+
+
+LONG = (True, (
+    "an-arm-with-a-name", "0 1 2 3 4", "8 min", "636", "65.4", "36.0 ± 0.4", "+4.3 (+3.1 to +5.5)",
+    "not reached in 480 s (2 of 5 seeds)", "at least 2.23 (1.74 to 2.85)", "at least 1.97 (1.52 to 2.55)",
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [None, 90])
+def test_no_table_is_cut_off(plan, monkeypatch, capsys, columns):
+    """Nobody sees a pipe's edge; on a narrow terminal there are two tables."""
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+    records = [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")]
+    plan.out.mkdir(exist_ok=True)
+    (plan.out / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr(compare, "rows", lambda study: iter([LONG]))
+    compare.show(read_study([plan.out]))
+    said = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    assert all(cell in said for cell in LONG[1])
+    assert said.count("an-arm-with-a-name") == (1 if columns is None else 2)
+    assert "…" not in said
+
+
 # ------------------------------------------------------------------------------------------------- for real
+
+
+def test_runs_of_several_processes_are_timed_and_trained_so(store_path, tmp_path):
+    out = tmp_path / "out"
+    words = words_for(store_path, out, "--seconds", "1", "--evaluations", "1", "--gpus", "2", presets=("daae-tiny",))
+    with pytest.raises(UsageError, match="--gpus is at least 1, not 0"):
+        plan_of(*words_for(store_path, out, "--seconds", "1", "--gpus", "0"))
+    command = [sys.executable, "-m", "tools.compare", *words, "--quiet", "--json", "--settings", *TINY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (record,) = read_rows(out / "records.jsonl")
+    assert record["env"]["ranks"] == 2
+    assert record["env"]["command"].endswith("--gpus 2 --evaluations 1")
+    pace = json.loads((out / "pace.json").read_text())["daae-tiny"]["seconds_per_step"]
+    assert record["steps"] == max(1, round(1 / pace))
 
 
 def test_a_run_that_diverges_costs_the_others_nothing(store_path, tmp_path, capfd):
@@ -438,7 +545,7 @@ def test_a_run_that_diverges_costs_the_others_nothing(store_path, tmp_path, capf
     printed = capfd.readouterr()
     assert "wild seed 0 ends here" in printed.err
     assert "tame" in printed.out
-    assert [record["arm"] for record in read_lines(out / "records.jsonl")] == ["tame"]
+    assert [record["arm"] for record in read_rows(out / "records.jsonl")] == ["tame"]
 
 
 def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, capfd):
@@ -464,7 +571,7 @@ def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, cap
     assert turns == [f"[{n}/2] {arm}-tiny seed 0" for n, arm in ((1, "mae"), (2, "daae"), (2, "daae"), (1, "mae"))]
     result = json.loads(done.stdout)
     assert set(result["arms"]) == {"mae-tiny", "daae-tiny"}
-    records = read_lines(out / "records.jsonl")
+    records = read_rows(out / "records.jsonl")
     assert [(each["arm"], each["seed"]) for each in records] == [("daae-tiny", 0), ("mae-tiny", 0)]
     fingerprint = Store.open(store_path).fingerprint
     for record in records:
@@ -505,7 +612,7 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     first = experiment(tmp_path / "a.yaml", arms={"a": "mae-tiny"}, steps=2, evaluations=1)
     words = ["--data", str(store_path), "--label", "class", "--out", str(out), "--settings", *TINY]
     assert compare.main(["--experiment", first, "--quiet", *words]) == 0
-    (before,) = read_lines(out / "records.jsonl")
+    (before,) = read_rows(out / "records.jsonl")
     assert "asked" not in before
     evaluate = {"label_share": [0.5], "agreement": 0.5}
     tuning = {"epochs": 1, "batch": 16, "magnitude": 0, "folds": True}
@@ -517,7 +624,7 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     said = capfd.readouterr().err
     assert "evaluate a seed 0\n" in said
     assert "finetune a seed 0\n" in said
-    (after,) = read_lines(out / "records.jsonl")
+    (after,) = read_rows(out / "records.jsonl")
     assert after["asked"] == {
         "evaluate": {"label_share": [0.5], "agreement": 0.5},
         "finetune": tuning | {"epochs": 1.0},
@@ -539,7 +646,7 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     for file in (more, first):  # all of it is known, and who asks for less forgets nothing
         assert compare.main(["--experiment", file, *words]) == 0
         assert "a seed 0" not in capfd.readouterr().err
-        assert read_lines(out / "records.jsonl") == [after]
+        assert read_rows(out / "records.jsonl") == [after]
         assert yaml.safe_load((out / "experiment.yaml").read_text())["evaluate"] == evaluate
 
 

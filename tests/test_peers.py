@@ -88,8 +88,10 @@ def test_a_store_without_tar_shards_leaves_dali_out(monkeypatch):
 
     monkeypatch.setattr(peers, "find_spec", lambda name: object())
     beton, shard = Path("images.beton"), Path("shard-00000.tar")
-    assert peers.missing(SimpleNamespace(beton=beton, shards=[beton])) == {"DALI": "the store has no tar shards"}
-    assert peers.missing(SimpleNamespace(beton=beton, shards=[shard])) == {}
+    assert peers.missing(SimpleNamespace(beton=beton, shards=[beton], raw=False)) == {
+        "DALI": "the store has no tar shards"
+    }
+    assert peers.missing(SimpleNamespace(beton=beton, shards=[shard], raw=False)) == {}
 
 
 def test_what_a_reader_of_the_table_has_to_know_stands_under_it(monkeypatch, capsys):
@@ -107,6 +109,26 @@ def test_what_a_reader_of_the_table_has_to_know_stands_under_it(monkeypatch, cap
     peers.show_peers({"224": {"DAAE, shards": one, "DALI": one}}, {"224": one}, {1: one}, notes)
     shown = capsys.readouterr().out
     assert all(note in shown for note in notes)
+
+
+def test_raw_pixels_are_pixmaps_for_torchvision(tmp_path):
+    from PIL import Image
+
+    from pipeline.store import Store
+    from tests.images import make_folder
+    from tools import convert
+    from tools.profiling import peers
+
+    make_folder(tmp_path / "in", 3, 40, kind="PNG")
+    words = [str(tmp_path / "in"), str(tmp_path / "s"), "--pixels", "raw", "--backends", "dali", "--quiet"]
+    assert convert.main(words) == 0
+    store = Store.open(tmp_path / "s")
+    peers.write_files(store, tmp_path, lambda: None)
+    names = (tmp_path / "s/names.txt").read_text().splitlines()
+    for name, path in zip(names, sorted((tmp_path / "all").glob("*.ppm")), strict=True):
+        with Image.open(path) as found, Image.open(tmp_path / "in" / name) as source:
+            assert (found.size, found.tobytes()) == (source.size, source.tobytes())
+    assert "portable pixmaps" in peers.missing(store)["torchvision, v2"]
 
 
 def test_the_files_for_torchvision_are_the_stores_pictures(store, tmp_path):

@@ -40,9 +40,9 @@ def test_folds_are_for_experiments_without_tests():
     shape = open_preset("mae-tiny").model
     for name in ("evaluate", "finetune"):
         questions = Questions.read({name: {"folds": True}}, "")
-        questions.check(shape, tests=False)
+        questions.check(shape, tests=False, several=False)
         with pytest.raises(UsageError, match="folds hold out a part of the training images"):
-            questions.check(shape, tests=True)
+            questions.check(shape, tests=True, several=False)
 
 
 def test_questions_are_flags_of_their_commands():

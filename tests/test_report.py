@@ -524,7 +524,7 @@ def test_an_unfinished_run_is_named_and_does_not_count(tmp_path, capsys):
 
 def test_nothing_finished_is_no_verdict(tmp_path, capsys):
     _, said, _ = page_of([write_run(tmp_path / "mae", state="running")], capsys)
-    assert said["verdict"] == "No verdict yet: none of one run is finished."
+    assert said["verdict"] == "No verdict yet: the run is not finished."
 
 
 def test_runs_of_one_preset_with_other_settings_are_other_arms(tmp_path):
@@ -654,6 +654,52 @@ def test_a_baseline_that_falls_again_is_held_at_its_best(tmp_path):
     rising = read_study([of_lengths(tmp_path / "rising", mae=(0.28, 0.31, 0.34), daae=(0.33, 0.35, 0.37))])
     assert rising.goal == 200
     assert not any("score less than those" in line for line in warnings(rising))
+
+
+def test_no_arm_at_its_longest_is_no_verdict_yet(tmp_path, capsys):
+    of_lengths(tmp_path, mae=(0.28, 0.31, 0.34), daae=(0.33, 0.35, 0.37))
+    for status in (tmp_path / "runs").glob("*200s*/status.json"):
+        status.write_text(json.dumps({"state": "failed", "code": 4, "reason": "loss", "step": 5}))
+        (status.parent / "evaluation.json").unlink()
+    _, said, _ = page_of([tmp_path], capsys)
+    assert said["verdict"] == "No verdict yet: no arm has finished its longest runs."
+
+
+def test_without_a_target_no_times_to_one_are_told(tmp_path, capsys):
+    of_lengths(tmp_path, mae=(0.28, 0.31, 0.34), daae=(0.33, 0.35, 0.37))
+    path = tmp_path / "experiment.yaml"
+    path.write_text(path.read_text().replace("target: baseline", "target: none"))
+    contrast = read_study([tmp_path]).contrasts()["daae"]
+    assert (contrast.pairs, contrast.ratio, contrast.whole, contrast.epochs) == ((), None, None, None)
+    assert contrast.difference is not None
+    assert contrast.difference.mean == pytest.approx(0.03)
+    page, said, _ = page_of([tmp_path], capsys)
+    assert not any("Times to the target" in line for line in said["warnings"])
+    assert "epochs factor" not in page.text
+
+
+def test_steps_are_in_turns_with_those_of_the_same_comparison_alone(tmp_path):
+    for name, arms in (("one", {"mae": 0.2, "daae": 0.3}), ("other", {"mae": 0.4, "can": 0.5})):
+        folder = of_lengths(tmp_path / name, **dict.fromkeys(arms, (0.3, 0.31, 0.32)))
+        paces = {arm: {"digest": "", "seconds_per_step": each, "measured": [each]} for arm, each in arms.items()}
+        (folder / "pace.json").write_text(json.dumps(paces))
+    assert read_study([tmp_path / "one"]).paced_contrasts()
+    assert read_study([tmp_path / "one", tmp_path / "other"]).paced_contrasts() == {}
+    # An arm that later calls left out was measured at the first moment alone: no other moment counts.
+    paces = {"mae": [0.2, 0.8, 0.8], "daae": [0.3]}
+    moments = {arm: {"digest": "", "seconds_per_step": each[0], "measured": each} for arm, each in paces.items()}
+    (tmp_path / "one/pace.json").write_text(json.dumps(moments))
+    assert {trial.arm: trial.pace for trial in read_study([tmp_path / "one"]).trials} == {"mae": 0.2, "daae": 0.3}
+
+
+def test_the_last_score_of_a_run_is_what_its_examination_says(tmp_path):
+    """Folds ask about all pictures, where the scores on the way were of a fifth of them."""
+    folder = write_run(tmp_path / "run", curve=((100, 0.30), (200, 0.34)))
+    exam = json.loads((folder / "evaluation.json").read_text())
+    exam["leading"]["value"] = 0.36
+    (folder / "evaluation.json").write_text(json.dumps(exam))
+    (trial,) = read_study([folder]).trials
+    assert (trial.curve.seconds, trial.curve.scores) == ((100, 200), (0.30, 0.36))
 
 
 def test_runs_of_several_lengths_without_labels_make_a_page(tmp_path, capsys):

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from pipeline.errors import NumericsError, UsageError
+from pipeline.store import Store
+from tests.images import make_folder
 from tests.study_folders import write_run
-from tools import reproduce
+from tools import convert, reproduce
 from tools.commands import Commands
 from tools.comparing.experiment import Compare, make_plan
 from train.command import parse
@@ -20,19 +22,30 @@ from train.command import parse
 ANY_IMAGES = sorted({path.stem for path in reproduce.EXPERIMENTS.glob("*.yaml")} - {"emoji", "adainf"})
 
 
+@pytest.fixture
+def images(tmp_path, monkeypatch) -> Path:
+    """A store with emoji's columns that says to be as large as ImageNet."""
+    paths = make_folder(tmp_path / "in", 8, 32)
+    rows = [f"{path.name},kind-{i % 2},thing-{i % 4}" for i, path in enumerate(paths)]
+    (tmp_path / "in/labels.csv").write_text("path,category,subcategory\n" + "\n".join(rows) + "\n")
+    assert convert.main([str(tmp_path / "in"), str(tmp_path / "store"), "--backends", "dali", "--quiet"]) == 0
+    monkeypatch.setattr(Store, "per_epoch", property(lambda self: 1_281_167))
+    return tmp_path / "store"
+
+
 @pytest.mark.parametrize("name", ANY_IMAGES)
-def test_declared_experiments_are_ones_that_can_be_run(name, store_path, tmp_path):
+def test_declared_experiments_are_ones_that_can_be_run(name, images, tmp_path):
     file = str(reproduce.EXPERIMENTS / f"{name}.yaml")
-    words = ["--experiment", file, "--data", str(store_path), "--label", "class", "--out", str(tmp_path / "out")]
+    words = ["--experiment", file, "--data", str(images), "--label", "subcategory", "--out", str(tmp_path / "out")]
     plan = make_plan(parse(Compare, words, prog="daae compare"))
     assert plan.order()
     for cell in plan.order():
         plan.wish(cell.arm, cell.length).check()
 
 
-def test_the_standard_set_is_what_it_says(store_path, tmp_path):
+def test_the_standard_set_is_what_it_says(images, tmp_path):
     file = str(reproduce.EXPERIMENTS / "standard.yaml")
-    words = ["--experiment", file, "--data", str(store_path), "--label", "class", "--out", str(tmp_path / "out")]
+    words = ["--experiment", file, "--data", str(images), "--out", str(tmp_path / "out")]
     cells = make_plan(parse(Compare, words, prog="daae compare")).order()
     assert len(cells) == len(set(cells)) == 5 * 5 * 3
     assert sum(cell.length or 0 for cell in cells) / 3600 == pytest.approx(3.875)  # hours of training

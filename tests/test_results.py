@@ -27,6 +27,7 @@ def test_every_table_on_a_page_is_what_its_records_give():
 def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path, monkeypatch):
     kept = tmp_path / "records" / "pair"
     words = ["--presets", "mae-tiny", "daae-tiny", "--data", str(store_path), "--seconds", "200", "--out", str(kept)]
+    words += ["--settings", "optim.batch=16"]
     plan = make_plan(parse(Compare, words, prog="daae compare"))
     curves, lines = {"mae-tiny": (0.24, 0.28, 0.32), "daae-tiny": (0.24, 0.32, 0.36)}, []
     for arm, scores in curves.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.errors import DaaeError, Preempted
 from pipeline.interpreter import python
-from tools.comparing.records import read_object
+from train.json_files import read_object
 
 SAVE_SECONDS = 120.0  # that a run has for its checkpoint after a signal; then it is killed
 
@@ -37,7 +37,8 @@ def call(words: list[str], what: str, folder: Path, stop: Stop, stdout: int | No
         name = signal.Signals(-code).name
         raise failure(6, f"{what} was killed by {name} (out of memory?). Run the same command again to go on.")
     status = read_object(folder / "status.json")
-    reason = f" ({status['reason']})" if status.get("state") == "failed" and status.get("reason") else ""
+    told = status.get("state") == "failed" and status.get("code") == code  # of this end, and no earlier one
+    reason = f" ({status['reason']})" if told and status.get("reason") else ""
     raise failure(
         code, f"{what} failed with exit code {code}{reason}; it says more above. Finished runs are kept: "
         "mend it and run the same command again."

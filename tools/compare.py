@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -37,8 +37,6 @@ from tools.comparing.records import (
     cell_of,
     deciding,
     measured,
-    read_lines,
-    read_object,
     read_run,
     read_study,
 )  # fmt: skip
@@ -61,6 +59,10 @@ from train.evaluate import EVALUATION
 from train.evaluation.exam import FOLDS, pooled
 from train.finetune import RESULT
 from train.journal import duration
+from train.json_files import read_object, read_rows
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # ------------------------------------------------------------------------------------------------------- running it
 
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
         print(foretold(plan))
         return 0
     with claimed(plan.out, "comparison", (EXPERIMENT, RECORDS), overwrite=flags.overwrite), Stop() as stop:
-        records = read_lines(plan.out / RECORDS)
+        records = read_rows(plan.out / RECORDS)
         check_records(plan, records)
         _prepare(plan)
         diverged = _run_all(plan, flags, records, stop)
@@ -96,6 +98,7 @@ def foretold(plan: Plan) -> str:
     """How long the runs of each arm train, and all of them: by what their budgets say, or at a rate measured here."""
     from train.data import open_store
     from train.plan import make_plan, measured_rate
+    from train.stages import images_per_step
 
     total, lines = 0.0, []
     for arm, cells in itertools.groupby(sorted(plan.order(), key=lambda cell: cell.arm), key=lambda cell: cell.arm):
@@ -103,7 +106,7 @@ def foretold(plan: Plan) -> str:
         taken, how = [wish.budget.seconds for wish in wishes], ""
         if None in taken:
             rate, images = measured_rate(wishes[0]), open_store(wishes[0]).per_epoch
-            taken = [3600 * make_plan(wish, images, rate)["hours"] for wish in wishes]
+            taken = [make_plan(wish, images, rate)["steps"] * images_per_step(wish) / rate for wish in wishes]
             how = f" at {rate:,.4g} images/s, measured here for some seconds on one device"
         seconds = math.fsum(each or 0.0 for each in taken)
         total += seconds
@@ -135,14 +138,15 @@ def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> lis
     if records and not finished >= set(plan.order()):
         check_here(plan, records[-1])
     for waiting in rounds(plan, finished):
-        paces = measured_paces(plan, stop, times=1 + plan.seeds.index(waiting[0].seed), quiet=flags.quiet)
+        others = {record["seed"] for record in records} - {waiting[0].seed}
+        paces = measured_paces(plan, stop, times=1 + len(others), quiet=flags.quiet)
         for cell in take_turns(plan, waiting, paces, stop, diverged, quiet=flags.quiet):
             record = make_record(plan, cell)
             check_bench(record, records)
             records.append(record)
             write_records(plan, records)
-            question(plan, records, stop, quiet=flags.quiet)
-    question(plan, records, stop, quiet=flags.quiet)  # what was declared only after its runs had ended
+            question(plan, records, stop, diverged, quiet=flags.quiet)
+    question(plan, records, stop, diverged, quiet=flags.quiet)  # what was declared only after its runs had ended
     return diverged
 
 
@@ -150,10 +154,11 @@ def write_records(plan: Plan, records: list[dict]) -> None:
     write_whole(plan.out / RECORDS, "".join(json.dumps(each) + "\n" for each in records))
 
 
-def question(plan: Plan, records: list[dict], stop: Stop, *, quiet: bool) -> None:
+def question(plan: Plan, records: list[dict], stop: Stop, diverged: list[Cell], *, quiet: bool) -> None:
     """Ask every recorded run what the experiment wants to know beside its score, unless it has answered; the answers go
-    into its record. A run whose folder is gone answers no more."""
-    wanted = set(plan.order())
+    into its record. A run whose folder is gone answers no more. One whose numbers fail, when it is fine-tuned, goes to
+    `diverged`."""
+    wanted = set(plan.order()) - set(diverged)
     for record in records:
         cell, answered = cell_of(record), record.get("asked", {})
         if cell not in wanted or not done(plan.folder(cell)):
@@ -165,8 +170,21 @@ def question(plan: Plan, records: list[dict], stop: Stop, *, quiet: bool) -> Non
                 print(f"{name} {cell.words}", file=sys.stderr, flush=True)
             device, answered = record["settings"]["device"], {**answered, name: flags}
             ask = evaluate if name == "evaluate" else finetune
-            record |= {ANSWERS[name]: ask(plan.folder(cell), cell, device, flags, stop), "asked": answered}
+            try:
+                answer = ask(plan.folder(cell), cell, device, flags, stop)
+            except DaaeError as error:
+                _diverged(error, f"{name} {cell.words}")
+                diverged.append(cell)
+                break
+            record |= {ANSWERS[name]: answer, "asked": answered}
             write_records(plan, records)
+
+
+def _diverged(error: DaaeError, what: str) -> None:
+    """Say that one run's numbers failed; any other error ends all of them."""
+    if error.code != NumericsError.code:
+        raise error
+    print(f"{what} ends here, as said above; the other runs go on.", file=sys.stderr, flush=True)
 
 
 def evaluate(folder: Path, cell: Cell, device: str, flags: dict, stop: Stop) -> dict:
@@ -193,12 +211,14 @@ def measured_paces(plan: Plan, stop: Stop, *, times: int = 1, quiet: bool) -> di
     """arm -> seconds of a step, which its seconds are divided by, for every arm whose budget is seconds.
 
     All are measured in one go, in turns, so that the machine's mood cannot favour one. An arm that joins later is
-    measured together with an earlier one, and gets that one's pace times the ratio of the two. Seconds are divided by
-    what was measured first; until all were measured so many `times` they are measured again, for the record alone.
+    measured together with an earlier one, and gets that one's paces, past and first, times the ratio of the two.
+    Seconds are divided by what was measured first; until all were measured so many `times` they are measured again, for
+    the record alone.
     """
     wishes = {arm: plan.wish(arm) for arm in plan.arms}
     wishes = {arm: wish for arm, wish in wishes.items() if wish.budget.seconds is not None}
-    keys = {arm: digest(unhurried(flat(as_values(wish)))) for arm, wish in wishes.items()}
+    devices = {"gpus": plan.gpus} if plan.gpus > 1 else {}
+    keys = {arm: digest({**unhurried(flat(as_values(wish))), **devices}) for arm, wish in wishes.items()}
     known = read_object(plan.out / PACE)
     known = {arm: known[arm] for arm, key in keys.items() if known.get(arm, {}).get("digest") == key}
     if known.keys() < wishes.keys() or any(len(measured(each)) < times for each in known.values()):
@@ -206,16 +226,21 @@ def measured_paces(plan: Plan, stop: Stop, *, times: int = 1, quiet: bool) -> di
             print(f"measuring a step of {', '.join(wishes)}, in turns", file=sys.stderr, flush=True)
         question = plan.out / f".{PACE}"
         write_whole(question, json.dumps({"settings": {arm: as_values(wish) for arm, wish in wishes.items()}}))
-        call(["train.pace", str(question)], "measuring a step of each arm", plan.out, stop)
+        call(["train.pace", str(question), str(plan.gpus)], "measuring a step of each arm", plan.out, stop)
         now = read_object(question)["seconds_per_step"]
         question.unlink()
-        scale = next((each["seconds_per_step"] / now[arm] for arm, each in known.items()), 1.0)
+        # Of an arm that was there before: what it took first, and at every moment until now, in what it takes now.
+        first, past = 1.0, []
+        for arm, each in itertools.islice(known.items(), 1):
+            first, past = each["seconds_per_step"] / now[arm], [then / now[arm] for then in measured(each)]
         for arm, key in keys.items():
             if arm in known:
                 known[arm] = {**known[arm], "measured": [*measured(known[arm]), now[arm]]}
             else:
-                first = now[arm] * scale
-                known[arm] = {"digest": key, "seconds_per_step": first, "measured": [first]}
+                known[arm] = {
+                    "digest": key, "seconds_per_step": first * now[arm],
+                    "measured": [*(then * now[arm] for then in past), now[arm]],
+                }  # fmt: skip
         write_whole(plan.out / PACE, json.dumps({**read_object(plan.out / PACE), **known}, indent=1))
     return {arm: known[arm]["seconds_per_step"] for arm in wishes}
 
@@ -252,9 +277,7 @@ def take_turns(
                 try:
                     go_on(plan, cell, paces.get(cell.arm), stop, quiet=quiet)
                 except DaaeError as error:
-                    if error.code != NumericsError.code:
-                        raise
-                    print(f"{cell.words} ends here, as said above; the other runs go on.", file=sys.stderr, flush=True)
+                    _diverged(error, cell.words)
                     diverged.append(cell)
                     waiting.remove(cell)
                     continue
@@ -276,10 +299,16 @@ def go_on(plan: Plan, cell: Cell, pace: float | None, stop: Stop, *, quiet: bool
         if other != cell and other.seed == cell.seed and (plan.folder(other) / BASELINE_SCORES).exists():
             command += ["--baselines", str(plan.folder(other))]  # where seed and encoder are the same, so are they
             break
-    before = read_object(folder / "status.json").get("step", -1)
+    before = _reached(folder)
     call(command, what, folder, stop)
-    if not done(folder) and read_object(folder / "status.json").get("step", -1) <= before:
-        raise failure(6, f"{what} stands still at step {before:,}; see {folder / 'train.log'}.")
+    if not done(folder) and _reached(folder) == before:
+        raise failure(6, f"{what} stands still at step {before[0]:,}; see {folder / 'train.log'}.")
+
+
+def _reached(folder: Path) -> tuple[int, str]:
+    """The last step that a run told of, which may be lost again, and its last checkpoint."""
+    status = read_object(folder / "status.json")
+    return status.get("step", -1), status.get("last_checkpoint", "")
 
 
 def make_record(plan: Plan, cell: Cell) -> dict:
@@ -352,7 +381,7 @@ OF_TARGET = 3  # the last of them: by the runs' own clock, and by steps timed in
 
 
 def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
-    """Whether it is an arm's own row, and its cells by HEADINGS; an arm's shorter lengths come before it."""
+    """Whether it is the row of an arm's longest runs, and its cells by HEADINGS; its shorter lengths come before."""
     contrasts, paced = study.contrasts(), study.paced_contrasts()
     for group in study.groups:
         done, score = group.finished, arm_score(group)
@@ -363,7 +392,7 @@ def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
             score_then = score_of(shorter)
             if score_then is not None:
                 yield False, (
-                    f"  {shorter[0].cell.long}", " ".join(str(trial.seed) for trial in shorter),
+                    f"{group.arm} {shorter[0].cell.long}", " ".join(str(trial.seed) for trial in shorter),
                     seconds_words(_mean(t.seconds for t in shorter)), "", "", score_then.words(),
                     gap_words(study.ahead(group, length)), "", "", "",
                 )  # fmt: skip
@@ -372,7 +401,8 @@ def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
         last = group.lengths[-1] if group.lengths else None
         pace = _mean(trial.outcome.seconds_per_epoch or 0.0 for trial in done)
         yield True, (
-            group.arm, " ".join(str(trial.seed) for trial in done), seconds_words(_mean(t.seconds for t in done)),
+            f"{group.arm} {done[0].cell.long}".strip(), " ".join(str(trial.seed) for trial in done),
+            seconds_words(_mean(t.seconds for t in done)),
             f"{_mean(t.rate or 0.0 for t in done):,.0f}", f"{pace:.3g}",
             "none" if score is None else score.words(), gap_words(study.ahead(group, last)),
             target_words(study, group.arm), *speeds,
@@ -383,25 +413,41 @@ def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
             yield False, (name, "", "", "", "", base.words(), "", "", "", "")
 
 
-def show(study: Study) -> None:
-    """A row for each arm and baseline, then the verdict."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+# On a terminal that is too narrow for all of them there are two tables; "arm" is in both.
+SCORES = ("seeds", "training", "score", "ahead")
+TIMES = ("images/s", "s/epoch", "to target", "times as fast", "in turns")
+WIDEST = 1000
 
-    name = leading_name(study)
-    table = Table(title=f"% right: {name}" if name else None, box=box.SIMPLE)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
-    for own, cells in rows(study):
-        table.add_row(*cells, style="" if own else "dim")
-    # Nobody sees a pipe's edge: a line that is cut off would be lost for good.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+def show(study: Study) -> None:
+    """A row for each arm and baseline, then the verdict. Nothing is cut: a terminal that is narrower still wraps."""
+    from rich.console import Console
+
+    found, console, boundless = list(rows(study)), Console(), Console(width=WIDEST)
+    full = [name for place, name in enumerate(HEADINGS) if any(cells[place] for _, cells in found)]
+    whole = _table(study, found, full)
+    split = console.is_terminal and boundless.measure(whole).maximum > console.width
+    parts = [["arm", *(name for name in full if name in part)] for part in (SCORES, TIMES)]
+    for table in [_table(study, found, part) for part in parts] if split else [whole]:
+        Console(width=max(console.width, boundless.measure(table).maximum)).print(table)
     print("± is between seeds: standard deviation; with one seed, and for pixels, the test set's standard error.")
     answer = verdict(study)
     print(f"{answer.sentence} {answer.meaning}")
     for each in warnings(study):
         print(f"Before you believe it: {each}")
+
+
+def _table(study: Study, found: list[tuple[bool, tuple[str, ...]]], headings: list[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    name = leading_name(study)
+    table = Table(title=f"% right: {name}" if name else None, box=box.SIMPLE)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+    for own, cells in found:
+        table.add_row(*(cells[HEADINGS.index(name)] for name in headings), style="" if own else "dim")
+    return table
 
 
 def _mean(values: Iterable[float]) -> float:

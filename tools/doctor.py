@@ -107,6 +107,8 @@ def probe(names: list[str], seconds: float = IMPORT_SECONDS) -> Iterator[tuple[s
                     left.remove(found["name"])
                     yield found.pop("name"), found
         except TimeoutError:
+            if not left:  # it has told everything, and hangs at its end
+                return
             yield left.pop(0), {"error": f"the import took longer than {seconds:.0f} s", "missing": None}
         else:
             if left:

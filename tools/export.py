@@ -17,6 +17,7 @@ import tyro
 
 from pipeline.errors import DataError, ResourceError, UsageError
 from train.command import parse, run
+from train.json_files import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,7 @@ def export(flags: Export) -> dict:
     from safetensors.torch import load_file, save
 
     from pipeline.staging import staging, write_durably
+    from train.folder import run_settings
 
     settings = run_settings(flags.run)
     side, out = flags.side or settings.model.side, flags.out or flags.run / "export"
@@ -87,17 +89,6 @@ def export(flags: Export) -> dict:
 
 
 # --- from the run -----------------------------------------------------------------------------------------------------
-
-
-def run_settings(folder: Path) -> Run:
-    """What config.yaml of a run folder says."""
-    from train import folder as run_folder
-    from train.config import Run, with_values
-
-    saved = run_folder.saved_settings(folder)
-    if saved is None:
-        raise DataError(f"{folder} is no run folder: it has no {run_folder.CONFIG}.")
-    return with_values(Run(), saved, str(folder / run_folder.CONFIG))
 
 
 def choose_checkpoint(folder: Path, step: int | None) -> Checkpoint:
@@ -195,7 +186,6 @@ def describe(
     from importlib import metadata
 
     from pipeline.views import MEAN, STD
-    from train.folder import read_json
 
     shape, state = settings.model, point.state
     return {
@@ -207,7 +197,7 @@ def describe(
         "preset": settings.preset, "objective": settings.objective, "trained_side": shape.side,
         "step": point.step, "steps": state["steps"], "images_seen": state["clock"]["images"],
         "train_seconds": state["clock"]["train_seconds"], "data": state["data"], "images": state["images_in_store"],
-        "code": read_json(folder / "env.json").get("code", "unknown"),
+        "code": read_object(folder / "env.json").get("code", "unknown"),
     }  # fmt: skip
 
 
@@ -231,11 +221,10 @@ def python_lines(call: dict[str, Any], side: int, out: Path) -> str:
 
 def is_export(out: Path) -> bool:
     """Whether a folder is one that this command may replace: an export, or empty."""
-    from train.folder import read_json
 
     if not out.is_dir():
         return False
-    return not any(out.iterdir()) or read_json(out / CONFIG).get("format") == FORMAT
+    return not any(out.iterdir()) or read_object(out / CONFIG).get("format") == FORMAT
 
 
 if __name__ == "__main__":

@@ -70,9 +70,10 @@ def main(argv: list[str]) -> int:
         print(json.dumps({row.name: asdict(row) for row in found}, indent=1))
         return 0
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    from tools.tables import plain_table
+
+    table = plain_table()
     for heading in ("", "idea", "views, px", "tokens", "FLOPs", "labels", "paper"):
         table.add_column(heading, justify="right" if heading in ("tokens", "FLOPs") else "left")
     for row in found:
@@ -104,9 +105,10 @@ def _measure(flags: Methods) -> int:
         print(json.dumps({**told, "environment": environment(device_name(device))}, indent=1))
         return 0
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    from tools.tables import plain_table
+
+    table = plain_table()
     for heading in ("", "FLOPs", "seconds", "least", "most", "speed", "images/s", "kept, MB an image"):
         table.add_column(heading, justify="right" if heading else "left")
     for each in found:

@@ -177,8 +177,9 @@ def check_flags(flags: Profile) -> None:
     for name, value in (("seconds", flags.seconds), ("tune-seconds", flags.tune_seconds)):
         if not 0.1 <= value <= 86400:
             raise UsageError(f"--{name} is from 0.1 to 86400, not {value:g}.")
-    for name, path in (("html", flags.html), ("png", flags.png), ("tune", flags.tune), ("views", flags.views)):
-        endings = {"tune": (".yaml", ".yml"), "views": (".png",)}.get(name, (f".{name}",))
+    for name in ("html", "png", "tune", "views", "trace"):
+        path: Path | None = getattr(flags, name)
+        endings = {"tune": (".yaml", ".yml"), "views": (".png",), "trace": (".json",)}.get(name, (f".{name}",))
         if path is not None and path.suffix not in endings:
             raise UsageError(f"--{name} writes a {endings[0]} file, not {path.name}.")
         if path is not None and not path.parent.is_dir():
@@ -247,9 +248,10 @@ def as_json(measured: Measured) -> dict:
 
 def show(measured: Measured, flags: Profile) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    from tools.tables import plain_table
+
+    table = plain_table()
     for heading in ("", "images/s", "min to max", "CPU-ms/image", "share", "data-wait"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for _, name, stage in rows(measured):

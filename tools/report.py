@@ -36,6 +36,7 @@ from tools.comparing.verdict import (
     listed,
     margins,
     missing,
+    overtaken,
     percent,
     points,
     ratio_words,
@@ -246,10 +247,19 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
         "seeds, on these test pictures.</p>"
         + table(headings, rows, css="scores")
         + (f"<p>{escape(others)}</p>" if (others := between_others(study)) else "")
+        + _held(study)
         + _answers(study)
         + _all_probes(study)
         + "</section>"
     )
+
+
+def _held(study: Study) -> str:
+    """Where the baseline is held against pixels and the untrained encoder by other runs than the row shows."""
+    runs = overtaken(study)
+    if not runs or runs == study.base.finished:
+        return ""
+    return f"<p>{escape(study.base.arm)}'s points above the two are of its runs of {runs[0].cell.long}, its best.</p>"
 
 
 def _margin(each: Any) -> str:

@@ -89,8 +89,8 @@ def markdown(folder: Path) -> str:
     if not study.targeted:
         return "\n".join(lines)
     answer = verdict(study)
-    caveats = [f"- {each}" for each in warnings(study)]
-    return "\n".join([*lines, f"{answer.sentence} {answer.meaning}", "", *caveats, *[""] * bool(caveats)])
+    found = [f"- {part}." for part in answer.parts] or [f"- {answer.sentence}"]
+    return "\n".join([*lines, *found, f"- {answer.meaning}", *(f"- {each}" for each in warnings(study)), ""])
 
 
 def _answers(study: Study) -> list[str]:

@@ -19,7 +19,7 @@ FINETUNED = "fine-tuned"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Answer:
     """An arm's answer to a question."""
 
     score: Score
@@ -29,7 +29,7 @@ class Cell:
         return self.score.words() + (f" ({gap_words(self.ahead)})" if self.ahead is not None else "")
 
 
-def table(study: Study) -> tuple[list[str], list[tuple[str, list[Cell | None]]]]:
+def table(study: Study) -> tuple[list[str], list[tuple[str, list[Answer | None]]]]:
     """Questions, and for each arm (with a length, where runs of several were asked) and baseline its answers to them.
 
     Nothing where no experiment asked for more than the score that leads.
@@ -39,7 +39,7 @@ def table(study: Study) -> tuple[list[str], list[tuple[str, list[Cell | None]]]]
     return names, [(who, [cells.get(name) for name in names]) for who, cells in rows]
 
 
-def _rows(study: Study) -> Iterator[tuple[str, dict[str, Cell]]]:
+def _rows(study: Study) -> Iterator[tuple[str, dict[str, Answer]]]:
     asked = [trial for trial in study.trials if trial.done and trial.asked]
     beside: dict[int, dict[str, dict]] = {}  # what the baseline's longest runs answered, by seed
     for trial in sorted(asked, key=lambda trial: trial.cell.length or 0.0):
@@ -58,7 +58,9 @@ def _rows(study: Study) -> Iterator[tuple[str, dict[str, Cell]]]:
             yield words, _over_seeds({seed: _of_baseline(trial, key) for seed, trial in by_seed.items()}, {})
 
 
-def _over_seeds(answers: Mapping[int, Mapping[str, dict]], beside: Mapping[int, Mapping[str, dict]]) -> dict[str, Cell]:
+def _over_seeds(
+    answers: Mapping[int, Mapping[str, dict]], beside: Mapping[int, Mapping[str, dict]]
+) -> dict[str, Answer]:
     """answers, beside: by seed, of an arm and of the baseline's longest runs."""
     found = {}
     for name in dict.fromkeys(name for each in answers.values() for name in each):
@@ -69,7 +71,7 @@ def _over_seeds(answers: Mapping[int, Mapping[str, dict]], beside: Mapping[int, 
             if name in each and name in beside.get(seed, {})
         ]
         if score is not None:
-            found[name] = Cell(score, mean_interval(gaps) if any(gaps) else None)
+            found[name] = Answer(score, mean_interval(gaps) if any(gaps) else None)
     return found
 
 

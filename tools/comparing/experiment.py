@@ -65,6 +65,8 @@ class Compare:
     """Settings of every arm, as NAME=VALUE: --settings model.depth=12 optim.batch=256."""
     device: str | None = None
     """auto, cpu, cuda or cuda:N, for every arm."""
+    gpus: int = 1
+    """Train each run on so many GPUs of this machine, a process each; without GPUs, in so many processes."""
     dry_run: bool = False
     """Check everything, print the commands in their order and how long they train, and stop."""
     overwrite: bool = False
@@ -108,6 +110,7 @@ class Plan:
     labelled: bool
     questions: Questions
     generated: dict[str, str]  # arm -> what the store of generated images holds that it trains on besides
+    gpus: int = 1  # processes of a run
 
     def order(self) -> list[Cell]:
         return cells(self.as_values())
@@ -161,6 +164,8 @@ class Plan:
             words += ["--tests", *map(str, self.tests)]
         if self.label is not None:
             words += ["--label", self.label]
+        if self.gpus > 1:
+            words += ["--gpus", str(self.gpus)]
         return [*words, "--evaluations", str(self.evaluations)]
 
     def as_values(self) -> dict[str, Any]:
@@ -180,8 +185,8 @@ class Plan:
 
 def make_plan(flags: Compare) -> Plan:
     """Flags over the experiment file, checked before anything starts. Raises UsageError, DataError."""
-    from pipeline.inflated import Inflated
     from pipeline.store import Store
+    from train.data import check_data, open_store
 
     values = _file_values(flags)
     arms = _arms(flags, values)
@@ -192,6 +197,8 @@ def make_plan(flags: Compare) -> Plan:
     label = flags.label or values["label"]
     unit, lengths = _lengths(flags, values, arms)
     seeds = tuple(dict.fromkeys(flags.seeds or values["seeds"] or (0,)))
+    if flags.gpus < 1:
+        raise UsageError(f"--gpus is at least 1, not {flags.gpus}.")
     evaluations = flags.evaluations if flags.evaluations is not None else values["evaluations"]
     target = str(flags.target or values["target"] or "baseline")
     target_score(target)
@@ -214,17 +221,22 @@ def make_plan(flags: Compare) -> Plan:
         evaluations = 1 if several else EVALUATIONS
     plan = Plan(
         flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled,
-        questions, generated={},
+        questions, generated={}, gpus=flags.gpus,
     )  # fmt: skip
     check_arms(plan)
+    several = len(plan.lengths) > 1 or any(arm.also for arm in arms.values())
     for name in arms:
-        questions.check(plan.wish(name).model, tests=bool(tests))
+        wish = plan.wish(name)
+        wish.check()
+        joined = open_store(wish)
+        check_data(wish, joined, plan.gpus)
+        wish.method.check(wish.optim.batch, joined.per_epoch)
+        questions.check(wish.model, tests=bool(tests), several=several)
     if labelled and not plan.wish(next(iter(arms))).watch.overlap:
         for each in stores.values():
             check_apart(store, each, label or next(iter(store.columns)))
     for name, inflate in ((name, plan.wish(name).inflate) for name in arms):
         if inflate.data is not None:
-            Inflated.join(store, inflate.data, inflate.real_repeat)
             plan.generated[name] = Store.open(inflate.data).fingerprint
     return plan
 
@@ -440,6 +452,7 @@ def check_records(plan: Plan, records: list[dict]) -> None:
 
 def check_here(plan: Plan, before: dict) -> None:
     """This machine against the one of a recorded run, before hours are spent here. Raises UsageError."""
+    from pipeline.loader import choose_backend
     from train.device import choose_precision, device_name, find_device
 
     wish = plan.wish(next(iter(plan.arms)))
@@ -447,6 +460,8 @@ def check_here(plan: Plan, before: dict) -> None:
     facts = [
         ("processor", before["env"].get("device"), device_name(device)),
         ("precision", before["settings"].get("precision"), choose_precision(wish.precision, device)),
+        ("loader", before["settings"].get("loader"), choose_backend(device) if wish.loader == "auto" else wish.loader),
+        ("--gpus", before["env"].get("ranks", 1), plan.gpus),
     ]
     for name, there, here in facts:
         if there not in (None, here):
@@ -461,6 +476,7 @@ def check_bench(record: dict, records: list[dict]) -> None:
     for before in records:
         facts = [(name, before["settings"].get(name), record["settings"].get(name)) for name in SETTLED[:3]]
         facts.append(("processor", before["env"].get("device"), record["env"].get("device")))
+        facts.append(("--gpus", before["env"].get("ranks", 1), record["env"].get("ranks", 1)))
         for name, old, new in facts:
             if old != new:
                 raise UsageError(

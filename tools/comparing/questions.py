@@ -64,11 +64,13 @@ class Questions:
             tuning = {**tuning, "lengths": self.lengths}
         return {name: each for name, each in (("evaluate", self.evaluate), ("finetune", tuning)) if each is not None}
 
-    def check(self, shape: Shape, *, tests: bool) -> None:
+    def check(self, shape: Shape, *, tests: bool, several: bool) -> None:
         """Raises UsageError where the commands would refuse these flags for an encoder of this size.
 
-        tests: there are test stores.
+        tests: there are test stores. several: there are runs of several lengths.
         """
+        if several and (self.evaluate or {}).get("folds"):
+            raise UsageError("evaluate: folds are for one length: the longest runs would be scored on other pictures.")
         if tests and any((flags or {}).get("folds") for flags in (self.evaluate, self.finetune)):
             raise UsageError("folds hold out a part of the training images: that is for experiments without `tests`.")
         if self.finetune is not None:

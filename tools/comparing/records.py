@@ -11,9 +11,7 @@ Everything here tolerates what is missing: a run that has just begun has neither
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +22,7 @@ from pipeline.errors import UsageError
 from tools.comparing.analysis import Contrast, Curve, Interval, Outcome, contrast, mean_interval, steady_rate
 from train.command import read_yaml
 from train.config import flat
+from train.json_files import read_object, read_rows
 
 RECORDS, EXPERIMENT, PACE, RUNS, ARMS = "records.jsonl", "experiment.yaml", "pace.json", "runs", "arms"
 CONFIG, METRICS, LEDGER, BASELINE_SCORES = "config.yaml", "metrics.jsonl", "ledger.json", "baselines.json"
@@ -139,10 +138,11 @@ class Trial:
     @property
     def curve(self) -> Curve:
         """The leading score against training seconds, the final one included."""
-        rows = [row for row in self.evaluations if row.get("leading") is not None]
+        rows, final = [row for row in self.evaluations if row.get("leading") is not None], self.final
+        if final is not None:
+            rows = [row for row in rows if row["step"] < self.step]
         points = {row["train_seconds"]: (_value(row["leading"]), row["images"]) for row in rows}
-        final = self.final
-        if final is not None and (not rows or rows[-1]["step"] < self.step):
+        if final is not None:
             points[self.seconds] = (final["value"], self.images)
         ordered = sorted(points.items())
         return Curve(
@@ -293,6 +293,8 @@ class Study:
         goals = base if self.target is not None else self.base.outcomes(self.goal)
         for group in self.groups[1:]:
             each = contrast(base, group.outcomes(), self.target, goals)
+            if not self.targeted:
+                each = replace(each, pairs=(), ratio=None, whole=None, epochs=None, seconds_per_epoch=None)
             if each.seeds:
                 found[group.arm] = each
         return found
@@ -365,6 +367,8 @@ def read_study(folders: list[Path]) -> Study:
             )
     if not trials:
         raise UsageError(f"{folders[0]} holds no run that has begun yet. Run `daae compare` again to go on.")
+    if len(experiments) > 1:  # whose steps were never timed in turns with one another's
+        trials = [replace(trial, pace=None) for trial in trials]
     groups = _grouped(trials, names)
     if not names:  # without a comparison that names it, MAE is what others are held against
         groups.sort(key=lambda group: group.objective != "mae")
@@ -454,8 +458,11 @@ def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
 def read_comparison(folder: Path) -> tuple[list[Trial], dict]:
     """Every run of a comparison, finished or not, and its experiment."""
     experiment = read_yaml(folder / EXPERIMENT) if (folder / EXPERIMENT).exists() else {}
-    records = {cell_of(record): record for record in read_lines(folder / RECORDS)}
-    paces = {arm: statistics.median(measured(each)) for arm, each in read_object(folder / PACE).items()}
+    records = {cell_of(record): record for record in read_rows(folder / RECORDS)}
+    moments = {arm: measured(each) for arm, each in read_object(folder / PACE).items()}
+    # An arm that was left out of later calls was not measured with the others then.
+    shared = min(map(len, moments.values()), default=0)
+    paces = {arm: statistics.median(each[:shared]) for arm, each in moments.items()}
     trials = []
     for cell, record in records.items():
         where = folder / RUNS / cell.folder
@@ -483,7 +490,7 @@ def read_run(folder: Path, cell: Cell | None = None, record: dict | None = None)
     preset = str(settings.get("preset") or "custom")
     env = read_object(folder / "env.json")
     env["command"] = as_typed(env.get("command", ""))
-    metrics = read_lines(folder / METRICS)
+    metrics = read_rows(folder / METRICS)
     name = preset if preset != "custom" else str(settings.get("objective", "run"))
     return Trial(
         cell=cell or Cell(name, int(settings.get("seed") or 0)),
@@ -494,7 +501,7 @@ def read_run(folder: Path, cell: Cell | None = None, record: dict | None = None)
         reason=str(status.get("reason") or ""),
         step=int(status.get("step") or (metrics[-1]["step"] if metrics else 0)),
         metrics=metrics,
-        evaluations=read_lines(folder / "evaluations.jsonl"),
+        evaluations=read_rows(folder / "evaluations.jsonl"),
         evaluation=(record["evaluation"] if record else read_object(folder / "evaluation.json")) or None,
         asked=record.get("asked", {}) if record else {},
         finetuned=record.get("finetune") if record else None,
@@ -522,21 +529,3 @@ def as_typed(command: str) -> str:
     if name == "cli.py":
         return f"daae {rest}"
     return f"daae {Path(first).stem} {rest}" if first.endswith(".py") else command.replace(first, name, 1)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Rows of a JSONL file; a last line torn by a crash is no row, and a file that is not there has none."""
-    rows = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object; empty where the file is missing or torn."""
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}

@@ -65,8 +65,8 @@ def arm_score(group: Group) -> Score | None:
 
 def baseline_score(trials: Sequence[Trial], name: str) -> Score | None:
     """Pixels and the untrained encoder, scored on the same pictures as the trained one; arms of a seed share it."""
-    by_seed = {trial.seed: trial.baseline(name) for trial in trials if trial.done}
-    return over_seeds(list(by_seed.values()))
+    scores = ((trial.seed, trial.baseline(name)) for trial in trials if trial.done)
+    return over_seeds(list({seed: score for seed, score in scores if score is not None}.values()))
 
 
 def overtaken(study: Study) -> list[Trial]:
@@ -185,14 +185,16 @@ class Verdict:
     sentence: str
     meaning: str  # what follows from it, or what to do to know more
     tone: Tone
+    parts: tuple[str, ...] = ()  # what the sentence is made of, where that is more than one thing
 
 
 def verdict(study: Study) -> Verdict:
     """The answer first: scores at equal seconds and the time ratio with its interval, or why there is none."""
     finished = [trial for trial in study.trials if trial.done]
     if not finished:
+        which = "the run is not" if len(study.trials) == 1 else f"none of {len(study.trials)} runs is"
         return Verdict(
-            f"No verdict yet: none of {count_words(len(study.trials), 'run')} is finished.",
+            f"No verdict yet: {which} finished.",
             "Run the same command again to go on.", "open",
         )  # fmt: skip
     if all(trial.final is None for trial in finished):
@@ -208,9 +210,11 @@ def verdict(study: Study) -> Verdict:
     if first is None or first.arm not in contrasts:
         return _alone(study, weak)
     paced = study.paced_contrasts().get(first.arm)
-    sentence = _sentence(study, first, contrasts[first.arm], paced)
+    parts = tuple(_parts(study, first, contrasts[first.arm], paced))
+    sentence = "; ".join(parts) + "."
     if weak:
-        return Verdict(sentence, f"{too_short(weak)} Until they do, none of this says anything about the claim.", "bad")
+        meaning = f"{too_short(weak)} Until they do, none of this says anything about the claim."
+        return Verdict(sentence, meaning, "bad", parts)
     clocks = [contrasts[first.arm], *([] if paced is None or paced.ratio is None else [paced])]
     meaning, tone = _meaning(study, first, clocks)
     failed = sum(trial.state == "failed" for trial in study.trials)
@@ -224,7 +228,7 @@ def verdict(study: Study) -> Verdict:
         notes.append("The runs do not compare, for reasons named below.")
     if tone == "good" and notes:
         tone = "open"
-    return Verdict(sentence, " ".join([meaning, *(note[0].upper() + note[1:] for note in notes)]), tone)
+    return Verdict(sentence, " ".join([meaning, *(note[0].upper() + note[1:] for note in notes)]), tone, parts)
 
 
 def lesser(clock: Contrast, paced: Contrast | None) -> Contrast:
@@ -280,9 +284,12 @@ def _number(value: float) -> str:
 
 def _alone(study: Study, weak: list[str]) -> Verdict:
     """No two arms to compare: say what there is."""
-    group = next(group for group in study.groups if arm_score(group) is not None)
-    score = arm_score(group)
-    assert score is not None
+    group = next((group for group in study.groups if arm_score(group) is not None), None)
+    score = None if group is None else arm_score(group)
+    if group is None or score is None:
+        return Verdict(
+            "No verdict yet: no arm has finished its longest runs.", "Run the same command again to go on.", "open"
+        )
     seconds = statistics.fmean(trial.seconds for trial in group.finished)
     parts = []
     for name, words in BASELINES.items():
@@ -301,7 +308,7 @@ def _alone(study: Study, weak: list[str]) -> Verdict:
     return Verdict(sentence, "One recipe alone says nothing about speed: `daae compare` puts two side by side.", "open")
 
 
-def _sentence(study: Study, group: Group, contrast: Contrast, paced: Contrast | None) -> str:
+def _parts(study: Study, group: Group, contrast: Contrast, paced: Contrast | None) -> list[str]:
     """Score at equal seconds, then the time to the target."""
     base, one, other = study.base, arm_score(study.base), arm_score(group)
     parts = []
@@ -330,7 +337,7 @@ def _sentence(study: Study, group: Group, contrast: Contrast, paced: Contrast | 
             )
         if paced is not None and paced.ratio is not None:
             parts.append(f"with steps at the pace measured in turns that is {ratio_words(paced)}")
-    return "; ".join(parts) + "."
+    return parts
 
 
 def _speed(study: Study, arm: str, contrast: Contrast) -> str:
@@ -494,7 +501,7 @@ def warnings(study: Study) -> list[str]:
     versions = {str(env["versions"]["torch"]) for env in envs if "torch" in env.get("versions", {})}
     if len(versions) > 1:
         found.append(f"The runs were trained with different versions of torch ({listed(sorted(versions))}).")
-    if study.targeted and not any(group.lengths for group in study.groups):
+    if study.targeted and any(c.pairs for c in study.contrasts().values()) and not any(g.lengths for g in study.groups):
         found.append(
             "Times to the target are read from scores in the middle of a schedule, whose rate is still high there. "
             "Several --seconds train a run of each length, and then a score counts at its own end."
@@ -528,5 +535,6 @@ def missing(study: Study) -> list[str]:
             "scores a run on labelled images."
         )
     elif finished and all(len(curve) < 2 for group in study.groups for curve in group.curves()):
-        found.append("Scores during training: there are none. --evaluations 6 takes them, for the time to a target.")
+        what = ", for the time to a target" if study.targeted else ""
+        found.append(f"Scores during training: there are none. --evaluations 6 takes them{what}.")
     return found

@@ -120,7 +120,8 @@ class Peer:
         if not line:
             self.said.seek(0)
             lines = [each for each in self.said.read().splitlines() if each.strip()]
-            raise ResourceError(f"{self.name} failed: {lines[-1] if lines else 'no reason'}.")
+            why = lines[-1].removeprefix("error: ").rstrip(".") if lines else "no reason"
+            raise ResourceError(f"{self.name} failed: {why}.")
         return json.loads(line)
 
     def close(self) -> None:

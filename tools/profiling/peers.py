@@ -1,4 +1,4 @@
-"""`daae profile --peers`: our loader beside torchvision's, FFCV's and DALI's own, on the JPEGs of one store.
+"""`daae profile --peers`: our loader beside torchvision's, FFCV's and DALI's own, on the pictures of one store.
 
 Each peer is a process of its own, set up as its documentation does it, with as many workers as ours has threads, and
 with malloc as it comes; ours takes memory as `daae pretrain` does (train/allocator.py). Rounds are interleaved: one
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import native
-from pipeline.errors import UsageError
+from pipeline.decoder import ppm_head
 from pipeline.loader import check_batch
 from pipeline.store import Store
 from pipeline.stored import StoredPictures
@@ -43,7 +43,7 @@ class Task:
     peer: str
     views: str  # a key of VIEWS
     store: str
-    files: str  # folder of class folders with the store's JPEGs
+    files: str  # folder of class folders with the store's pictures
     batch: int
     workers: int
 
@@ -144,19 +144,19 @@ def dali(task: Task) -> Iterator[int]:
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     sides, shared = VIEWS[task.views]
-    shards = sorted(str(path) for path in Path(task.store).glob("*.tar"))
+    shards, picture = sorted(str(path) for path in Path(task.store).glob("*.tar")), Store.open(Path(task.store)).suffix
 
     @pipeline_def(batch_size=task.batch, num_threads=task.workers, device_id=None, prefetch_queue_depth=2)
     def pipeline():
-        jpeg, _label = fn.readers.webdataset(
-            paths=shards, index_paths=[path.replace(".tar", ".idx") for path in shards], ext=["jpg", "cls"],
+        file, _label = fn.readers.webdataset(
+            paths=shards, index_paths=[path.replace(".tar", ".idx") for path in shards], ext=[picture, "cls"],
             name="reader", random_shuffle=True, initial_fill=1024, missing_component_behavior="error",
         )  # fmt: skip
         views, crop = [], None
         for side in sides:
             if crop is None or not shared:
                 crop = fn.decoders.image_random_crop(
-                    jpeg, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+                    file, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
                 )
             sized = fn.resize(crop, size=[side, side], antialias=True)
             views.append(fn.flip(sized, horizontal=fn.random.coin_flip()))
@@ -195,13 +195,11 @@ def compare_peers(
 ) -> tuple[dict[str, dict[str, dict]], dict[str, dict], dict[int, dict], list[str]]:
     """views -> peer -> rates; of ours alone views -> rates and threads -> rates; what is to be said beside them.
 
-    seconds: of each, in all rounds. Raises DataError, ResourceError, StalledError, UsageError.
+    seconds: of each, in all rounds. Raises DataError, ResourceError, StalledError.
     """
     from tools.profiling.stages import watched  # which no peer's process waits for
 
     store = Store.open(data)
-    if store.raw:
-        raise UsageError(f"--peers compares how JPEGs are decoded, and {store.root} holds raw pixels. Take another.")
     check_batch(store, batch)
     absent = missing(store)
     for name, why in absent.items():
@@ -233,6 +231,8 @@ def missing(store: Store) -> dict[str, str]:
         found |= dict.fromkeys(("DAAE, FFCV file", "FFCV", "FFCV, small view pooled"), "the store has no FFCV file")
     if not any(path.suffix == ".tar" for path in store.shards):
         found["DALI"] = "the store has no tar shards"
+    if store.raw:
+        found["torchvision, v2"] = "it cannot read portable pixmaps"
     for package, names in (("ffcv", ("FFCV", "FFCV, small view pooled")), ("nvidia.dali", ("DALI",))):
         with contextlib.suppress(ModuleNotFoundError):
             if find_spec(package) is not None:
@@ -242,11 +242,13 @@ def missing(store: Store) -> dict[str, str]:
 
 
 def write_files(store: Store, folder: Path, got_on: Callable[[], None]) -> None:
-    """The store's JPEGs, or its first MOST_IMAGES, as an ImageFolder."""
+    """The store's pictures, or its first MOST_IMAGES, as an ImageFolder: JPEGs, or portable pixmaps of raw pixels."""
     (folder / "all").mkdir()
     with contextlib.closing(StoredPictures.in_shards(store)) as stored:
         for sample in range(min(store.count, MOST_IMAGES)):
-            (folder / "all" / f"{sample:09d}.jpg").write_bytes(stored.read(sample).tobytes())
+            row, path = store.index[sample], folder / "all" / f"{sample:09d}.{store.suffix}"
+            head = ppm_head(int(row["height"]), int(row["width"])) if store.raw else b""
+            path.write_bytes(head + stored.read(sample).tobytes())
             got_on()
 
 
@@ -266,9 +268,10 @@ def show_peers(
     results: dict[str, dict[str, dict]], costs: dict[str, dict], scaled: dict[int, dict], notes: list[str]
 ) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    from tools.tables import plain_table
+
+    table = plain_table()
     for heading in ("views", "loader", "images/CPU-s", "min to max", "CPU-ms/image", "images/s", "ours is"):
         table.add_column(heading, justify="left" if heading in ("views", "loader") else "right", no_wrap=True)
     for views, peers in results.items():

@@ -81,7 +81,7 @@ def _check(stored: StoredPictures, ids: np.ndarray, rows: np.ndarray, failed: np
 
 
 class Parts:
-    """The stages of a JPEG backend on batches of the store, one after the other; of other backends what can be told."""
+    """The stages of a backend that reads files, on batches of the store, each alone; of others what can be told."""
 
     def __init__(self, loader: Loader, wish: Run, device: torch.device):
         self.loader, self.device, self.source = loader, device, loader.source
@@ -157,7 +157,7 @@ class Parts:
 
 
 def stored_pictures(source: object) -> StoredPictures | None:
-    """The JPEGs that a backend reads while it runs; the resident one has read them all."""
+    """What a backend reads from while it runs; the resident one has read it all."""
     return getattr(source, "stored", None)
 
 
@@ -242,8 +242,8 @@ def usable_backends(store: Store) -> list[Backend]:
 
     there: dict[Backend, bool] = {
         "ffcv": store.beton is not None,
-        "shards": bool(store.shards),
-        "dali": bool(store.shards) and find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None,
+        "shards": True,
+        "dali": find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None,
     }
     return [name for name, works in there.items() if works]
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 from tools.profiling.peer_process import measure, serve
+from tools.profiling.step_records import OURS
 from train.allocator import give_memory_back
 from train.command import run
 
@@ -162,7 +163,7 @@ def _steps(task: Task, network: nn.Module, loss: Callable[[nn.Module, Tensor], T
         yield task.batch
 
 
-OURS, COMPILED = "DAAE project", ", compiled"
+COMPILED = ", compiled"
 PEERS: dict[str, Callable[[Task], Iterator[int]]] = {
     OURS: ours,
     f"{OURS}, without the ledger": lambda task: ours(task, ledger=False),
@@ -257,9 +258,10 @@ def _command(task: Task) -> list[str]:
 def show(heading: str, table: list[list[str]]) -> None:
     """heading: a line above. table: its headings, then its rows."""
     from rich.console import Console
-    from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    from tools.tables import plain_table
+
+    shown = plain_table()
     for name in table[0]:
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in table[1:]:

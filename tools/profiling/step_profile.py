@@ -112,17 +112,18 @@ def sentence(measured: StepProfile) -> str:
     share = measured.milliseconds[largest] / sum(measured.milliseconds.values())
     return (
         f"{measured.images_per_second.median:,.0f} images/s: {measured.tflops:.3g} TFLOP/s, {measured.mfu:.0%} of the "
-        f"{measured.gemm_tflops:.3g} that this machine multiplies in {measured.precision}; most of a step is "
-        f"{largest}, {share:.0%}."
+        f"{measured.gemm_tflops:.3g} that this machine multiplies in {measured.precision}; the largest part of a "
+        f"step is {largest}, {share:.0%}."
     )
 
 
 def show(measured: StepProfile) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from tools.tables import plain_table
 
     whole = sum(measured.milliseconds.values())
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table = plain_table()
     for heading in ("", "ms a step", "share", ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, spent in measured.milliseconds.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.errors import DataError
 from tools.profiling.peer_process import ratios
 
+OURS = "DAAE project"  # in a record of peers
 NAMED = ("torch", "transformers", "lightly")  # of the versions in a record
 
 
@@ -30,16 +31,17 @@ def _peers(records: list[dict]) -> list[list[str]]:
     """Images/s of each, its share of what the device multiplies at most, and how many times as fast ours is."""
     rows = [["", *(cell for each in records for cell in (f"{each['preset']}, images/s (MFU)", "ours is"))]]
     for name in dict.fromkeys(name for each in records for name in each["peers"]):
-        row = [name]
+        row = [name.replace(OURS, "ours")]
         for each in records:
-            rates = each["peers"].get(name)
+            rates, mine = each["peers"].get(name), each["peers"][OURS]
             if rates is None:
                 row += ["", ""]
                 continue
-            rate, mine = rates["images_per_second"], next(iter(each["peers"].values()))
-            mine = {"rounds": {"images_per_second": rates.get("beside", mine["rounds"]["images_per_second"])}}
+            rate = rates["images_per_second"]
+            beside = {"rounds": {"images_per_second": rates.get("beside", mine["rounds"]["images_per_second"])}}
             mfu = rate * each["gflop_per_image"] / 1000 / each["gemm_tflops"]
-            row += [f"{rate:,.3g} ({mfu:.0%})", _spread(ratios(mine, rates, "images_per_second"))]
+            faster = "" if rates is mine else _spread(ratios(beside, rates, "images_per_second"))
+            row += [f"{rate:,.3g} ({mfu:.0%})", faster]
         rows.append(row)
     return rows
 
@@ -80,8 +82,9 @@ def caption(record: dict) -> str:
 
 
 def markdown(folder: Path) -> list[str]:
-    """A table with a line of each record below. Raises DataError."""
+    """A table, with a line of each record folded away below. Raises DataError."""
     records = read(folder)
     headings, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table(records))
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return [*(f"| {' | '.join(cells)} |" for cells in lines), "", *(f"- {caption(each)}" for each in records), ""]
+    where = ["<details><summary>Machine, versions, commands</summary>", "", *(f"- {caption(each)}" for each in records)]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), "", *where, "", "</details>", ""]

@@ -21,8 +21,8 @@ import tyro
 
 from pipeline.errors import DataError, UsageError
 from tools.children import Stop, call
-from tools.comparing.records import read_object
 from train.command import parse, run
+from train.json_files import read_object
 
 AS_IS = 65535  # the largest side that a JPEG can have
 
@@ -105,7 +105,7 @@ def summary(flags: StoreCost, choices: list[Choice]) -> list[dict]:
     found: list[dict] = []
     for choice in choices:
         ends = [read_object(run_of(flags, choice, seed) / "evaluation.json") for seed in flags.seeds]
-        if any(end["leading"] is None for end in ends):
+        if any(end.get("leading") is None for end in ends):
             raise DataError(f"{flags.val} has no labels, so nothing can be scored on it.")
         scores = [100 * end["leading"]["value"] for end in ends]
         first = found[0]["scores"] if found else scores
