@@ -42,6 +42,7 @@ from tools.comparing.verdict import (
     ratio_words,
     score_of,
     seconds_words,
+    sentences,
     target_name,
     target_words,
     verdict,
@@ -144,9 +145,10 @@ def _head(study: Study) -> str:
     facts += sorted({str(t.env["device"]) for t in study.trials if t.env.get("device")})
     several = "Is the 2x real?" if any(asks_the_claim(study, group) for group in study.groups) else "Side by side"
     question = several if len(study.groups) > 1 else "One recipe"
+    said = "".join(f'<p class="answer">{escape(each)}</p>' for each in sentences(answer))
     return (
         f'<header><p class="kicker">{question}</p><h1>{escape(_title(study))}</h1>'
-        f'<div class="verdict {answer.tone}"><p class="answer">{escape(answer.sentence)}</p>'
+        f'<div class="verdict {answer.tone}">{said}'
         f"<p>{marked(answer.meaning)}</p></div>{_tiles(study)}"
         f'<p class="facts">{escape(" · ".join(facts))}</p></header>'
     )

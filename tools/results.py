@@ -18,7 +18,7 @@ from pipeline.staging import write_whole
 from tools.compare import HEADINGS, OF_TARGET, rows
 from tools.comparing import answers
 from tools.comparing.records import EXPERIMENT, PACE, RECORDS, Study, read_study
-from tools.comparing.verdict import between_others, leading_name, verdict, warnings
+from tools.comparing.verdict import between_others, leading_name, sentences, verdict, warnings
 from tools.profiling import step_records
 from train.command import parse, run
 
@@ -89,8 +89,8 @@ def markdown(folder: Path) -> str:
     if not study.targeted:
         return "\n".join(lines)
     answer = verdict(study)
-    found = [f"- {part}." for part in answer.parts] or [f"- {answer.sentence}"]
-    return "\n".join([*lines, *found, f"- {answer.meaning}", *(f"- {each}" for each in warnings(study)), ""])
+    said = [*sentences(answer), answer.meaning, *warnings(study)]
+    return "\n".join([*lines, *(f"- {each}" for each in said), ""])
 
 
 def _answers(study: Study) -> list[str]:

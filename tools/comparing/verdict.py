@@ -188,6 +188,13 @@ class Verdict:
     parts: tuple[str, ...] = ()  # what the sentence is made of, where that is more than one thing
 
 
+def sentences(answer: Verdict) -> list[str]:
+    """Its sentence in parts, each with a full stop; a small first letter is the name of an arm."""
+    if not answer.parts:
+        return [answer.sentence]
+    return [f"{part}." for part in answer.parts]
+
+
 def verdict(study: Study) -> Verdict:
     """The answer first: scores at equal seconds and the time ratio with its interval, or why there is none."""
     finished = [trial for trial in study.trials if trial.done]
