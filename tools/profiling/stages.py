@@ -166,6 +166,7 @@ def stored_pictures(source: object) -> StoredPictures | None:
 LIMITS = {
     "decode_whole": "libjpeg-turbo, whole pictures, images/s a core",
     "decode_half": "libjpeg-turbo, half their size, images/s a core",
+    "decode_eighth": "libjpeg-turbo, an eighth of it: their coefficients alone, images/s a core",
     "read_disk": "random pictures from the disk, images/s",
     "read_cached": "random pictures from the page cache, images/s",
     "copy_gb": "memory to memory, GB/s",
@@ -203,7 +204,7 @@ def _limits_of_storage(loader: Loader, stored: StoredPictures, got_on: Callable[
         rows = rows[rows["raw"] == 0]
         if not len(rows):
             return found
-        for name, denominator in (("decode_whole", 1), ("decode_half", 2)):
+        for name, denominator in (("decode_whole", 1), ("decode_half", 2), ("decode_eighth", 8)):
             found[name], _ = _rate(lambda part, d=denominator: decoder.decode_whole(part, d), rows)
             got_on()
     return found
