@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.decoder import checksum_in_c, ppm_head
 from pipeline.staging import write_durably
-from pipeline.store import FORMAT, INDEX, MANIFEST
+from pipeline.store import FORMAT, INDEX, MANIFEST, suffix
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 MAX_SIDE = np.iinfo(INDEX["height"]).max
@@ -69,7 +69,7 @@ class ShardWriter:
 
     def add(self, data: bytes, *, label: int, height: int, width: int) -> int:
         """Append one picture, a verified JPEG or raw pixels; returns its sample id."""
-        key, kind = f"{self.count:09d}", "ppm" if self.raw else "jpg"
+        key, kind = f"{self.count:09d}", suffix(raw=self.raw)
         head = ppm_head(height, width) if self.raw else b""
         cls, size = b"%0*d" % (self.label_width, label), len(head) + len(data)
         room = 2 * BLOCK + _padded(size) + _padded(len(cls))

@@ -123,7 +123,7 @@ class Store:
     @property
     def suffix(self) -> str:
         """Of a picture's name in a shard."""
-        return "ppm" if self.raw else "jpg"
+        return suffix(raw=self.raw)
 
     @property
     def columns(self) -> dict[str, list[str]]:
@@ -222,6 +222,11 @@ class Store:
             there = ", ".join(self.columns) or "none"
             raise DataError(f"{self.root} has no label column {column!r} (it has: {there}).")
         return np.asarray(self.labels[:, list(self.columns).index(column)]), self.columns[column]
+
+
+def suffix(*, raw: bool) -> str:
+    """Of a picture's name in a shard."""
+    return "ppm" if raw else "jpg"
 
 
 def _check_manifest(manifest: dict) -> None:

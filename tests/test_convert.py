@@ -652,6 +652,21 @@ def test_large_raw_pictures_are_shrunk_and_larger_ones_refused(tmp_path, monkeyp
         read_picture(path, Encoding(pixels="raw"))
 
 
+def test_the_room_that_raw_pixels_want_is_told_from_their_sizes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        write(tmp_path, encoded(picture(i, 1000, 500))).rename(tmp_path / f"in/{i}.jpg")
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    words = (tmp_path / "in", tmp_path / "s", "--pixels", "raw", "--max-side", "500", "--backends")
+    # 12 pictures of 500 x 250 pixels, 32 MiB to spare, and in shards 2 kB of each.
+    said = fails(capsys, 5, *words, "dali")
+    assert "the store needs about 38.1 MB. Free some, choose another disk, or lower --max-side.\n" in said
+    if ffcv_writer.ffcv_missing() is None:
+        said = fails(capsys, 5, *words, "both")
+        assert "about 42.6 MB." in said
+        assert "--backends dali, which keeps each picture once.\n" in said
+
+
 def test_raw_pixels_have_no_quality_and_are_another_store(raw, source, tmp_path, capsys):
     for words in (("--quality", "80"), ("--chroma", "4:4:4")):
         assert "--pixels raw makes none" in fails(capsys, 2, source, tmp_path / "s", "--pixels", "raw", *words)

@@ -235,9 +235,10 @@ def _check_disk(dst: Path, listing: Listing, backends: list[str], mean: float, d
     place = dst.absolute().parent
     free = shutil.disk_usage(place).free
     if free < need:
+        once = ", or pass --backends dali, which keeps each picture once" if len(backends) > 1 else ""
         raise ResourceError(
             f"{place} has {size_in_words(free)} free, the store needs about {size_in_words(need)}. "
-            "Free some, choose another disk, lower --max-side, or pass --backends dali, which keeps each picture once."
+            f"Free some, choose another disk, or lower --max-side{once}."
         )
 
 
