@@ -48,14 +48,14 @@ def nt_xent(one: Tensor, other: Tensor, *, temperature: float) -> Tensor:
     return F.cross_entropy(logits.scatter(1, itself[:, None], -torch.inf), itself.roll(len(one)))
 
 
-def sup_con(features: Tensor, label: Tensor, *, temperature: float) -> Tensor:
+def sup_con(features: Tensor, label: Tensor, *, temperature: float, base_temperature: float | None = None) -> Tensor:
     """How hard it is to pick the rows of the same class out of all views of the batch, over all processes.
 
     features: (V, B, D), any scale: V views (or exits) of B images. label: (B,) int64; -1 is a class like another.
     An anchor averages over its positives outside the logarithm; one without any is left out, and with no anchor left
     the loss is 0. Returns a scalar in nats: log(V R B - 1) for a collapsed encoder with R processes; with V = 2 and no
-    label twice it is nt_xent.
-    Source: Khosla et al. 2020 (SupCon), eq. 2, at tau / tau_base = 1.
+    label twice it is nt_xent. With a base temperature all of this is multiplied by temperature / base_temperature.
+    Source: Khosla et al. 2020 (SupCon), eq. 2, and the factor of its code.
     """
     views = len(features)
     with torch.autocast(features.device.type, enabled=False):
@@ -69,7 +69,8 @@ def sup_con(features: Tensor, label: Tensor, *, temperature: float) -> Tensor:
     each = -chance.masked_fill(~positive, 0).sum(dim=1) / count.clamp(min=1)
     # The mean over the anchors of all processes, as the mean over processes of what each has.
     anchors = total((count > 0).sum()).clamp(min=1)
-    return each.sum() * place()[1] / anchors
+    scale = 1.0 if base_temperature is None else temperature / base_temperature
+    return scale * each.sum() * place()[1] / anchors
 
 
 def queue_info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> Tensor:

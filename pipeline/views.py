@@ -55,6 +55,11 @@ class Patches:
         seen = self.kept(self.pixels)
         return seen if self.noise is None else seen + self.kept(self.noise)
 
+    def first(self, count: int) -> Patches:
+        """The same view of the first images alone."""
+        rows = (self.keep, self.hidden, self.noise, self.sigma, self.branches)
+        return Patches(self.pixels[:count], self.grid, *(None if each is None else each[:count] for each in rows))
+
     def kept(self, rows: Tensor) -> Tensor:
         """(B, N, D) -> (B, K, D): those of the patches that the encoder sees."""
         return rows if self.keep is None else take(rows, self.keep)

@@ -2,12 +2,14 @@
 
 python -m tests.rank_process gradients OUT             loss and gradients of this rank's half of a fixed batch, steps,
                                                        and checkpoints of divided weights
-python -m tests.rank_process train FAULT STEP …        `train.pretrain …`; FAULT strikes rank 1 before step STEP
+python -m tests.rank_process train FAULT STEP …        `train.pretrain …`; FAULT strikes rank 1, or rank $STRUCK,
+                                                       before step STEP
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -42,7 +44,7 @@ from train import checkpoint
 from train.command import run
 from train.config import Optim, Run, Speed
 from train.ranks import Ranks
-from train.step import Stepper
+from train.step import Stepper, noise
 
 ROWS = 16
 BASES: dict[str, Objective] = {
@@ -134,9 +136,12 @@ def singles(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach() / ranks, "gradient": mine.grad / ranks}
 
 
-def stepper_of(method: Objective, ranks: Ranks, dtype: torch.dtype, *, divided: bool, rounded: bool = False) -> Stepper:
+def stepper_of(
+    method: Objective, ranks: Ranks, dtype: torch.dtype, *, divided: bool, rounded: bool = False, accumulate: int = 1
+) -> Stepper:
+    optim = Optim(batch=ROWS, clip_grad=0.5, accumulate=accumulate)
     run = Run(
-        objective="daae", method=method, model=SMALL, optim=Optim(batch=ROWS, clip_grad=0.5), device="cpu",
+        objective="daae", method=method, model=SMALL, optim=optim, device="cpu",
         speed=Speed(shard=divided, bf16_gradients=rounded), precision="fp32",
     )  # fmt: skip
     torch.set_default_dtype(dtype)
@@ -191,6 +196,29 @@ def check_checkpoints(stepper: Stepper, out: Path) -> None:
                 assert torch.equal(mine, its), (kind, name, key)
 
 
+def times_sent(ranks: Ranks) -> dict[int, list[int]]:
+    """Parts of a step -> how often gradients were averaged in it: for each bucket once, in steps two and three."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    found = {}
+    for parts in (1, 4):
+        stepper, sent = stepper_of(MAE(), ranks, torch.float32, divided=False, accumulate=parts), [0]
+
+        def count(state, bucket, sent=sent):
+            sent[0] += 1
+            return allreduce_hook(state, bucket)
+
+        stepper.wrapped.register_comm_hook(None, count)
+        seen = set()
+        for step in range(3):
+            sent[0] = 0
+            stepper(noise(stepper.run, ROWS // ranks.count, torch.device("cpu")), 1e-3)
+            if step:  # buckets are laid out anew after the first
+                seen.add(sent[0])
+        found[parts] = sorted(seen)
+    return found
+
+
 def write_gradients(out: Path) -> int:
     import torch.distributed as dist
 
@@ -210,6 +238,9 @@ def write_gradients(out: Path) -> int:
         found["loss"] /= ranks
         torch.save(found, out / f"{name}-{rank}-{dtype}.pt")
     torch.save(singles(rank, ranks), out / f"singles-{rank}.pt")
+    sent = times_sent(Ranks(rank, ranks))
+    if rank == 0:
+        (out / "sent.json").write_text(json.dumps(sent))
     dist.destroy_process_group()
     return 0
 
@@ -217,15 +248,15 @@ def write_gradients(out: Path) -> int:
 def train(fault: str, step: int, words: list[str]) -> int:
     from train.pretrain import main
 
-    taken, whole = [0], Stepper.__call__
+    taken, whole, here = [0], Stepper.__call__, os.environ["RANK"] == os.environ.get("STRUCK", "1")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     ids = os.environ["STEPS_TAKEN"] + "again-" * again + os.environ["RANK"]
 
     def struck(self: Stepper, batch: Batch, lr: float, done: tuple[float, float] = (0.0, 0.0)):
-        harm = {"nan": poison_gradient, "bad data": poison}.get(fault) if os.environ["RANK"] == "1" else None
+        harm = {"nan": poison_gradient, "bad data": poison}.get(fault) if here else None
         if harm and not (taken[0] >= step if fault == "nan" else spoilt(batch, step)):
             harm = None
-        if taken[0] == step and os.environ["RANK"] == "1" and not again:
+        if taken[0] == step and here and not again:
             strike(fault)
         taken[0] += 1
         with open(ids, "a", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,7 @@ from tools.comparing.analysis import (
     t_quantile,
     time_to_target,
 )
+from tools.comparing.verdict import CLAIM, SURELY
 
 RISING = Curve(seconds=(100.0, 400.0, 900.0), scores=(0.20, 0.30, 0.35), images=(1000.0, 4000.0, 9000.0))
 
@@ -182,7 +184,8 @@ def test_contrast_pairs_by_seed_and_takes_the_baselines_own_end_as_target():
     assert found.difference.mean == pytest.approx(0.03)
     assert found.ratio is not None
     assert found.ratio.mean == pytest.approx(2.0)
-    assert (found.epochs, found.seconds_per_epoch) == (pytest.approx(2.5), pytest.approx(0.8))
+    assert found.epochs is not None
+    assert (found.epochs.mean, found.seconds_per_epoch) == (pytest.approx(2.5), pytest.approx(0.8))
     assert found.pace == pytest.approx(0.8)
     assert found.never == 0
 
@@ -191,10 +194,42 @@ def test_contrast_with_a_seed_that_never_arrives_has_a_bound_and_no_interval():
     base = {0: outcome((0.1, 0.2, 0.3)), 1: outcome((0.1, 0.2, 0.3))}
     found = contrast(base, {0: outcome((0.2, 0.3, 0.35)), 1: outcome((0.1, 0.2, 0.29))}, None)
     assert found.never == 1
-    assert found.epochs is None
+    assert found.seconds_per_epoch is None
     assert found.ratio is not None
+    assert found.epochs is not None
     assert (found.ratio.side, found.ratio.mean) == ("at most", pytest.approx(math.sqrt(2.0)))  # one of 2, one at most 1
+    # The factor of the epochs is a bound as well; times what an epoch costs it is the ratio's.
+    assert (found.epochs.side, found.epochs.mean * found.pace) == ("at most", pytest.approx(found.ratio.mean))
     assert (found.as_fast(2.0), found.as_fast(2.01)) == (1, 0)
+
+
+@pytest.mark.parametrize("scores", [(0.28, 0.295, 0.31, 0.31, 0.31), (0.28, 0.29, 0.30, 0.31, 0.32)])
+def test_an_arm_that_is_the_baseline_itself_is_rarely_called_twice_as_fast(scores):
+    """Five seeds, five lengths, runs that scatter by 0.8 points: the standard set, if both arms were one recipe."""
+    generator, seconds = random.Random(0), (30.0, 60.0, 120.0, 240.0, 480.0)
+
+    def trained() -> dict[int, tuple[float, ...]]:
+        return {seed: tuple(generator.gauss(score, 0.008) for score in scores) for seed in range(5)}
+
+    def outcomes(runs: dict[int, tuple[float, ...]], upto: int) -> dict[int, Outcome]:
+        until = seconds[:upto]
+        return {
+            seed: Outcome(Curve(until, each[:upto], until), each[upto - 1], until[-1], until[-1], 1.0)
+            for seed, each in runs.items()
+        }
+
+    held, logs = 0, []
+    for _ in range(500):
+        one, other = trained(), trained()
+        best = max(range(5), key=lambda at: statistics.fmean(each[at] for each in one.values())) + 1
+        found = contrast(outcomes(one, 5), outcomes(other, 5), None, outcomes(one, best)).ratio
+        if found is None:
+            continue
+        logs.append(math.log(found.mean))
+        held += found.mean >= CLAIM and found.low is not None and found.low > SURELY
+    assert len(logs) > 250  # of others bounds point both ways
+    assert held <= 5  # 1 in 100; 0 and 1 in 500
+    assert 0.8 < math.exp(statistics.fmean(logs)) < 1.25
 
 
 def test_contrast_without_scores_still_knows_the_pace():

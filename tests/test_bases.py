@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from model.attention import attend_by_products
 from model.memory import Queue, rising_momentum
 from model.network import Network
 from model.objectives import OBJECTIVES, Objective
@@ -20,14 +23,16 @@ from model.objectives.mocov3 import MoCoV3
 from model.objectives.simclr import SimCLR
 from model.objectives.supcon import SupCon
 from model.objectives.two_views import TwoViews
-from model.shape import Shape
+from model.shape import Shape, encoder_macs, head_macs
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import View
 from pipeline.store import Store
-from pipeline.views import Patches
+from pipeline.views import Patches, make_views
+from tests import textbook
 from tests.conftest import SMALL
 from tests.rank_process import BASES, METHODS
-from tests.test_objectives import views_of
+from tests.test_can import exact
+from tests.test_objectives import batch, views_of
 from tests.test_pretrain import flags
 from train.config import Optim
 from train.data import open_data, open_store
@@ -68,6 +73,24 @@ def test_work_is_that_of_the_encoders_and_little_more(name, gmac):
     assert OBJECTIVES[name]().macs(Shape()) / 1e9 == pytest.approx(gmac, rel=0.01)
 
 
+@pytest.mark.parametrize(("name", "copied", "head"), [
+    ("simclr", 0, ()), ("supcon", 0, ()), ("mocov2", 1, (64, 64, 16)), ("mocov3", 2, (64, 32, 32, 16)),
+    ("byol", 2, (64, 32, 16)),
+])  # fmt: skip
+def test_formula_counts_what_torch_multiplies(monkeypatch, name, copied, head):
+    """copied: views that a momentum copy looks at without a gradient, through a head of its own."""
+    monkeypatch.setattr("model.vit.attend", attend_by_products)  # torch 2.11 does not count the fused one on a CPU
+    shape = Shape(side=64, patch=8, width=64, depth=3, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
+    method = BASES[name]
+    declared = method.views(shape)
+    views = make_views(batch(8, views=declared), declared, patch=8, seed=0)
+    network = Network(method, shape, 0)
+    with FlopCounterMode(display=False) as counter:
+        network(views, PAIRS[:8])
+    looked = encoder_macs(shape, 64) + head_macs(*head)  # the formula counts a third of it
+    assert counter.get_total_flops() / 2 / 8 == pytest.approx(method.macs(shape) + copied * 2 * looked / 3, rel=0.01)
+
+
 def test_heads_have_the_published_sizes():
     def widths(method: Objective) -> dict[str, list[int]]:
         found = {}
@@ -96,7 +119,7 @@ def test_presets_train_as_moco_v3_trains_vits_and_smaller_on_small_data():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", ["tiny", "vits16"])
+@pytest.mark.parametrize("size", ["tiny", "vits16", "vitb16-in1k-300"])
 @pytest.mark.parametrize(("name", "jitter"), [
     ("simclr", (0.4, 0.4, 0.4, 0.1)), ("mocov2", (0.4, 0.4, 0.4, 0.1)), ("byol", (0.4, 0.4, 0.2, 0.1)),
 ])  # fmt: skip
@@ -248,6 +271,55 @@ def test_a_loss_that_no_step_follows_leaves_nothing_in_a_queue(name):
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
+Made = dict[str, torch.Tensor]
+# Of what is made of one view and of what is made of another one, at each method's temperature.
+PRINTED: dict[str, Callable[[Made, Made], float]] = {
+    "simclr": lambda one, other: textbook.nt_xent(one["query"], other["query"], temperature=0.1),
+    "supcon": lambda one, other: textbook.sup_con(
+        torch.stack([one["query"], other["query"]]), PAIRS, temperature=0.1
+    ),
+    "mocov2": lambda one, other: textbook.queue_info_nce(one["query"], other["key"], one["queue"], temperature=0.2),
+    "mocov3": lambda one, other: 2 * 0.2 * sum(
+        textbook.info_nce(mine["query"], theirs["key"], temperature=0.2)
+        for mine, theirs in ((one, other), (other, one))
+    ),
+    "byol": lambda one, other: sum(
+        textbook.regression(mine["query"], theirs["key"]) for mine, theirs in ((one, other), (other, one))
+    ),
+}  # fmt: skip
+
+
+def made_of(network: Network, view: Patches) -> Made:
+    """(B, D) of one view by itself: behind projector and predictor, and behind the momentum copies of both."""
+    parts, (code,) = network.parts, network.encoder(view)
+    made = {"query": parts["projector"](code[:, 1:].mean(dim=1))}
+    if "predictor" in parts:
+        made["query"] = parts["predictor"](made["query"])
+    if "momentum_encoder" in parts:
+        (code,) = parts["momentum_encoder"](view)
+        made["key"] = parts["momentum_projector"](code[:, 1:].mean(dim=1))
+    if "queue" in parts:
+        made["queue"] = parts["queue"].rows
+    return {each: value.detach() for each, value in made.items()}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_loss_is_the_printed_one_of_each_view_beside_the_other_one(name):
+    network, views = Network(BASES[name], SMALL, 0).double(), exact(views_of(BASES[name]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # what follows is another network from now on
+        for part in (network.encoder, network.parts["projector"]):
+            for weight in part.parameters():
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+        for queue in (each for each in network.modules() if isinstance(each, Queue)):
+            queue.rows.copy_(torch.nn.functional.normalize(queue.rows, dim=1))  # of length 1 to float32 up to now
+    one, other = (made_of(network, views[each]) for each in ("one", "other"))
+    expected = PRINTED[name](one, other)
+    assert loss_of(network, views).item() == pytest.approx(expected, rel=1e-10)
+    itself = (PRINTED[name](one, one) + PRINTED[name](other, other)) / 2
+    assert abs(expected - itself) > 1e-3  # each view beside itself would be seen
+
+
 @pytest.mark.parametrize("name", ["simclr", "supcon", "mocov3", "byol"])
 def test_swapping_the_views_changes_nothing(name):  # T-B3
     network, views = Network(BASES[name], SMALL, 0), views_of(BASES[name])
@@ -274,6 +346,16 @@ def test_labels_decide_what_supcon_pulls_together():
     assert len({own, shared, other}) == 3
     simclr = Network(replace(SimCLR(head_hidden=32, head_out=16), head_norm="none"), SMALL, 0)
     assert own == pytest.approx(loss_of(simclr, views).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [BASES["supcon"], METHODS["selfcon"]])
+def test_a_base_temperature_reaches_the_loss(method):
+    views, scaled = views_of(method), replace(method, base_temperature=0.07)
+    plain, found = (loss_of(Network(each, SMALL, 0), views).item() for each in (method, scaled))
+    assert found == pytest.approx(plain * 0.1 / 0.07, rel=1e-6)
+    scaled.check(16)
+    with pytest.raises(UsageError, match=r"--method\.base-temperature 0: above 0, or left out"):
+        replace(method, base_temperature=0.0).check(16)
 
 
 UNIFORM = {

@@ -232,4 +232,6 @@ def test_formula_counts_what_torch_multiplies(monkeypatch):
     assert CAN().macs(VIT_B) / 1e9 == pytest.approx(28.19 - 2 * 98 * 768**2 / 1e9, rel=0.001)
     # The paper has SimCLR at 70 % more for ViT-L; of a ViT-B the decoder is a larger part.
     assert SimCLR().macs(VIT_L) / CAN().macs(VIT_L) == pytest.approx(1.71, abs=0.01)
+    simclr, can = (open_preset(f"{name}-vitl16") for name in ("simclr", "can"))
+    assert simclr.method.macs(simclr.model) / can.method.macs(can.model) == pytest.approx(1.71, abs=0.01)
     assert SimCLR().macs(VIT_B) / CAN().macs(VIT_B) == pytest.approx(1.25, abs=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -28,7 +30,8 @@ from tools.comparing import experiment as asked
 from tools.comparing.records import Cell, cells, read_study, target_score
 from train.command import parse
 from train.device import choose_precision, device_name
-from train.json_files import read_rows
+from train.journal import code_revision
+from train.json_files import read_object, read_rows
 
 ROOT = Path(__file__).parent.parent
 TINY = ("model.side=32", "model.width=32", "model.depth=1", "model.heads=2", "model.decoder_width=32")
@@ -548,6 +551,30 @@ def test_a_run_that_diverges_costs_the_others_nothing(store_path, tmp_path, capf
     assert [record["arm"] for record in read_rows(out / "records.jsonl")] == ["tame"]
 
 
+def test_a_comparison_that_is_killed_takes_its_run_with_it(store_path, tmp_path):
+    """Which saves and ends: nothing trains on unattended, and the same command goes on at once."""
+    out = tmp_path / "out"
+    more = ("--steps", "100000", "--evaluations", "1", "--settings", *TINY)
+    command = [sys.executable, "-m", "tools.compare", *words_for(store_path, out, *more)]
+    killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    folder, end = out / "runs/mae-tiny-seed0", time.monotonic() + 120
+    try:
+        while read_object(folder / "status.json").get("step", 0) < 20:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        (child,) = psutil.Process(killed.pid).children()
+    finally:
+        killed.kill()
+        killed.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while child.status() != psutil.STATUS_ZOMBIE:  # whoever inherits it may not collect it
+            assert time.monotonic() < end + 30
+            time.sleep(0.1)
+    status = read_object(folder / "status.json")
+    assert (status["state"], status["code"]) == ("preempted", 75)
+    assert status["last_checkpoint"] == f"step_{status['step']:09d}"
+
+
 def test_a_real_comparison_from_a_signal_to_its_report(store_path, tmp_path, capfd):
     out = tmp_path / "out"
     more = ("--steps", "6", "--evaluations", "2", "--target", "baseline", "--settings", *TINY)
@@ -619,11 +646,17 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     more = experiment(
         tmp_path / "b.yaml", arms={"a": "mae-tiny"}, steps=2, evaluations=1, evaluate=evaluate, finetune=tuning
     )
+    # As if the code of that time had seen something else in the run.
+    leading = before["evaluation"]["leading"]
+    elsewhere = {**before, "evaluation": {**before["evaluation"], "leading": {**leading, "value": 0.99}}}
+    (out / "records.jsonl").write_text(json.dumps(elsewhere) + "\n")
     capfd.readouterr()
     assert compare.main(["--experiment", more, *words]) == 0
     said = capfd.readouterr().err
     assert "evaluate a seed 0\n" in said
     assert "finetune a seed 0\n" in said
+    now = f"note: a seed 0 scores {100 * leading['value']:.1f} now, and scored 99.0 before, by code "
+    assert now in said
     (after,) = read_rows(out / "records.jsonl")
     assert after["asked"] == {
         "evaluate": {"label_share": [0.5], "agreement": 0.5},
@@ -641,7 +674,7 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     assert leading["count"] == count == 96  # every picture once
     assert leading["value"] == pytest.approx(sum(part["value"] * part["count"] for part in parts) / count)
     assert {**after, "evaluation": 0} == {
-        **before, "evaluation": 0, "asked": after["asked"], "finetune": after["finetune"],
+        **before, "evaluation": 0, "asked": after["asked"], "asked_by": code_revision(), "finetune": after["finetune"],
     }  # fmt: skip
     for file in (more, first):  # all of it is known, and who asks for less forgets nothing
         assert compare.main(["--experiment", file, *words]) == 0

@@ -24,6 +24,7 @@ from pipeline.store import Store
 from pipeline.views import MEAN, STD, Batch, make_views, normalise, patchify
 from tests.conftest import PYTHON, SMALL, psnr
 from tests.test_loader import BATCH, VIEWS, reference
+from train.config import Speed
 from train.evaluation.exam import ask
 from train.presets import open_preset
 from train.step import Stepper
@@ -118,6 +119,32 @@ def test_nothing_in_a_step_waits_for_the_gpu(preset: str):
         stepper(batch, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("preset", ["mae-tiny", "daae-tiny"])
+def test_steps_as_cuda_graphs_are_those_without(preset: str):
+    found = []
+    for graphs in (False, True):
+        run = replace(open_preset(preset), model=SMALL, precision="fp32", speed=Speed(compile=True, graphs=graphs))
+        stepper = Stepper(run, GPU)
+        stepper.prepare()
+        images = {
+            name: torch.randint(
+                256, (16, view.side, view.side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+            ).to(GPU)
+            for name, view in run.method.views(run.model).items()
+        }
+        batch = Batch(images, torch.full((16,), -1, device=GPU), torch.arange(16), 0)
+        outcomes = [stepper(batch, lr=1e-3)[0] for _ in range(6)]  # the first of them are recorded
+        found.append((outcomes, {name: each.clone() for name, each in stepper.network.state_dict().items()}))
+    (plain, weights), (captured, others) = found
+    for one, other in zip(plain, captured, strict=True):
+        assert all(
+            value.item() == pytest.approx(other.terms[name].item(), rel=1e-4) for name, value in one.terms.items()
+        )
+    for name, value in weights.items():
+        if value.is_floating_point() and value.ndim > 1:
+            assert (others[name] - value).norm() <= 1e-3 * value.norm(), name
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -129,6 +129,17 @@ def test_sup_con_knows_classes_only_by_who_shares_them():  # L12, T-E4
     assert sup_con(features, torch.tensor([7, 3, 5])[LABEL], temperature=0.1).item() == loss
 
 
+@pytest.mark.parametrize(("base", "factor"), [(None, 1), (0.1, 1), (0.07, 1 / 0.7), (0.2, 0.5)])
+def test_sup_con_is_multiplied_by_its_temperature_over_the_base_one(base, factor):
+    features = torch.stack(pair()).double().requires_grad_()
+    printed = textbook.sup_con(features.detach(), LABEL, temperature=0.1)
+    plain = sup_con(features, LABEL, temperature=0.1)
+    found = sup_con(features, LABEL, temperature=0.1, base_temperature=base)
+    assert found.item() == pytest.approx(factor * printed, rel=1e-12)
+    mine, expected = (torch.autograd.grad(each, features)[0] for each in (found, plain))
+    assert torch.allclose(mine, factor * expected, rtol=1e-12)
+
+
 def test_sup_con_leaves_out_anchors_without_a_positive():
     one, _ = pair()
     alone = torch.tensor([0, 1, 0, 2, 3, 0])
@@ -152,7 +163,7 @@ def test_regression_is_between_0_and_4_and_pulls_the_prediction_alone():  # L8
     assert other.grad is None
 
 
-def test_nt_xent_and_sup_con_equal_those_of_pytorch_metric_learning():
+def test_losses_equal_those_of_pytorch_metric_learning():
     losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
     features, image = torch.stack(pair(16, 32)), torch.arange(16)
     theirs = losses.NTXentLoss(temperature=0.2)(features.flatten(0, 1), image.repeat(2)).item()
@@ -160,6 +171,10 @@ def test_nt_xent_and_sup_con_equal_those_of_pytorch_metric_learning():
     label = image % 5
     theirs = losses.SupConLoss(temperature=0.1)(features.flatten(0, 1), label.repeat(2)).item()
     assert sup_con(features, label, temperature=0.1).item() == pytest.approx(theirs, abs=1e-5)
+    query, key = features
+    # Equal labels that are not one tensor: of each query only its own key is a positive, and no key is left out.
+    theirs = losses.NTXentLoss(temperature=0.2)(query, image, ref_emb=key, ref_labels=image.clone()).item()
+    assert info_nce(query, key, temperature=0.2).item() == pytest.approx(theirs, abs=1e-5)
 
 
 def test_losses_equal_those_of_lightly():

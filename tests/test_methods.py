@@ -19,11 +19,14 @@ from model.shape import Shape
 from pipeline.errors import UsageError
 from pipeline.views import make_views
 from tests.test_pretrain import flags
-from tools import methods
+from tools import methods, results
+from tools.profiling import method_costs
+from tools.profiling.method_costs import Cost
 from train.config import Run
 from train.json_files import read_rows
 from train.pretrain import main as pretrain
 from train.step import noise
+from train.timing import Spread
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 def test_every_method_is_described_with_its_cost_beside_mae(capsys):
     assert methods.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == list(OBJECTIVES)
+    assert list(found) == [*OBJECTIVES, "adainf"]
     assert {name for name, row in found.items() if row["supervised"]} == {"supcon", "selfcon"}
     # Section by section the multiply-accumulates of a ViT-B/16 at 224 px, MAE 9.675 G: two whole views are 35.1 G.
     expected = {
@@ -48,13 +51,19 @@ def test_every_method_is_described_with_its_cost_beside_mae(capsys):
     assert found["swav"]["tokens"] == 2 * 196 + 6 * 36
     assert found["clsa"]["views"] == "2 x 224, 96"
     assert found["clsa"]["tokens"] == 2 * 196 + 36
+    # A recipe: what it looks at and what that costs are its method's.
+    assert "simclr" in found["adainf"]["idea"]
+    assert all(found["adainf"][each] == found["simclr"][each] for each in ("views", "tokens", "cost", "supervised"))
+    assert found["adainf"]["paper"] != found["simclr"]["paper"]
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_steps_are_measured_beside_maes(capsys, monkeypatch):
-    monkeypatch.setattr("train.device.choose_precision", lambda wish, device: "fp32")  # bf16 keeps weights twice
-    assert methods.main(["--measure", "--only", "selfcon", "supcon", "--size", "tiny", "--batch", "4", "--json"]) == 0
+def test_steps_are_measured_beside_maes(capsys):
+    words = "--measure --only selfcon supcon --size tiny --batch 4 --json".split()
+    assert methods.main([*words, "--precision", "fp32"]) == 0  # bf16 keeps weights twice
     told = json.loads(capsys.readouterr().out)
+    assert (told["batch"], told["precision"]) == (4, "fp32")
+    assert told["environment"]["device"]
     found = told["methods"]
     assert list(found) == ["mae-tiny", "selfcon-tiny", "supcon-tiny"]
     mae, exits, views = found.values()
@@ -67,11 +76,52 @@ def test_steps_are_measured_beside_maes(capsys, monkeypatch):
         methods.main(["--measure", "--only", "selfcom"])
 
 
+def test_a_record_of_costs_makes_a_table(tmp_path: Path, monkeypatch, capsys):
+    asked = []
+
+    def measure(names: list[str], size: str, batch: int, precision: str) -> list[Cost]:
+        """Nothing is timed: each takes twice the FLOPs of the one before it, in three times the seconds."""
+        asked.append((names, size, batch, precision))
+        gflop = {"tiny": 1.0, "vits16": 10.0}[size]
+        return [
+            Cost(f"{name}-{size}", gflop * 2**at, 2.0**at, Spread(3.0**at, 2.0**at, 4.0**at), 8 / 3**at, 29.28 * 2**at)
+            for at, name in enumerate(["mae", *names])
+        ]
+
+    monkeypatch.setattr(method_costs, "measure", measure)
+    kept = tmp_path / "costs"
+    kept.mkdir()
+    for size, only in (("vits16", ["can"]), ("tiny", ["can", "simclr"])):
+        words = ["--measure", "--only", *only, "--size", size, "--batch", "8", "--precision", "fp32", "--json"]
+        assert methods.main(words) == 0
+        (kept / f"{size}.json").write_text(capsys.readouterr().out)
+    assert asked == [(["can"], "vits16", 8, "fp32"), (["can", "simclr"], "tiny", 8, "fp32")]
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    page = results.filled("<!-- results of costs -->\n<!-- end of results -->\n")
+    assert "|  | tiny: FLOPs | seconds | speed | kept | vits16: FLOPs | seconds | speed | kept |" in page
+    assert "| --- | ---: | ---: |" in page
+    one = "1.00 | 1.00 (1.00 to 1.00) | 1.00 | 29.3"
+    assert f"| mae | {one} | {one} |" in page
+    assert "| can | 2.00 | 3.00 (2.00 to 4.00) | 0.67 | 58.6 | 2.00 | 3.00 (2.00 to 4.00) | 0.67 | 58.6 |" in page
+    assert "| simclr | 4.00 | 9.00 (4.00 to 16.00) | 0.44 | 117 |  |  |  |  |" in page
+    assert "<details><summary>Machine, versions, commands</summary>\n\n- tiny: " in page
+    assert ", fp32, batch 8; Python " in page
+    assert results.filled(page) == page
+
+
 def test_the_table_is_for_people(capsys):
     assert methods.main([]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in OBJECTIVES)
+    assert all(name in said for name in (*OBJECTIVES, "adainf"))
     assert "arXiv 2006.09882" in said
+
+
+def test_the_docs_have_the_table_as_the_code_gives_it():
+    page = (ROOT / "docs/methods.md").read_text()
+    assert results.METHODS.search(page)
+    assert results.filled(page) == page, "run `python -m tools.results --write`"
+    for row in methods.rows():
+        assert f"| `{row.name}` | {row.idea} | {row.views} | {row.tokens} | {row.cost:.2f} | " in page
 
 
 def test_the_method_that_the_docs_write_out_trains_like_any_other(store_path: Path, tmp_path: Path, monkeypatch):

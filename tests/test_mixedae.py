@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import attend_by_products, attend_top, largest
+from model.heads import feature_spread
 from model.losses import homologous_contrast
 from model.mixing import mix, recognised, sources, unmix
 from model.network import Network
@@ -204,6 +205,24 @@ def test_terms_are_the_papers_and_mixing_leaves_other_groups_alone():
     target = take(view.pixels, view.hidden)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     assert whole.terms["reconstruct"].item() == pytest.approx((predicted - target).square().mean().item(), rel=1e-4)
+
+
+def test_features_are_of_each_picture_and_a_collapse_of_them_is_told():
+    objective = MixedAE()
+    network, view = Network(objective, SMALL, 0), views_of(objective)["mixed"]
+    outcome, (code, _) = network({"mixed": view}, LABEL), objective._encode(network, view)
+    # Four tokens of each of a mixed picture's four sources, one source behind the other.
+    own = torch.stack([code[sample // 4, 1 + sample % 4 * 4 :][:4].mean(dim=0) for sample in range(16)])
+    assert outcome.features is not None
+    assert not outcome.features.requires_grad
+    assert torch.allclose(outcome.features, own, atol=1e-6)
+    assert outcome.watched["spread"].item() == pytest.approx(feature_spread(own).item(), rel=1e-5)
+    with torch.no_grad():  # whatever comes in, the bias goes out
+        network.encoder.norm.weight.zero_()
+        network.encoder.norm.bias.fill_(1)
+    collapsed = network({"mixed": view}, LABEL).watched
+    said = objective.alarm({name: value.item() for name, value in collapsed.items()})
+    assert "nearly one and the same (spread 0.000;" in str(said)
 
 
 def test_recognition_is_measured_in_the_encoder():  # T-X6

@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from model.attention import attend_by_products
 from model.network import Network
 from model.objectives import OBJECTIVES
 from model.objectives.clsa import CLSA
 from model.objectives.daae import DAAE
-from model.objectives.mae import MAE
+from model.objectives.mae import MAE, reconstruction
+from model.shape import Shape
 from pipeline.errors import UsageError
 from pipeline.sampling import View
 from pipeline.views import Batch, Patches, make_views
@@ -189,6 +192,38 @@ def test_decoding_half_scores_a_random_half_and_estimates_the_same_loss():
     assert MAE(decoded_share=0.5).macs(SMALL) < MAE().macs(SMALL)
 
 
+def test_repainting_some_of_the_images_scores_these_alone():
+    half, whole = DAAE(repainted=0.5, head_hidden=32, head_out=16), DAAE(head_hidden=32, head_out=16)
+    network, views = Network(whole, SMALL, 0), views_of(whole)
+    code, _ = network.encoder(views["holed"], views["small"])
+    expected = reconstruction(network, code[:8], views["holed"].first(8), 1.0, True)
+    assert len(views["holed"].first(8).hidden) == 8
+    found = half.loss(network, views, LABEL).terms
+    plain = whole.loss(network, views, LABEL).terms
+    assert found["reconstruct"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found["reconstruct"].item() != plain["reconstruct"].item()
+    assert torch.equal(found["contrast"], plain["contrast"])
+    for wrong, said in (
+        ({"repainted": 0.0}, "a share above 0"),
+        ({"repainted": 0.5, "feature": "asym"}, "of every image"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            DAAE(**wrong).check(16)
+
+
+@pytest.mark.parametrize("repainted", [1.0, 0.5])
+def test_formula_counts_what_torch_multiplies(monkeypatch, repainted):  # MAE's: tests/test_model.py
+    monkeypatch.setattr("model.vit.attend", attend_by_products)  # torch 2.11 does not count the fused one on a CPU
+    shape = Shape(side=64, patch=8, width=64, depth=3, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
+    method = DAAE(head_hidden=32, head_out=16, repainted=repainted)
+    declared = method.views(shape)
+    views = make_views(batch(8, views=declared), declared, patch=8, seed=0)
+    network = Network(method, shape, 0)
+    with FlopCounterMode(display=False) as counter:
+        network(views, LABEL[:8])
+    assert counter.get_total_flops() / 2 / 8 == pytest.approx(method.macs(shape), rel=0.01)
+
+
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_terms_are_finite_and_every_trained_part_gets_a_gradient(name):
     # Three sevenths of 32 pixels are no whole patches.
@@ -197,7 +232,7 @@ def test_terms_are_finite_and_every_trained_part_gets_a_gradient(name):
     outcome = network(views_of(objective), LABEL)
     sum(outcome.terms.values()).backward()
     assert all(torch.isfinite(term) for term in outcome.terms.values())
-    assert (outcome.features is None) == (name in ("mae", "mixedae"))  # nothing goes into a head
+    assert (outcome.features is None) == (name == "mae")  # which compares no images
     if outcome.features is not None:
         assert outcome.features.shape == (16, SMALL.width)
         assert not outcome.features.requires_grad

@@ -56,10 +56,10 @@ def timeless(rows: list[dict]) -> list[dict]:
 
 
 # COUNT / 16 = 6 steps an epoch: inside, at the edge, in the second. Of the others what they remember: a queue that has
-# gone round, momentum copies that move at a rate of the step; noise of another epoch; an exit's own blocks.
+# gone round, momentum copies that move at a rate of the step; noise of another epoch; an exit's own blocks; labels.
 @pytest.mark.parametrize(("preset", "stop"), [
     *itertools.product(("mae-tiny", "daae-tiny"), (2, 6, 9)), ("mocov2-tiny", 5), ("byol-tiny", 6),
-    ("can-tiny", 7), ("selfcon-tiny", 5), ("clsa-tiny", 7),
+    ("can-tiny", 7), ("selfcon-tiny", 5), ("clsa-tiny", 7), ("simclr-tiny", 7), ("supcon-tiny", 5), ("mocov3-tiny", 6),
 ])  # fmt: skip
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(store_path, tmp_path, preset, stop):
     assert main(flags(preset, store_path, tmp_path / "whole", "--steps", "10")) == 0

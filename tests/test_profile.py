@@ -365,7 +365,7 @@ def test_a_step_is_told_part_by_part(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--trace", "a.json"], "--trace and --knobs go with --step"),
+    (["--trace", "a.json"], "--trace, --knobs and --techniques go with --step"),
     ([], "--data (a store made by `daae convert`) is required"),
     (["--step", "--html", "a.html"], "without a picture"),
 ])  # fmt: skip

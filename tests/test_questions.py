@@ -26,14 +26,22 @@ def test_each_runs_own_questions():
         {"evaluate": {"label_share": [0.01, 0.1]}, "finetune": {"epochs": 20, "lengths": [240, 480]}}, ""
     )
     few, tuning = {"label_share": [0.01, 0.1]}, {"epochs": 20.0}
-    assert questions.of(480, longest=True) == {"evaluate": few, "finetune": tuning}
-    assert questions.of(240, longest=False) == {"finetune": tuning}
-    assert questions.of(120, longest=False) == {}
+    assert questions.of("mae", 480, longest=True) == {"evaluate": few, "finetune": tuning}
+    assert questions.of("mae", 240, longest=False) == {"finetune": tuning}
+    assert questions.of("mae", 120, longest=False) == {}
     everyone = Questions.read({"finetune": {}}, "")
-    assert everyone.of(None, longest=True) == {"finetune": {}}
-    assert everyone.of(240, longest=False) == {}
-    assert Questions.read({}, "").of(480, longest=True) == {}
-    assert Questions.read(questions.as_values(), "") == questions
+    assert everyone.of("mae", None, longest=True) == {"finetune": {}}
+    assert everyone.of("mae", 240, longest=False) == {}
+    assert Questions.read({}, "").of("mae", 480, longest=True) == {}
+    each = Questions.read({"finetune": {"epochs": 20, "lengths": {"mae": [480], "daae": [240]}}}, "")
+    assert each.of("mae", 480, longest=True) == each.of("daae", 240, longest=False) == {"finetune": tuning}
+    for arm, length in (("mae", 240), ("daae", 480), ("contrast", 480)):
+        assert each.of(arm, length, longest=length == 480) == {}
+    for some in (questions, each):
+        assert Questions.read(some.as_values(), "") == some
+    each.check_arms(["mae", "daae", "contrast"])
+    with pytest.raises(UsageError, match=r"finetune: lengths: there is no arm daae\. Did you mean daee"):
+        each.check_arms(["mae", "daee"])
 
 
 def test_folds_are_for_experiments_without_tests():

@@ -260,6 +260,7 @@ def test_view_and_presets_are_the_papers_and_the_specified_ones():
     of_batch = [replace(published.optim, batch=batch).peak_lr() for batch in (512, 1024, 4096)]
     assert of_batch == pytest.approx([1e-3, 2e-3, 2e-3])
     assert replace(published.optim, lr=3e-3).peak_lr() == 3e-3
+    assert small.method == tiny.method == SelfCon(head_hidden=512)
     assert small.optim.lr == tiny.optim.lr == 5e-4
     for run in (published, small, tiny):
         run.check()

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from model import attention, decoder, vit
+from model.network import Network
 from pipeline.errors import DataError
 from tools import profile, results
 from tools.profiling import step_peers
 from tools.profiling.peer_process import rates
 from tools.profiling.step_peers import KNOBS, OURS, PEERS, Task, ours, run_of
+from tools.profiling.step_records import AS_IT_IS
+from tools.profiling.techniques import TECHNIQUES, Technique
 from train.command import run
+from train.rehearsal import Machine
 
 SIZE = Task(OURS, "mae-vitb16", 8, "cpu", "fp32")
 TINY = replace(SIZE, preset="mae-tiny", batch=4)
@@ -49,6 +57,67 @@ def test_every_peer_takes_a_step(name):
     if package != OURS:
         pytest.importorskip(package)
     assert next(PEERS[name](TINY)) == TINY.batch
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", list(TECHNIQUES))
+def test_a_step_without_a_technique_is_the_same_step(name, monkeypatch):
+    """But for rounding, and for the activation's own formula; and the technique is really left out."""
+    for owner, patched in ((vit.Encoder, "embed"), (vit.Encoder, "forward"), (vit, "matched"), (decoder, "matched")):
+        monkeypatch.setattr(owner, patched, getattr(owner, patched))
+    monkeypatch.setitem(attention.WAYS, "products", attention.WAYS["products"])
+    monkeypatch.setattr(Network, "compile", lambda self, **_: None)  # minutes, and nothing of ours
+    seen: dict[str, list] = {"embedded": [], "encoded": [], "type": []}
+
+    def watched(owner: Any, method: str, key: str, what: Callable[[Any], Any]) -> None:
+        whole = getattr(owner, method)
+        monkeypatch.setattr(owner, method, lambda self, x, *more: seen[key].append(what(x)) or whole(self, x, *more))
+
+    watched(vit.PatchEmbed, "forward", "embedded", lambda patches: patches.shape[1])
+    watched(vit.Encoder, "encode", "encoded", lambda tokens: len(tokens))
+    watched(vit.Block, "forward", "type", lambda tokens: tokens.dtype)
+    task = replace(TINY, objective="daae", precision="bf16")
+
+    def step(task: Task, technique: Technique) -> tuple[float, dict[str, Any]]:
+        machines: list[Machine] = []
+
+        def change(machine: Machine) -> None:
+            technique.undo_in(machine)
+            machines.append(machine)
+
+        technique.undo()
+        for each in seen.values():
+            each.clear()
+        torch.manual_seed(0)
+        next(ours(task, attention=technique.attention, change=change))
+        stepper = machines[0].stepper
+        facts = {
+            "embedded": seen["embedded"][:2], "calls": seen["encoded"][:2], "type": seen["type"][0],
+            "fused": stepper.optimizer.param_groups[0]["fused"], "attention": stepper.attention,
+            "tape": attention.WAYS["products"] is not attention.attend_by_products,
+            "gelu": stepper.network.encoder.blocks[0].mlp.act.approximate,
+        }  # fmt: skip
+        return stepper.norm.item(), facts
+
+    plain, usual = step(task, Technique(""))
+    assert usual == {
+        "embedded": [16, 16], "calls": [2 * TINY.batch], "type": torch.bfloat16, "fused": True, "attention": "",
+        "tape": False, "gelu": "none",
+    }  # fmt: skip
+    without, facts = step(replace(task, peer=name, **TECHNIQUES[name].changes), TECHNIQUES[name])
+    expected = {
+        "bf16 instead of fp32": {"type": torch.float32},
+        "attention by two products (bf16)": {"attention": "any"},
+        "attention as one entry of the tape": {"tape": True},
+        "both views in one encoder call": {"calls": [TINY.batch] * 2},
+        "hidden patches left out before the embedding": {"embedded": [64, 16]},
+        "bf16 between blocks": {"type": torch.float32},
+        "GELU by erf, not tanh": {"gelu": "tanh"},
+        "AdamW in one kernel": {"fused": False},
+    }  # fmt: skip
+    assert facts == usual | expected.get(name, {})
+    assert without == pytest.approx(plain, rel=0.05 if name in expected and name != "AdamW in one kernel" else 1e-6)
+    attention.choose("")
 
 
 @pytest.fixture
@@ -123,10 +192,31 @@ def test_a_record_of_knobs_makes_a_table(timed, tmp_path: Path, capsys):
     assert "| half of the hidden patches decoded | 1.50 (1.50 to 1.50) | 1.44 | 1.00 (1.00 to 1.00) | 1.72 |" in page
 
 
+def test_a_record_of_techniques_makes_a_table(timed, tmp_path: Path, capsys):
+    words = ["--step", "--preset", "mae-vits16", "--device", "cpu", "--precision", "bf16", "--quiet", "--json"]
+    assert profile.main([*words, "--techniques"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["techniques"]) == [AS_IT_IS, *TECHNIQUES]
+    assert {task["objective"] for task in timed.values()} == {"daae"}
+    assert [name for name, task in timed.items() if task["precision"] == "fp32"] == ["bf16 instead of fp32"]
+    assert [name for name, task in timed.items() if not task["kept"]] == ["memory kept, in huge pages"]
+    assert [name for name, task in timed.items() if task["compiled"]] == ["--compile (off)"]
+    (tmp_path / "vits16.json").write_text(json.dumps(found))
+    page = results.markdown(tmp_path)
+    assert "|  | foretold | vits16 |" in page
+    assert "| DAAE's step as it is |  | 15 images/s |" in page
+    # Without it a step takes half as long again; with what is off it does too, so that it is no gain.
+    assert "| attention by two products (bf16) | 1.4 to 1.6 | 1.50 (1.50 to 1.50) |" in page
+    assert "| --compile (off) | 1.04 to 1.3 | 0.67 (0.67 to 0.67) |" in page
+    assert run(profile.main, [*words, "--techniques", "--compile"]) == 2
+    assert "is of an eager step in bf16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "said"), [
-    (["--knobs"], "--trace and --knobs go with --step"),
-    (["--step", "--knobs", "--peers"], "are three things: pass one"),
-    (["--step", "--knobs", "--png", "a.png"], "are three things: pass one"),
+    (["--knobs"], "--trace, --knobs and --techniques go with --step"),
+    (["--techniques"], "--trace, --knobs and --techniques go with --step"),
+    (["--step", "--knobs", "--peers"], "--step takes one of --peers, --knobs, --techniques"),
+    (["--step", "--techniques", "--png", "a.png"], "--step takes one of --peers, --knobs, --techniques"),
     (["--step", "--peers", "--preset", "daae-tiny"], "takes a size, as --preset mae-vits16 names one"),
 ])  # fmt: skip
 def test_wishes_that_do_not_go_together_are_refused(words, said, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import DaaeError, Preempted
 from pipeline.interpreter import python
+from train.command import PARENT
 from train.json_files import read_object
 
 SAVE_SECONDS = 120.0  # that a run has for its checkpoint after a signal; then it is killed
@@ -26,7 +27,10 @@ def call(words: list[str], what: str, folder: Path, stop: Stop, stdout: int | No
     stop.check(what)
     # Its own process group, so that Ctrl-C reaches it once, and through us.
     to = sys.stderr.fileno() if stdout is None else stdout
-    child = subprocess.Popen(python("-m", *words), stdin=subprocess.DEVNULL, stdout=to, process_group=0)
+    environment = {**os.environ, PARENT: str(os.getpid())}
+    child = subprocess.Popen(
+        python("-m", *words), stdin=subprocess.DEVNULL, stdout=to, process_group=0, env=environment
+    )
     code = stop.watch(child)
     stop.check(what)
     if code == 0:

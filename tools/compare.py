@@ -49,16 +49,17 @@ from tools.comparing.verdict import (
     ratio_words,
     score_of,
     seconds_words,
+    spread_words,
     target_words,
     verdict,
     warnings,
 )
 from train.command import parse, read_yaml, run
-from train.config import as_values, flat
+from train.config import as_values, completed, flat
 from train.evaluate import EVALUATION
 from train.evaluation.exam import FOLDS, pooled
 from train.finetune import RESULT
-from train.journal import duration
+from train.journal import code_revision, duration
 from train.json_files import read_object, read_rows
 
 if TYPE_CHECKING:
@@ -176,8 +177,22 @@ def question(plan: Plan, records: list[dict], stop: Stop, diverged: list[Cell], 
                 _diverged(error, f"{name} {cell.words}")
                 diverged.append(cell)
                 break
-            record |= {ANSWERS[name]: answer, "asked": answered}
+            if name == "evaluate":
+                _say_moved(cell, record, answer)
+            record |= {ANSWERS[name]: answer, "asked": answered, "asked_by": code_revision()}
             write_records(plan, records)
+
+
+def _say_moved(cell: Cell, record: dict, answer: dict) -> None:
+    """A run that is asked again by other code, or on another machine, should score what it scored."""
+    before, now = ((each or {}).get("leading") for each in (record.get("evaluation"), answer))
+    if before and now and abs(before["value"] - now["value"]) > SAME_SCORE:
+        code = record.get("asked_by") or record["env"].get("code")
+        print(
+            f"note: {cell.words} scores {100 * now['value']:.1f} now, and scored {100 * before['value']:.1f} before, "
+            f"by code {code}; from here on the new score counts.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def _diverged(error: DaaeError, what: str) -> None:
@@ -246,8 +261,13 @@ def measured_paces(plan: Plan, stop: Stop, *, times: int = 1, quiet: bool) -> di
 
 
 def unhurried(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the pace: not how long it is kept up."""
-    return {name: value for name, value in deciding(settings).items() if not name.startswith("budget.")}
+    """What decides the pace: not how long it is kept up, and no option that is at its default, as it was before there
+    was it."""
+    usual = completed({"objective": settings["objective"]})
+    return {
+        name: value for name, value in deciding(settings).items()
+        if name == "objective" or (value != usual.get(name) and not name.startswith("budget."))
+    }  # fmt: skip
 
 
 def rounds(plan: Plan, finished: set[Cell]) -> Iterator[list[Cell]]:
@@ -368,7 +388,7 @@ def _plain(versus: Contrast) -> dict:
     return {
         "difference": None if versus.difference is None else dataclasses.asdict(versus.difference),
         "time_ratio": None if versus.ratio is None else dataclasses.asdict(versus.ratio),
-        "epochs_factor": versus.epochs,
+        "epochs_factor": None if versus.epochs is None else dataclasses.asdict(versus.epochs),
         "seconds_per_epoch_factor": versus.seconds_per_epoch,
         "target_never_reached": versus.never,
     }
@@ -417,6 +437,7 @@ def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
 SCORES = ("seeds", "training", "score", "ahead")
 TIMES = ("images/s", "s/epoch", "to target", "times as fast", "in turns")
 WIDEST = 1000
+SAME_SCORE = 0.0005  # a share of 1: of two evaluations of one run, apart by rounding
 
 
 def show(study: Study) -> None:
@@ -430,7 +451,8 @@ def show(study: Study) -> None:
     parts = [["arm", *(name for name in full if name in part)] for part in (SCORES, TIMES)]
     for table in [_table(study, found, part) for part in parts] if split else [whole]:
         Console(width=max(console.width, boundless.measure(table).maximum)).print(table)
-    print("± is between seeds: standard deviation; with one seed, and for pixels, the test set's standard error.")
+    if spread := spread_words(study):
+        print(spread)
     answer = verdict(study)
     print(f"{answer.sentence} {answer.meaning}")
     for each in warnings(study):

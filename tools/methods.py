@@ -6,9 +6,20 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import UsageError
 from train.command import nearest, parse, run
+
+if TYPE_CHECKING:
+    from model.objectives import Objective
+
+HEADINGS = ("", "idea", "views, px", "tokens", "FLOPs", "labels", "paper")
+SIDES = "lllrrll"
+BELOW = (
+    "At each method's defaults with a ViT-B/16 at 224 px: patches that the encoder sees, FLOPs beside MAE's. "
+    "adainf is a recipe and no --objective: its views and FLOPs are simclr's."
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,8 @@ class Methods:
     """With --measure: of the presets, such as tiny or vits16."""
     batch: int = 16
     """With --measure: images of a step."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """With --measure: auto is what `daae pretrain` would take here."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
@@ -39,26 +52,43 @@ class Row:
     supervised: bool
     paper: str
 
+    @classmethod
+    def of(cls, name: str, method: Objective, idea: str, paper: str) -> Row:
+        from model.objectives.mae import MAE
+        from pipeline.views import kept_count
+        from train.presets import VIT_B
 
-def rows() -> list[Row]:
-    from model.objectives import OBJECTIVES
-    from model.objectives.mae import MAE
-    from pipeline.views import kept_count
-    from train.presets import VIT_B
-
-    found = []
-    for name, objective in OBJECTIVES.items():
-        method = objective()
         views = method.views(VIT_B).values()
         sides = Counter(
             f"{view.side}" + (f" ({view.mask_ratio:.0%} hidden)" if view.mask_ratio else "") for view in views
         )
-        tokens = sum(kept_count((view.side // VIT_B.patch) ** 2, view.mask_ratio) for view in views)
-        found.append(Row(
-            name, method.idea, ", ".join(f"{count} x {side}" if count > 1 else side for side, count in sides.items()),
-            tokens, round(method.macs(VIT_B) / MAE().macs(VIT_B), 2), method.supervised, method.paper,
-        ))  # fmt: skip
-    return found
+        return cls(
+            name, idea, ", ".join(f"{count} x {side}" if count > 1 else side for side, count in sides.items()),
+            sum(kept_count((view.side // VIT_B.patch) ** 2, view.mask_ratio) for view in views),
+            round(method.macs(VIT_B) / MAE().macs(VIT_B), 2), method.supervised, paper,
+        )  # fmt: skip
+
+    def cells(self) -> list[str]:
+        labels = "yes" if self.supervised else ""
+        return [self.name, self.idea, self.views, f"{self.tokens}", f"{self.cost:.2f}", labels, self.paper]
+
+
+def rows() -> list[Row]:
+    """Every method, and AdaInf, which is a recipe on top of some of them."""
+    from model.objectives import OBJECTIVES
+    from model.objectives.simclr import SimCLR
+    from train import adainf
+
+    found = [Row.of(name, method(), method.idea, method.paper) for name, method in OBJECTIVES.items()]
+    return [*found, Row.of(adainf.NAME, adainf.weaker(SimCLR()), adainf.IDEA, adainf.PAPER)]
+
+
+def markdown() -> str:
+    """The table as docs/methods.md has it; `python -m tools.results --write` puts it there."""
+    from tools.tables import page_table
+
+    cells = ([f"`{name}`", *others] for name, *others in (row.cells() for row in rows()))
+    return "\n".join([*page_table([HEADINGS, *cells], SIDES), "", BELOW, ""])
 
 
 def main(argv: list[str]) -> int:
@@ -74,20 +104,19 @@ def main(argv: list[str]) -> int:
     from tools.tables import plain_table
 
     table = plain_table()
-    for heading in ("", "idea", "views, px", "tokens", "FLOPs", "labels", "paper"):
-        table.add_column(heading, justify="right" if heading in ("tokens", "FLOPs") else "left")
+    for heading, side in zip(HEADINGS, SIDES, strict=True):
+        table.add_column(heading, justify="right" if side == "r" else "left")
     for row in found:
-        cost = f"{row.cost:.2f}"
-        table.add_row(row.name, row.idea, row.views, f"{row.tokens}", cost, "yes" if row.supervised else "", row.paper)
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(table)
-    print("At each method's defaults with a ViT-B/16 at 224 px: patches that the encoder sees, FLOPs beside MAE's.")
+        table.add_row(*row.cells())
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console.print(table)
+    console.print(BELOW)
     return 0
 
 
 def _measure(flags: Methods) -> int:
     from model.objectives import OBJECTIVES
     from train.device import choose_device, choose_precision, device_name
-    from train.journal import environment
 
     for name in flags.only:
         if name not in OBJECTIVES:
@@ -97,12 +126,14 @@ def _measure(flags: Methods) -> int:
     from tools.profiling.method_costs import measure
 
     device = choose_device("auto")
-    precision = choose_precision("auto", device)
-    found = measure(list(flags.only or OBJECTIVES), flags.size, flags.batch)
+    precision = choose_precision(flags.precision, device)
+    found = measure(list(flags.only or OBJECTIVES), flags.size, flags.batch, precision)
     if flags.json:
+        from tools.profile import record
+
         costs = {each.preset: {**asdict(each), "speed": each.speed} for each in found}
         told = {"batch": flags.batch, "precision": precision, "methods": costs}
-        print(json.dumps({**told, "environment": environment(device_name(device))}, indent=1))
+        print(json.dumps(record(str(device), told), indent=1))
         return 0
     from rich.console import Console
 

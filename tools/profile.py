@@ -82,6 +82,8 @@ class Profile:
     --step: our step beside those of transformers and lightly, at the size of the preset."""
     knobs: bool = False
     """With --step: DAAE's step beside MAE's, by what makes it cheaper, at the size of the preset."""
+    techniques: bool = False
+    """With --step: what each thing gains that makes our step faster, by leaving it out, at the size of the preset."""
     tune: Path | None = None
     """Instead: try loaders, threads and batches ahead, and write the fastest as YAML that --config takes."""
     tune_seconds: float = 120.0
@@ -192,10 +194,11 @@ def check_flags(flags: Profile) -> None:
             "--tune, --peers, --step and --views each do something else instead of a profile: pass one of them, "
             "without a picture (--step draws a --png)."
         )
-    if (flags.trace is not None or flags.knobs) and not flags.step:
-        raise UsageError("--trace and --knobs go with --step.")
-    if flags.step and flags.peers + flags.knobs + (flags.trace is not None or flags.png is not None) > 1:
-        raise UsageError("--step with --peers, with --knobs and with a picture or trace are three things: pass one.")
+    if (flags.trace is not None or flags.knobs or flags.techniques) and not flags.step:
+        raise UsageError("--trace, --knobs and --techniques go with --step.")
+    drawn = flags.trace is not None or flags.png is not None
+    if flags.step and flags.peers + flags.knobs + flags.techniques + drawn > 1:
+        raise UsageError("--step takes one of --peers, --knobs, --techniques, and a picture or trace.")
     if flags.data is None and not flags.step:
         raise UsageError("--data (a store made by `daae convert`) is required. See `daae profile --help`.")
 
@@ -352,17 +355,21 @@ def profile_steps(flags: Profile) -> int:
 
 
 def beside_steps(flags: Profile) -> int:
-    """--step --peers and --step --knobs."""
+    """--step --peers, --step --knobs and --step --techniques."""
     import torch
 
-    from tools.profiling import step_peers, step_records
+    from tools.profiling import step_peers, step_records, techniques
     from train.ceiling import gemm_flops
     from train.device import resolve
 
     wish = settings(flags)
     step_peers.check_size(wish, flags.config)
     wish = resolve(wish, None)
-    kind, measure = ("knobs", step_peers.compare_knobs) if flags.knobs else ("peers", step_peers.compare_steps)
+    kind, measure = "peers", step_peers.compare_steps
+    if flags.knobs:
+        kind, measure = "knobs", step_peers.compare_knobs
+    if flags.techniques:
+        kind, measure = "techniques", techniques.compare_techniques
     task = step_peers.Task(
         step_peers.OURS, wish.preset, flags.batch or 32, wish.device, wish.precision, compiled=wish.speed.compile
     )
@@ -370,6 +377,7 @@ def beside_steps(flags: Profile) -> int:
         say("the machine's limit")
         ceiling = gemm_flops(torch.device(wish.device), wish.precision)
         found = measure(task, seconds=flags.seconds, say=say)
+        ceiling = max(ceiling, gemm_flops(torch.device(wish.device), wish.precision))  # one moment may be a slow one
     plain = step_peers.run_of(task)
     told = record(wish.device, {
         "preset": wish.preset, "batch": task.batch, "seconds": flags.seconds, "precision": wish.precision,
@@ -435,7 +443,7 @@ def main(argv: list[str]) -> int:
     flags = parse(Profile, argv, prog="daae profile")
     check_flags(flags)
     if flags.step:
-        return beside_steps(flags) if flags.peers or flags.knobs else profile_steps(flags)
+        return beside_steps(flags) if flags.peers or flags.knobs or flags.techniques else profile_steps(flags)
     if flags.peers:
         return peers(flags)
     if flags.views is not None:

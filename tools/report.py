@@ -55,6 +55,8 @@ from train.command import parse, run
 PICTURE_BYTES = 1_500_000  # of all pictures together, before base64 adds a third: the page stays under 3 MB
 LOG_FROM = 4.0  # a time axis is logarithmic where its last point is so many times its first
 
+SIGNS = {"": "", "at least": "≥ ", "at most": "≤ "}  # of what is only known from one side
+
 # Theirs, never ours. Source: the slides of Pan and Wei 2022; the factors are computed from their epochs and times.
 SLIDES = (
     ("ImageNet-1K", "MAE", 1600, "83.3", "2.05"),
@@ -172,13 +174,13 @@ def _tiles(study: Study) -> str:
         if ratio is None:
             tiles.append(("–", what, "seeds are bounds both ways"))
         else:
-            sign = {"": "", "at least": "≥ ", "at most": "≤ "}[ratio.side]
             spread = _range(ratio.low, ratio.high, "{:.2f}".format)
             spread = spread or ("one seed, no interval" if ratio.count == 1 else f"95 %: {ratio_words(counts)}")
-            tiles.append((f"{sign}{ratio.mean:.2f}x", what, spread))
+            tiles.append((f"{SIGNS[ratio.side]}{ratio.mean:.2f}x", what, spread))
     pace = counts.pace if counts.seconds_per_epoch is None else counts.seconds_per_epoch
     if counts.epochs is not None:
-        tiles.append((f"{counts.epochs:.2f}x", "epochs factor", "what the method saves"))
+        epochs = f"{SIGNS[counts.epochs.side]}{counts.epochs.mean:.2f}x"
+        tiles.append((epochs, "epochs factor", "what the method saves"))
     if pace is not None:
         tiles.append((f"{pace:.2f}x", "seconds-per-epoch factor", "what a pass costs; below 1: more"))
     cells = "".join(
@@ -417,14 +419,14 @@ def _speed(study: Study, colours: dict[str, str]) -> str:
 
 def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, str]) -> str:
     rows = [[_chip(study.base.arm, colours), target_words(study, study.base.arm) or "–", "1", "1", "1", "1", "1", "1"]]
-    paced = study.paced_contrasts()
+    paced, longest = study.paced_contrasts(), study.contrasts(longest=True)
     for arm, each in contrasts.items():
         rows.append([
             _chip(arm, colours), escape(target_words(study, arm) or "–"),
             escape(ratio_words(each)) if study.targeted and each.pairs else "–",
             escape(ratio_words(paced[arm])) if study.targeted and arm in paced and paced[arm].pairs else "–",
-            escape(whole_words(each)) if study.targeted and each.pairs else "–",
-            "–" if each.epochs is None else f"{each.epochs:.2f}",
+            escape(whole_words(longest[arm])) if study.targeted and each.pairs else "–",
+            "–" if each.epochs is None else f"{each.epochs.side} {each.epochs.mean:.2f}".strip(),
             "–" if each.seconds_per_epoch is None else f"{each.seconds_per_epoch:.2f}",
             "–" if each.pace is None else f"{each.pace:.2f}",
         ])  # fmt: skip
@@ -439,8 +441,9 @@ def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, st
         + "Every factor is baseline over arm: above 1 the arm needs less. <em>Epochs</em> is what the method saves, "
         "<em>seconds per epoch</em> what a pass costs on the same loader, machine, precision and batch; their product "
         "is the ratio by the clock. <em>At measured pace</em> every step takes what it takes in turns with the other "
-        "arms' steps, measured before each seed: no slow hour of the machine is in it. <em>Beside whole runs</em> the "
-        "baseline's time is that of its whole run, even if it first met that score before. Times lie between two "
+        "arms' steps, measured before each seed: no slow hour of the machine is in it. <em>Beside whole runs</em> "
+        f"{'the target is what the longest runs of the baseline score, and ' if study.target is None else ''}its time "
+        "is that of the whole run, as the slides count, even if it first met that score before. Times lie between two "
         "scores, linear in the logarithm of the seconds. Brackets: 95 % interval of the paired log ratios (Student's "
         f"t); where some seeds are bounds, the end that bounds leave. {_how_scored(study)}</p>"
         + table(headings, rows)

@@ -1,8 +1,10 @@
 """The tables in README and docs, from the records that are kept: `python -m tools.results [--write]`.
 
 docs/records/NAME holds what `daae compare` left of a comparison, put there by `--keep` (experiment.yaml, records.jsonl,
-pace.json), or what `daae profile --step --peers --json`, or `--step --knobs --json`, printed, a file for each size. Its
-table stands between the lines `<!-- results of NAME -->` and `<!-- end of results -->`, wherever a page has them.
+pace.json), or what `daae profile --step --json` printed with --peers, --knobs or --techniques, or `daae methods
+--measure --json`, a file for each size. Its table stands between the lines `<!-- results of NAME -->` and
+`<!-- end of results -->`, wherever a page has them; that of `daae methods` between `<!-- methods -->` and
+`<!-- end of methods -->`.
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
+from tools import methods
 from tools.compare import HEADINGS, OF_TARGET, rows
 from tools.comparing import answers
 from tools.comparing.records import EXPERIMENT, PACE, RECORDS, Study, read_study
-from tools.comparing.verdict import between_others, leading_name, sentences, verdict, warnings
-from tools.profiling import step_records
+from tools.comparing.verdict import between_others, leading_name, sentences, spread_words, verdict, warnings
+from tools.profiling import method_costs, step_records
 from train.command import parse, run
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "docs/records"
 ABSOLUTE = re.compile(r"""(?<=[\s"'])/(?:[^/\s"']+/)*([^/\s"']+/[^/\s"']+)""")
 BLOCK = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- end of methods -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -69,27 +73,28 @@ def pages() -> Iterator[Path]:
 
 def filled(text: str) -> str:
     """A page with its tables made anew. Raises DataError where it wants one that is not kept."""
+    text = METHODS.sub(lambda found: found[1] + methods.markdown() + found[2], text)
     return BLOCK.sub(lambda found: found[1] + markdown(KEPT / found[2]) + found[3], text)
 
 
 def markdown(folder: Path) -> str:
-    """A table of a comparison, with what it comes to in words where it has a target, or one of timed steps. Raises
-    DataError."""
+    """A table of a comparison, with what to know of it in words, first what it comes to where it has a target; or one
+    of timed steps. Raises DataError."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not there, and a page asks for its table.")
     if not (folder / RECORDS).exists():
-        return "\n".join(step_records.markdown(folder))
+        kind = method_costs if method_costs.read(folder) else step_records
+        return "\n".join(kind.markdown(folder))
     study = read_study([folder])
     columns = len(HEADINGS) if study.targeted else len(HEADINGS) - OF_TARGET
     lines = [f"{leading_name(study)}, %:", "", _row(HEADINGS[:columns]), _row(["---", *["---:"] * (columns - 1)])]
     for own, (first, *others) in rows(study):
         lines.append(_row([f"`{first.strip()}`" if own else first.strip(), *others[: columns - 1]]))
     others = between_others(study)
-    lines += ["", *([others, ""] if others else []), *_answers(study)]
-    if not study.targeted:
-        return "\n".join(lines)
+    lines += ["", f"{spread_words(study)} {others}".strip(), "", *_answers(study)]
     answer = verdict(study)
-    said = [*sentences(answer), answer.meaning, *warnings(study)]
+    told = [*sentences(answer), answer.meaning] if study.targeted else []
+    said = [*told, *warnings(study)]
     return "\n".join([*lines, *(f"- {each}" for each in said), ""])
 
 

@@ -263,8 +263,24 @@ def exit_code(error: BaseException) -> int:
     return ResourceError.code if out_of_memory(error) else 1
 
 
+PARENT = "DAAE_PARENT"  # the process that has started this one, and waits for it
+
+
+def _follow_parent() -> None:
+    """SIGTERM, which saves and ends, when that process is gone: a run of a killed comparison does not train on."""
+    parent = os.environ.pop(PARENT, "")
+    if parent:
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Call a command's `main` and turn what it raises into one sentence on stderr and an exit code."""
+    _follow_parent()
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except DaaeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +125,8 @@ class Speed:
     """Share of the JPEGs that DALI sends to the GPU's hardware decoder, where it has one."""
     compile: bool = False
     """torch.compile the loss."""
+    graphs: bool = False
+    """With --compile: one launch for all kernels of the loss (CUDA graphs), for small models on a GPU."""
     attention: str = "auto"
     """any (torch chooses), products, flash, efficient or cudnn; auto: measured for each length when the run begins."""
     recompute: bool = False
@@ -181,6 +184,12 @@ class Run:
             self.method.check(part.optim.batch)
         if self.speed.shard and (self.optim.optimizer == "muon" or self.optim.ema):
             raise UsageError("--speed.shard divides weights; --optim.optimizer muon and --optim.ema want them whole.")
+        if self.speed.graphs and not self.speed.compile:
+            raise UsageError("--speed.graphs goes with --compile.")
+        if self.speed.graphs and self.optim.accumulate > 1:
+            raise UsageError(
+                "--speed.graphs and --accum-iter: a part's gradients would be written over by the next one's."
+            )
         if self.speed.attention != "auto":
             parse_ways(self.speed.attention)
         if self.speed.hw_decoder_load > 1 or self.speed.stall_seconds <= 0:
@@ -252,12 +261,20 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings of an earlier run, with the options that there were not yet: each at its default, which leaves a
+    run as it was."""
+    objective = str(settings.get("objective", Run.objective))
+    known = flat(as_values(typed(objective)())) if objective in OBJECTIVES else {}
+    return {**known, **settings}
+
+
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """What a run folder's resolved settings and a new command disagree on, as "name: saved -> asked".
 
     A wish left open (None, "auto") agrees with whatever it was resolved to.
     """
-    before, now = flat(saved), flat(asked)
+    before, now = completed(flat(saved)), flat(asked)
     found = []
     for name in sorted(before.keys() | now.keys()):
         if {name, name.split(".")[0]} & {*MAY_CHANGE} or now.get(name) in (None, "auto"):

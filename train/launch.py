@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,14 @@ def launch(module: str, processes: int, words: Sequence[str], out: Path) -> int:
     out: the run's folder, whose status tells why it failed. Returns its exit code. Signals reach the processes through
     the agent, which waits for them to save.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if not torch.cuda.is_available():
+        shared = f"{usable_cores():g} cores of this machine"
+        print(f"note: there is no GPU here; {processes} processes share the {shared}.", file=sys.stderr)
     # The agent would give each process one thread; where there are no GPUs they have the cores to share.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(usable_cores()) // processes)))
     # What the processes say is enough; the agent would put a page of traceback behind each sentence.

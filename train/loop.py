@@ -41,7 +41,7 @@ from train.journal import Journal, code_revision, duration, earlier_environments
 from train.json_files import read_rows
 from train.ledger import PARTS, TRAINING, Ledger
 from train.pace import seconds_per_step, steps_for
-from train.ranks import Ranks, digest, together, wanted
+from train.ranks import Ranks, together, wanted
 from train.schedule import learning_rate, warmup_steps
 from train.stages import Stage, lay_out, macs_per_image, steps_of
 from train.step import Refused, Stepper, patience
@@ -60,11 +60,13 @@ def pretrain(wish: Run, controls: Controls) -> dict:
     check_data(run, store, wanted().count)
     run.method.check(run.optim.batch, store.per_epoch)
     with together(torch.device(run.device), run.speed.stall_seconds) as ranks, Stop(quiet=not ranks.first) as stop:
+        if run.speed.graphs and ranks.count > 1:
+            raise UsageError("--speed.graphs is for one process: with several each block is compiled by itself.")
         places = ("out", "data", "inflate.data", "device")
-        settings = {name: value for name, value in flat(as_values(run)).items() if name not in places}
         ranks.agree({
-            "settings": digest(settings), "data": store.fingerprint, "code": code_revision(),
-            "torch": torch.__version__, "--limit-steps": controls.limit_steps, "--until-score": controls.until_score,
+            **{name: value for name, value in flat(as_values(run)).items() if name not in places},
+            "data": store.fingerprint, "code": code_revision(), "torch": torch.__version__,
+            "--limit-steps": controls.limit_steps, "--until-score": controls.until_score,
         })  # fmt: skip
         with claimed_folder(wish, controls, ranks) as out:
             journal = Journal(out, quiet=controls.quiet, rank=ranks.rank)

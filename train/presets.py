@@ -21,6 +21,7 @@ from model.objectives.swav import SwAV
 from model.objectives.two_views import TwoViews
 from model.shape import Shape
 from pipeline.errors import UsageError
+from train import adainf
 from train.command import nearest
 from train.config import Budget, Optim, Run
 
@@ -31,6 +32,7 @@ VIT_TI = Shape(width=192, depth=12, heads=3, decoder_width=192, decoder_depth=4,
 VIT_S = Shape(width=384, depth=12, heads=6, decoder_width=256, decoder_depth=4, decoder_heads=8)
 VIT_B = Shape(width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16)
 VIT_L = Shape(width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16)
+VIT_H = Shape(patch=14, width=1280, depth=32, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16)
 VIT_TI_96 = Shape(side=96, patch=8, width=192, depth=12, heads=3, decoder_width=192, decoder_depth=4, decoder_heads=6)
 VIT_S_128 = Shape(side=128, patch=8, width=384, depth=12, heads=6, decoder_width=256, decoder_depth=4, decoder_heads=8)
 
@@ -141,7 +143,7 @@ def can_tiny() -> Run:
 @preset("selfcon-tiny")
 def selfcon_tiny() -> Run:
     """64 px, encoder 192 x 6 with an exit after 3 blocks: minutes on a CPU. Learns from labels."""
-    return selfcon(TINY, replace(TINY_OPTIM, lr=5e-4), 40)
+    return selfcon(TINY, replace(TINY_OPTIM, lr=5e-4), 40, head_hidden=512)
 
 
 @preset("swav-tiny")
@@ -203,10 +205,16 @@ def can_vits16() -> Run:
     return can(VIT_S, SMALL_DATA, 400)
 
 
+@preset("can-vitl16")
+def can_vitl16() -> Run:
+    """vitl16 at 224 px, for own images: 400 epochs."""
+    return can(VIT_L, SMALL_DATA, 400)
+
+
 @preset("selfcon-vits16")
 def selfcon_vits16() -> Run:
     """vits16 at 224 px, for own images with labels: 400 epochs."""
-    return selfcon(VIT_S, replace(SMALL_DATA, lr=5e-4), 400)
+    return selfcon(VIT_S, replace(SMALL_DATA, lr=5e-4), 400, head_hidden=512)
 
 
 @preset("swav-vits16")
@@ -216,7 +224,7 @@ def swav_vits16() -> Run:
 
 
 for _name, _shape in {
-    "vitti16": VIT_TI, "vits16": VIT_S, "vitb16": VIT_B, "vitl16": VIT_L,
+    "vitti16": VIT_TI, "vits16": VIT_S, "vitb16": VIT_B, "vitl16": VIT_L, "vith14": VIT_H,
     "vitti8-96": VIT_TI_96, "vits8-128": VIT_S_128,
     # Heads of 64 in the decoder instead of MAE's 32: the same work, less of it in attention, another model.
     "vits16-h64": replace(VIT_S, decoder_heads=4), "vitb16-h64": replace(VIT_B, decoder_heads=8),
@@ -319,21 +327,26 @@ def clsa_vitb16_in1k_multi() -> Run:
     return replace(PRESETS["clsa-vitb16-in1k-200"](), method=several)
 
 
+@preset("simclr-vitl16")
+def simclr_vitl16() -> Run:
+    """vitl16 at 224 px, for own images: 400 epochs. CAN's paper compares the two at this size (can-vitl16)."""
+    return replace(PRESETS["simclr-vits16"](), model=VIT_L)
+
+
 def _weaker(name: str, size: str) -> None:
-    """AdaInf's weaker augmentation (Wang et al. 2024, arXiv 2403.12448), for generated images beside real ones: crops
-    from a fifth up, and half the colour changes, half as often; BYOL's, weaker to begin with, half as often alone."""
+    """AdaInf's augmentation, for generated images beside real ones."""
     strong = PRESETS[f"{name}-{size}"]
-    halved = {} if name == "byol" else {"jitter": (0.4, 0.4, 0.4, 0.1)}
 
     def recipe() -> Run:
         run = strong()
-        return replace(run, method=replace(run.method, area=(0.2, 1.0), jitter_p=0.4, **halved))
+        assert isinstance(run.method, TwoViews)
+        return replace(run, method=adainf.weaker(run.method))
 
     recipe.__doc__ = f"{name}-{size} with AdaInf's weaker augmentation, for generated images beside real ones."
     preset(f"{name}-{size}-weak")(recipe)
 
 
-for _name, _size in itertools.product(("simclr", "mocov2", "byol"), ("tiny", "vits16")):
+for _name, _size in itertools.product(adainf.BASES, ("tiny", "vits16", "vitb16-in1k-300")):
     _weaker(_name, _size)
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 # pyright: reportPrivateImportUsage=false
 import contextlib
 import datetime
-import hashlib
-import json
 import os
 import socket
 import sys
@@ -256,7 +254,3 @@ def together(device: torch.device, stall_seconds: float) -> Iterator[Ranks]:
                 dist.destroy_process_group()
             else:  # NCCL would wait for what the others have not sent
                 dist.distributed_c10d._abort_process_group()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 class Machine:
     """The device with a throwaway network on it: takes steps, and counts seconds honestly."""
 
-    def __init__(self, wish: Run, device: torch.device):
+    def __init__(self, wish: Run, device: torch.device, *, watched: bool = True):
+        """watched: the ledger is to tell encoder and decoder apart."""
         self.run, self.device = wish, device
         self.stepper = Stepper(replace(wish, speed=replace(wish.speed, compile=False)), device)
         settle_attention(self.stepper)
-        self.stepper.prepare(watched=not wish.speed.compile)
+        self.stepper.prepare(watched=watched and not wish.speed.compile)
 
     def compile(self) -> None:
         """Once the batch is found: every size would be compiled anew."""
         if self.run.speed.compile:
-            self.stepper.network.compile(dynamic=False)
+            self.stepper.compile()
 
     def step(self, batch: Batch) -> None:
         """At a rate of 0 the weights stay where they are, so that no round meets a network that diverged."""

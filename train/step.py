@@ -76,7 +76,7 @@ class Stepper:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         compiled = self.run.speed.compile and self.ranks.count == 1
         if compiled:
-            network.compile(dynamic=False)
+            self.compile()
         elif self.run.speed.compile:
             # One graph has all gradients at its end, where none can be averaged meanwhile; and divided weights are put
             # together between blocks. A block is small enough not to be cut up by what torch has against the former.
@@ -96,6 +96,10 @@ class Stepper:
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
                 self.wrapped.register_comm_hook(None, bf16_compress_hook)
+
+    def compile(self) -> None:
+        """The whole loss as one graph of static shapes."""
+        self.network.compile(dynamic=False, mode="reduce-overhead" if self.run.speed.graphs else None)
 
     def __call__(self, batch: Batch, lr: float, done: tuple[float, float] = (0.0, 0.0)) -> list[Outcome]:
         """Take the step; `batch` is this rank's share. What a step does not bear is refused: weights stay as they are
@@ -144,11 +148,13 @@ class Stepper:
                 with ledger("views"):
                     views = views_of(self.now, part)
                 with ledger("losses"), autocast(self.device, self.run.precision):
+                    if self.run.speed.graphs:
+                        torch.compiler.cudagraph_mark_step_begin()
                     outcome = self.wrapped(views, part.label)
                     loss = torch.stack(list(outcome.terms.values())).sum() / parts
                 with ledger("backward"):
                     self.scaler.scale(loss).backward()
-            outcomes.append(outcome)
+            outcomes.append(copied(outcome) if self.run.speed.graphs else outcome)
         return outcomes
 
     def _too_large(self, size: int) -> ResourceError:
@@ -228,6 +234,14 @@ class Refused:
         """How many in a row up to the last step, and how many in all."""
         in_a_row, total = self._counts.tolist()
         return in_a_row, total
+
+
+def copied(outcome: Outcome) -> Outcome:
+    """In memory of its own: a CUDA graph writes what it returns to the same place at each step."""
+    terms, watched = (
+        {name: value.detach().clone() for name, value in each.items()} for each in (outcome.terms, outcome.watched)
+    )
+    return Outcome(terms, watched, None if outcome.features is None else outcome.features.clone())
 
 
 def patience(precision: str) -> int:

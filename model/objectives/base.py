@@ -34,7 +34,7 @@ class Outcome:
 
     terms: dict[str, Tensor]  # they add up to the loss
     watched: dict[str, Tensor]  # detached scalars worth a curve: health, accuracies, unweighted terms
-    features: Tensor | None = None  # (B, D), detached: what of each image goes into the head, where there is one
+    features: Tensor | None = None  # (B, D), detached: what of each image is compared with others, if anything is
 
 
 @dataclass(frozen=True, kw_only=True)

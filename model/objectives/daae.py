@@ -61,6 +61,8 @@ class DAAE(Objective):
     """Predict each patch normalised by its own mean and deviation."""
     decoded_share: float = 1.0
     """Share of the hidden patches that are decoded and scored."""
+    repainted: float = 1.0
+    """Share of a batch's images that are repainted; 0.5 halves what the decoder costs."""
     head_hidden: int = 2048
     head_out: int = 256
     head_norm: Literal["batch", "batch_apart", "layer"] = "batch"
@@ -69,6 +71,7 @@ class DAAE(Objective):
     def check(self, batch: int, images: int | None = None) -> None:
         if self.reconstruct_weight > 0:
             check_shares(self.mask_ratio, self.decoded_share)
+            self._check_repainted()
         elif self.feature == "asym":
             raise UsageError("--method.feature asym is the decoder's, and --method.reconstruct-weight 0 leaves none.")
         if self.feature == "asym" and self.target != "both":
@@ -76,6 +79,12 @@ class DAAE(Objective):
                 f"--method.feature asym with --method.target {self.target}: the small view's head is trained by "
                 "nothing then. Use --method.target both, or another feature."
             )
+
+    def _check_repainted(self) -> None:
+        if not 0 < self.repainted <= 1:
+            raise UsageError(f"--method.repainted {self.repainted:g}: a share above 0, at most 1.")
+        if self.feature == "asym" and self.repainted < 1:
+            raise UsageError("--method.feature asym is the decoder's, of every image: leave --method.repainted at 1.")
 
     def views(self, shape: Shape) -> dict[str, View]:
         from pipeline.sampling import View
@@ -120,9 +129,11 @@ class DAAE(Objective):
         encoded = feature.detach()
         if self.reconstruct_weight > 0:
             assert holed.hidden is not None
-            hidden = scored_patches(holed.hidden, self.decoded_share)
-            predicted, tokens = net.parts["decoder"](code, holed, hidden)
-            terms["reconstruct"] = self.reconstruct_weight * repaint_loss(predicted, holed, hidden, self.norm_pix)
+            drawn = max(1, round(self.repainted * len(code)))  # the order of images is random: the first are any
+            view = holed if drawn == len(code) else holed.first(drawn)
+            hidden = scored_patches(holed.hidden[:drawn], self.decoded_share)
+            predicted, tokens = net.parts["decoder"](code[:drawn], view, hidden)
+            terms["reconstruct"] = self.reconstruct_weight * repaint_loss(predicted, view, hidden, self.norm_pix)
             if self.feature == "asym":
                 feature = tokens.mean(dim=1)
         head = net.parts["decoder_projector" if self.feature == "asym" else "projector"]
@@ -161,4 +172,6 @@ class DAAE(Objective):
         small = encoder_macs(shape, seen) + head
         trained = self.target == "both" and self.feature != "asym_pred"
         total = encoder_macs(shape, kept) + head + (small if trained else small // 3)
-        return total + (decoder_macs(shape, kept, decoded) if self.reconstruct_weight > 0 else 0)
+        if self.reconstruct_weight > 0:
+            total += round(self.repainted * decoder_macs(shape, kept, decoded))
+        return total

@@ -61,18 +61,27 @@ class MixedAE(Objective):
         return {"decoder": build_decoder(shape), "segments": Segments(self.group, shape.width)}
 
     def loss(self, net: Network, views: dict[str, Patches], label: Tensor) -> Outcome:
+        from model.heads import feature_spread
         from model.losses import homologous_contrast
         from model.mixing import sources, unmix
+        from model.vit import patch_mean
 
         view = views["mixed"]
         code, recognition = self._encode(net, view)
         patches = code[:, 1:]
         source = sources(patches.shape[1], self.group, patches.device)
         told_apart = homologous_contrast(patches, source, temperature=self.temperature)
-        repainted = reconstruction(net, unmix(code, self.group), view, self.decoded_share, self.norm_pix)
+        unmixed = unmix(code, self.group)
+        repainted = reconstruction(net, unmixed, view, self.decoded_share, self.norm_pix)
+        features = patch_mean(unmixed).detach()  # of each picture, from its own tokens
         return Outcome(
             {"reconstruct": repainted, "homologous": self.homologous_weight * told_apart},
-            {"homologous_contrast": told_apart.detach(), "recognition": recognition},
+            {
+                "homologous_contrast": told_apart.detach(),
+                "recognition": recognition,
+                "spread": feature_spread(features),
+            },
+            features,
         )
 
     def code(self, net: Network, view: Patches) -> Tensor:

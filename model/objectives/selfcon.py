@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.objectives.base import Objective, Outcome, check_drop_path
+from model.objectives.supcon import check_base_temperature
 from model.shape import Shape, block_macs, encoder_macs, head_macs
 from pipeline.errors import UsageError
 
@@ -38,6 +39,8 @@ class SelfCon(Objective):
     (small), or as many (same)."""
     temperature: float = 0.1
     """Of the contrastive softmax."""
+    base_temperature: float | None = None
+    """The loss is multiplied by temperature over this; None: by 1."""
     area: tuple[float, float] = (0.2, 1.0)
     """Range of the crop's share of the image."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
@@ -58,6 +61,7 @@ class SelfCon(Objective):
         if self.label is not None and not self.use_labels:
             raise UsageError(f"--method.label {self.label} is a column that --method.no-use-labels does not read.")
         check_drop_path(self.drop_path)
+        check_base_temperature(self.base_temperature)
 
     def exit_depths(self, depth: int) -> dict[int, int]:
         """Blocks in front of each exit -> blocks of its own. Raises UsageError: exits that the encoder has no place
@@ -107,7 +111,8 @@ class SelfCon(Objective):
         early = torch.stack([net.parts[f"{name}_projector"](each) for name, each in features.items()])
         if not self.use_labels:
             label = place()[0] * len(label) + torch.arange(len(label), device=label.device)
-        contrast = sup_con(torch.cat([early, late[None]]), label, temperature=self.temperature)
+        made = torch.cat([early, late[None]])
+        contrast = sup_con(made, label, temperature=self.temperature, base_temperature=self.base_temperature)
         watched = pair_health(early[0], late, label)
         if self.use_labels:
             watched |= exit_health(early, late, label)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from model.objectives.base import Outcome
 from model.objectives.two_views import TwoViews
 from model.shape import Shape, encoder_macs, head_macs
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,8 @@ class SupCon(TwoViews):
     """Label column to learn from; default: the leading one of the store."""
     temperature: float = 0.1
     """Of the contrastive softmax."""
+    base_temperature: float | None = None
+    """The loss is multiplied by temperature over this, which is 0.07 in the code of the paper; None: by 1."""
     head_hidden: int = 2048
     head_out: int = 128
     head_norm: Literal["batch", "batch_apart", "layer", "none"] = "none"
@@ -37,6 +40,9 @@ class SupCon(TwoViews):
     @property
     def supervised(self) -> bool:
         return True
+
+    def check(self, batch: int, images: int | None = None) -> None:
+        check_base_temperature(self.base_temperature)
 
     def parts(self, shape: Shape) -> dict:
         from model.heads import Projector
@@ -51,8 +57,16 @@ class SupCon(TwoViews):
 
         features = self.pooled(net.encoder(views["one"], views["other"]))
         one, other = (net.parts["projector"](each) for each in features)
-        contrast = sup_con(torch.stack([one, other]), label, temperature=self.temperature)
+        contrast = sup_con(
+            torch.stack([one, other]), label, temperature=self.temperature, base_temperature=self.base_temperature
+        )
         return Outcome({"contrast": contrast}, pair_health(one, other, label), features[0].detach())
 
     def macs(self, shape: Shape) -> int:
         return 2 * (encoder_macs(shape, shape.patches) + head_macs(shape.width, self.head_hidden, self.head_out))
+
+
+def check_base_temperature(base: float | None) -> None:
+    """Raises UsageError where it would turn the loss around or make it infinite."""
+    if base is not None and base <= 0:
+        raise UsageError(f"--method.base-temperature {base:g}: above 0, or left out.")

@@ -69,6 +69,9 @@ class Bounds:
     def number(self) -> float:
         return self.low if self.high == math.inf else self.high
 
+    def times(self, factor: float) -> Bounds:
+        return Bounds(self.low * factor, self.high * factor)
+
     def over(self, other: Bounds) -> Bounds:
         high = math.inf if other.low == 0 else self.high / other.low
         return Bounds(self.low / other.high, high)
@@ -243,8 +246,8 @@ class Contrast:
     pairs: tuple[Pair, ...]
     ratio: Ratio | None  # baseline's seconds to the target over the arm's; None where seeds are bounds both ways
     whole: Ratio | None  # all of the baseline's seconds over the arm's to the target, wherever the baseline met it
-    epochs: float | None  # geometric means of the factors, whose product is ratio.mean; None unless all are exact
-    seconds_per_epoch: float | None
+    epochs: Ratio | None  # how much of the ratio is fewer epochs; a bound where the ratio is one
+    seconds_per_epoch: float | None  # and how much cheaper epochs, up to the target; None unless all are exact
     pace: float | None  # seconds per epoch of whole runs, baseline over arm, whatever the scores did
 
     @property
@@ -268,7 +271,7 @@ def contrast(
     goals: the baseline's runs that are to be overtaken, where those are not its longest.
     """
     seeds = tuple(seed for seed in base if seed in arm)
-    differences, pairs, paces = [], [], []
+    differences, pairs, paces, epochs = [], [], [], []
     for seed in seeds:
         one, other = base[seed], arm[seed]
         if one.final is not None and other.final is not None:
@@ -282,6 +285,7 @@ def contrast(
             factors = decompose(first, second, goal.epoch_images, other.epoch_images)
             ratio = first.seconds.over(second.seconds)
             pairs.append(Pair(seed, wanted, first, second, ratio, factors, goal.seconds))
+            epochs.append(first.images.times(1 / goal.epoch_images).over(second.images.times(1 / other.epoch_images)))
     factors = [pair.factors for pair in pairs if pair.factors is not None]
     exact = bool(pairs) and len(factors) == len(pairs)
     return Contrast(
@@ -290,7 +294,7 @@ def contrast(
         pairs=tuple(pairs),
         ratio=joint_ratio([pair.ratio for pair in pairs]),
         whole=joint_ratio([pair.whole for pair in pairs]),
-        epochs=ratio_interval([each.epochs for each in factors]).mean if exact else None,
+        epochs=joint_ratio(epochs),
         seconds_per_epoch=ratio_interval([each.seconds_per_epoch for each in factors]).mean if exact else None,
         pace=ratio_interval(paces).mean if paces else None,
     )

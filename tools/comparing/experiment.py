@@ -20,7 +20,7 @@ from pipeline.limits import affinity
 from tools.comparing.questions import Questions
 from tools.comparing.records import ARMS, RUNS, UNITS, Cell, cells, target_score
 from train.command import coerce, nearest, plain, read_yaml
-from train.config import Budget, Run, as_values, flat, with_values
+from train.config import Budget, Run, as_values, completed, flat, with_values
 from train.evaluation.exam import apart, check_apart
 from train.presets import PRESETS, open_preset
 
@@ -132,7 +132,7 @@ class Plan:
 
     def asked(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """What is asked of a run once it is trained: flags by command."""
-        return self.questions.of(cell.length, longest=cell.length in (None, self.longest(cell.arm)))
+        return self.questions.of(cell.arm, cell.length, longest=cell.length in (None, self.longest(cell.arm)))
 
     def wish(self, arm: str, length: float | None = None) -> Run:
         """The settings that `daae pretrain` is asked for, without a seed and a folder. Raises UsageError.
@@ -225,6 +225,7 @@ def make_plan(flags: Compare) -> Plan:
     )  # fmt: skip
     check_arms(plan)
     several = len(plan.lengths) > 1 or any(arm.also for arm in arms.values())
+    questions.check_arms(arms)
     for name in arms:
         wish = plan.wish(name)
         wish.check()
@@ -377,8 +378,6 @@ def undeclared(one: Mapping[str, Any], other: Mapping[str, Any], declared: set[s
         if one.get(name) != other.get(name)
         and not _under(name, (*RECIPE, *free))
         and not (name in SETTLED and (_open(name, one.get(name)) or _open(name, other.get(name))))
-        # a record from before there was it
-        and not (_under(name, ("speed", "inflate.real_repeat")) and not (name in one and name in other))
     ]
 
 
@@ -426,6 +425,7 @@ def check_records(plan: Plan, records: list[dict]) -> None:
         if several != (record.get("length") is not None):
             one, other = ("one length", "several") if several else ("several lengths", "one")
             raise UsageError(f"--out {plan.out} holds runs of {one}, and {other} is asked for. {ask}")
+        settings = completed(record["settings"])
         before, now = record["fingerprints"], plan.fingerprints_of(record["arm"])
         if record["arm"] not in plan.arms:
             before = {name: each for name, each in before.items() if name != "generated"}
@@ -441,10 +441,10 @@ def check_records(plan: Plan, records: list[dict]) -> None:
             # A run of a length that is no longer asked for is another point of the same arm.
             wish = flat(as_values(plan.wish(name, record.get("length"))))
             if name == record["arm"]:
-                different = changed(record["settings"], wish)
+                different = changed(settings, wish)
                 what = f"arm {name} with other settings"
             else:
-                different = undeclared(record["settings"], wish, {*record["declared"], *plan.arms[name].settings})
+                different = undeclared(settings, wish, {*record["declared"], *plan.arms[name].settings})
                 what = f"arm {record['arm']}, from which arm {name} differs in what no one declared"
             if different:
                 raise UsageError(f"--out {plan.out} holds runs of {what}: {_some(different)}. {ask}")

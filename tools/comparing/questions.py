@@ -2,6 +2,7 @@
 
     evaluate: {label_share: [0.01, 0.1], agreement: 0.5}         flags of `daae evaluate`, of each arm's longest runs
     finetune: {epochs: 20, batch: 256, lengths: [240, 480]}      flags of `daae finetune`, of the runs of these lengths
+    finetune: {epochs: 20, lengths: {mae: [480], daae: [240]}}   of these runs of each arm, and of no other arm
     finetune: {epochs: 20, batch: 256, folds: true}              without tests: each fifth is held out in turn
 
 Nothing of this is on the clock, and it may be declared after the runs were trained: the same command asks it of them.
@@ -37,7 +38,8 @@ class Questions:
 
     evaluate: dict[str, Any] | None = None
     finetune: dict[str, Any] | None = None
-    lengths: tuple[float, ...] = ()  # of the runs that are fine-tuned; none: each arm's longest
+    lengths: tuple[float, ...] | dict[str, tuple[float, ...]] = ()
+    """Of the runs that are fine-tuned, or of those of each arm; none: each arm's longest."""
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> Questions:
@@ -52,7 +54,11 @@ class Questions:
         if finetune is not None:
             finetune, folds = dict(finetune), finetune.get("folds", False)
             finetune.pop("folds", None)
-            lengths = coerce(finetune.pop("lengths", ()), tuple[float, ...], f"{where}finetune: lengths")
+            lengths, told = finetune.pop("lengths", ()), f"{where}finetune: lengths"
+            if isinstance(lengths, Mapping):
+                lengths = {str(arm): coerce(each, tuple[float, ...], f"{told}: {arm}") for arm, each in lengths.items()}
+            else:
+                lengths = coerce(lengths, tuple[float, ...], told)
             finetune = _flags(finetune, Recipe, FINETUNE, f"{where}finetune")
             if coerce(folds, bool, f"{where}finetune: folds"):
                 finetune["folds"] = True
@@ -61,8 +67,14 @@ class Questions:
     def as_values(self) -> dict[str, Any]:
         tuning = self.finetune
         if tuning is not None and self.lengths:
-            tuning = {**tuning, "lengths": self.lengths}
+            tuning = {**tuning, "lengths": plain(self.lengths)}
         return {name: each for name, each in (("evaluate", self.evaluate), ("finetune", tuning)) if each is not None}
+
+    def check_arms(self, arms: Collection[str]) -> None:
+        """Raises UsageError where lengths are asked of an arm that there is not."""
+        for arm in self.lengths if isinstance(self.lengths, dict) else ():
+            if arm not in arms:
+                raise UsageError(f"finetune: lengths: there is no arm {arm}.{nearest(arm, arms)}")
 
     def check(self, shape: Shape, *, tests: bool, several: bool) -> None:
         """Raises UsageError where the commands would refuse these flags for an encoder of this size.
@@ -76,9 +88,10 @@ class Questions:
         if self.finetune is not None:
             Recipe(**{name: each for name, each in self.finetune.items() if name != "folds"}).of_size(shape).check()
 
-    def of(self, length: float | None, *, longest: bool) -> dict[str, dict[str, Any]]:
+    def of(self, arm: str, length: float | None, *, longest: bool) -> dict[str, dict[str, Any]]:
         """What is asked of a run: "evaluate" and "finetune", each with its flags, or nothing."""
-        tuned = length in self.lengths if self.lengths else longest
+        lengths = self.lengths.get(arm, ()) if isinstance(self.lengths, dict) else self.lengths
+        tuned = length in lengths if self.lengths else longest
         wanted = {"evaluate": self.evaluate if longest else None, "finetune": self.finetune if tuned else None}
         return {name: plain(flags) for name, flags in wanted.items() if flags is not None}
 

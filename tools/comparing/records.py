@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from tools.comparing.analysis import Contrast, Curve, Interval, Outcome, contrast, mean_interval, steady_rate
 from train.command import read_yaml
-from train.config import flat
+from train.config import completed, flat
 from train.json_files import read_object, read_rows
 
 RECORDS, EXPERIMENT, PACE, RUNS, ARMS = "records.jsonl", "experiment.yaml", "pace.json", "runs", "arms"
@@ -287,10 +287,13 @@ class Study:
             return self.base.lengths[-1] if self.base.lengths else None
         return max(means, key=lambda length: (means[length], -length))
 
-    def contrasts(self) -> dict[str, Contrast]:
-        """arm -> that arm against the baseline, for every arm with a finished seed in common."""
+    def contrasts(self, *, longest: bool = False) -> dict[str, Contrast]:
+        """arm -> that arm against the baseline, for every arm with a finished seed in common.
+
+        longest: the baseline's longest runs are the target, whatever shorter ones score.
+        """
         base, found = self.base.outcomes(), {}
-        goals = base if self.target is not None else self.base.outcomes(self.goal)
+        goals = base if longest or self.target is not None else self.base.outcomes(self.goal)
         for group in self.groups[1:]:
             each = contrast(base, group.outcomes(), self.target, goals)
             if not self.targeted:
@@ -485,7 +488,7 @@ def cell_of(record: Mapping[str, Any]) -> Cell:
 
 def read_run(folder: Path, cell: Cell | None = None, record: dict | None = None) -> Trial:
     """A run folder, in whatever state it is; what a comparison recorded of it goes before what it says itself."""
-    settings, status = flat(read_yaml(folder / CONFIG)), read_object(folder / "status.json")
+    settings, status = completed(flat(read_yaml(folder / CONFIG))), read_object(folder / "status.json")
     gallery = folder / "media" / "gallery.png"
     preset = str(settings.get("preset") or "custom")
     env = read_object(folder / "env.json")
@@ -515,7 +518,7 @@ def from_record(record: dict) -> Trial:
     last = {name: record[name] for name in ("images", "train_seconds", "data_wait")}
     last |= {"step": record["steps"], "epoch": record["epochs"], "images_per_second": record["images_per_second"]}
     return Trial(
-        cell=cell_of(record), folder=None, settings=record["settings"], env=record["env"],
+        cell=cell_of(record), folder=None, settings=completed(record["settings"]), env=record["env"],
         state="done", reason="", step=record["steps"], metrics=[last], evaluations=record["evaluations"],
         evaluation=record["evaluation"], gallery=None, ledger=record.get("ledger", {}),
         asked=record.get("asked", {}), finetuned=record.get("finetune"),

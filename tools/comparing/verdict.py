@@ -77,9 +77,13 @@ def overtaken(study: Study) -> list[Trial]:
     return [trial for trial in study.base.of_length(study.goal) if trial.seed in seeds]
 
 
-def margins(study: Study, group: Group) -> dict[str, Margin]:
-    """How far an arm is above each baseline that was scored, the baseline arm by the runs that are to be overtaken."""
-    score, found = score_of(overtaken(study) if group is study.base else group.finished), {}
+def margins(study: Study, group: Group, *, longest: bool = False) -> dict[str, Margin]:
+    """How far an arm is above each baseline that was scored, the baseline arm by the runs that are to be overtaken.
+
+    longest: by its longest runs, whichever arm it is.
+    """
+    held = overtaken(study) if group is study.base and not longest else group.finished
+    score, found = score_of(held), {}
     for name in BASELINES:
         base = baseline_score(group.trials, name)
         if score is not None and base is not None:
@@ -91,6 +95,18 @@ def leading_name(study: Study) -> str:
     """What the leading score is, such as "ridge on subcategory, mean of fluent and emojione"."""
     names = ((trial.evaluation or {}).get("leading_name") for trial in study.trials)
     return next((name for name in names if name), "")
+
+
+def spread_words(study: Study) -> str:
+    """What stands behind a ±; empty where nothing was scored."""
+    errors = [score.error for group in study.groups if (score := arm_score(group)) is not None and score.error]
+    if not errors:
+        return ""
+    return (
+        "± is between seeds, their standard deviation; the standard error of one run's score, by the number of test "
+        f"pictures, is {percent(statistics.fmean(errors))} points, which stands there instead with one seed and for "
+        "raw pixels."
+    )
 
 
 def percent(share: float) -> str:
@@ -152,8 +168,13 @@ def crossings(study: Study, arm: str) -> list[Crossing]:
 
 def target_words(study: Study, arm: str) -> str:
     """Seconds to the target: a mean over seeds, or what is known instead."""
-    times = [each.seconds for each in crossings(study, arm)]
-    if not times or not study.targeted:
+    return crossing_words(crossings(study, arm)) if study.targeted else ""
+
+
+def crossing_words(found: Sequence[Crossing]) -> str:
+    """Seconds to a target: a mean over seeds, or what is known instead."""
+    times = [each.seconds for each in found]
+    if not times:
         return ""
     if all(each.exact for each in times):
         return seconds_words(statistics.fmean(each.low for each in times))
@@ -189,7 +210,7 @@ class Verdict:
 
 
 def sentences(answer: Verdict) -> list[str]:
-    """Its sentence in parts, each with a full stop; a small first letter is the name of an arm."""
+    """Its sentence in parts, each with a full stop. First letters stay as they are: many are an arm's name."""
     if not answer.parts:
         return [answer.sentence]
     return [f"{part}." for part in answer.parts]
@@ -335,16 +356,30 @@ def _parts(study: Study, group: Group, contrast: Contrast, paced: Contrast | Non
         )
     if study.targeted:
         parts.append(_speed(study, group.arm, contrast))
-        if study.target is None and any(pair.base_early for pair in contrast.pairs):
-            when = target_words(study, base.arm)
-            when = when if when.startswith("within") else f"after {when}"
-            parts.append(
-                f"{base.arm} itself first scored that {when}, and beside its whole runs {group.arm} is "
-                f"{whole_words(contrast)} times as fast"
-            )
         if paced is not None and paced.ratio is not None:
             parts.append(f"with steps at the pace measured in turns that is {ratio_words(paced)}")
+        if study.target is None:
+            parts += _by_longest(study, group.arm)
     return parts
+
+
+def _by_longest(study: Study, arm: str) -> list[str]:
+    """The two other ways to count: to what the baseline's longest runs score, from when it first scored that, and from
+    the end of these runs, as the slides do."""
+    base, longest = study.base, study.contrasts(longest=True)[arm]
+    if longest.whole is None or not any(pair.base_early for pair in longest.pairs):
+        return []
+    when = crossing_words([pair.base for pair in longest.pairs])
+    when = when if when.startswith("within") else f"after {when}"
+    held, score = overtaken(study), arm_score(base)
+    if held == base.finished or score is None:
+        whole = f"beside its whole runs {arm} is {whole_words(longest)} times as fast"
+        return [f"{base.arm} itself first scored that {when}, and {whole}"]
+    first = "" if longest.ratio is None else f" (beside that {arm} is {ratio_words(longest)} times as fast)"
+    return [
+        f"beside {base.arm}'s longest runs, as the slides count, {arm} is {whole_words(longest)} times as fast to "
+        f"their {score.words()} %, which {base.arm} itself first scored {when}{first}"
+    ]
 
 
 def _speed(study: Study, arm: str, contrast: Contrast) -> str:
@@ -461,6 +496,16 @@ def warnings(study: Study) -> list[str]:
             f"{study.base.arm}'s runs of {longest[0].cell.long} score less than those of {held[0].cell.long} "
             f"({score.words()} %, for several times the work): it is held by its best."
         )
+        short = [
+            f"{points(each.points)} points from the {BASELINES[name]}"
+            for name, each in margins(study, study.base, longest=True).items()
+            if not each.enough
+        ]
+        if short:
+            found.append(
+                f"{study.base.arm}'s longest runs are only {listed(short)}: were it held by them, the experiment would "
+                "not count."
+            )
     for group in study.groups[1:]:
         gaps = study.ahead_by_test(group)
         if len({gap.mean > 0 for gap in gaps.values()}) > 1:
@@ -495,10 +540,10 @@ def warnings(study: Study) -> list[str]:
                 "the pace measured in turns: the machine was not equally fast for both. The lesser counts."
             )
         if study.targeted and clock and not clock.side and each.epochs and each.pace:
-            product = each.epochs * each.pace
+            product = each.epochs.mean * each.pace
             if abs(product / clock.mean - 1) > SUMS_UP:
                 found.append(
-                    f"{arm}: epochs {each.epochs:.2f} x seconds an epoch of whole runs {each.pace:.2f} is "
+                    f"{arm}: epochs {each.epochs.mean:.2f} x seconds an epoch of whole runs {each.pace:.2f} is "
                     f"{product:.2f}, and the ratio by the clock {clock.mean:.2f}: the machine's speed changed in them."
                 )
     envs = [env for trial in study.trials if trial.done for env in trial.envs]

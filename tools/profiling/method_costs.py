@@ -1,12 +1,15 @@
-"""`daae methods --measure`: what a step of each method takes beside MAE's, on this machine, in turns.
+"""`daae methods --measure`: what a step of each method takes beside MAE's, on this machine, in turns. Its records, one
+a size, as a table on a page.
 
-python -m tools.cli methods --measure --size vits16 --batch 16 --json > docs/records/methods-2-cores.json
+daae methods --measure --size vits16 --batch 16 --json > docs/records/methods-HERE/vits16.json
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.timing import Spread
@@ -37,7 +40,7 @@ class Cost:
         return self.flops / self.seconds.median
 
 
-def measure(methods: list[str], size: str, batch: int) -> list[Cost]:
+def measure(methods: list[str], size: str, batch: int, precision: str) -> list[Cost]:
     """MAE first. Steps on random pictures of one batch, in turns, so that a slow minute slows every method.
 
     methods: names; of each the preset of that size is measured. Raises UsageError where there is none.
@@ -52,7 +55,7 @@ def measure(methods: list[str], size: str, batch: int) -> list[Cost]:
     machines = []
     for name in dict.fromkeys(["mae", *methods]):
         wish = open_preset(f"{name}-{size}")
-        wish = resolve(replace(wish, optim=replace(wish.optim, batch=batch)), None)
+        wish = resolve(replace(wish, optim=replace(wish.optim, batch=batch), precision=precision), None)
         wish.method.check(batch)
         machines.append(Machine(wish, torch.device(wish.device)))
     pictures = [machine.random_batch(batch) for machine in machines]
@@ -98,3 +101,57 @@ def kept(machine: Machine, batch: int) -> float:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         machine.step(machine.random_batch(batch))
     return sum(found.values()) / batch / 1e6
+
+
+def read(folder: Path) -> list[dict]:
+    """Records of `daae methods --measure --json` that are kept there, from small to large; none where others are."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    if not all("methods" in each for each in found):
+        return []
+    return sorted(found, key=lambda each: next(iter(each["methods"].values()))["gflop_per_image"])
+
+
+def table(records: list[dict]) -> list[list[str]]:
+    """Headings, then rows: of each method FLOPs and seconds of a step beside MAE's, its speed, and the MB an image that
+    its forward pass keeps."""
+    sizes = [_size(each) for each in records]
+    costs = [
+        {preset.removesuffix(f"-{size}"): cost for preset, cost in each["methods"].items()}
+        for each, size in zip(records, sizes, strict=True)
+    ]
+    rows = [["", *(cell for size in sizes for cell in (f"{size}: FLOPs", "seconds", "speed", "kept"))]]
+    for name in dict.fromkeys(name for each in costs for name in each):
+        rows.append([name, *(cell for each in costs for cell in _cells(each.get(name)))])
+    return rows
+
+
+def _size(record: dict) -> str:
+    return next(iter(record["methods"])).removeprefix("mae-")  # it is the first of all
+
+
+def _cells(cost: dict | None) -> list[str]:
+    """cost: of a method as a record has it; None where it was not measured."""
+    if cost is None:
+        return [""] * 4
+    seconds = Spread(**cost["seconds"])
+    took = f"{seconds.median:.2f} ({seconds.min:.2f} to {seconds.max:.2f})"
+    return [f"{cost['flops']:.2f}", took, f"{cost['speed']:.2f}", f"{cost['saved_mb']:.3g}"]
+
+
+def caption(record: dict) -> str:
+    """Where a record comes from, in a line."""
+    env = record["environment"]
+    return (
+        f"{_size(record)}: {env['device']}, {record['precision']}, batch {record['batch']}; Python {env['python']}, "
+        f"torch {env['versions']['torch']}; {env['date'][:10]}, {env['code']}: {env['command']}"
+    )
+
+
+def markdown(folder: Path) -> list[str]:
+    """A table of what `read` finds there, with a line of each record folded away below."""
+    from tools.tables import page_table
+
+    records = read(folder)
+    rows = table(records)
+    where = ["<details><summary>Machine, versions, commands</summary>", "", *(f"- {caption(each)}" for each in records)]
+    return [*page_table(rows, "l" + "r" * (len(rows[0]) - 1)), "", *where, "", "</details>", ""]

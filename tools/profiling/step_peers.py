@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 from tools.profiling.peer_process import measure, serve
-from tools.profiling.step_records import OURS
+from tools.profiling.step_records import COMPILED, OURS
 from train.allocator import give_memory_back
 from train.command import run
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from model.shape import Shape
     from train.config import Run
+    from train.rehearsal import Machine
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,25 @@ def run_of(task: Task) -> Run:
     return resolve(wish, None)
 
 
-def ours(task: Task, *, ledger: bool = True, attention: str = "auto", **settings: Any) -> Iterator[int]:
-    """attention: as --speed.attention takes it. settings: as in a task, beside its own."""
+def ours(
+    task: Task,
+    *,
+    ledger: bool = True,
+    attention: str = "auto",
+    change: Callable[[Machine], None] = lambda machine: None,
+    **settings: Any,
+) -> Iterator[int]:
+    """attention: as --speed.attention takes it. change: done before the first step. settings: as in a task, beside its
+    own."""
     import torch
 
     from train.rehearsal import Machine
 
     wish = run_of(replace(task, settings={**task.settings, **settings}))
     wish = replace(wish, speed=replace(wish.speed, attention=attention))
-    machine = Machine(wish, torch.device(wish.device))
+    machine = Machine(wish, torch.device(wish.device), watched=ledger)
     machine.stepper.ledger.on = ledger
+    change(machine)
     pictures = machine.random_batch(task.batch)
     machine.compile()
     while True:
@@ -163,7 +173,7 @@ def _steps(task: Task, network: nn.Module, loss: Callable[[nn.Module, Tensor], T
         yield task.batch
 
 
-COMPILED = ", compiled"
+PLAIN = "best switch (plain attention)"
 PEERS: dict[str, Callable[[Task], Iterator[int]]] = {
     OURS: ours,
     f"{OURS}, without the ledger": lambda task: ours(task, ledger=False),
@@ -171,14 +181,14 @@ PEERS: dict[str, Callable[[Task], Iterator[int]]] = {
     f"{OURS}, malloc as it comes": ours,
     f"{OURS}, decoder heads of 64": lambda task: ours(task, **KNOBS["decoder heads of 64"](run_of(task).model)),
     "transformers": transformers,
-    "transformers, best switch (plain attention)": lambda task: transformers(task, attention="eager"),
+    f"transformers, {PLAIN}": lambda task: transformers(task, attention="eager"),
     "transformers, plain attention, malloc as ours": lambda task: transformers(task, attention="eager"),
     "lightly": lightly,
-    "lightly, best switch (plain attention)": lambda task: lightly(task, fused=False),
+    f"lightly, {PLAIN}": lambda task: lightly(task, fused=False),
     "lightly, plain attention, malloc as ours": lambda task: lightly(task, fused=False),
 }
-ALSO_COMPILED = (OURS, "transformers", "lightly")
-TOGETHER = 6
+ALSO_COMPILED = (OURS, "transformers", f"transformers, {PLAIN}", "lightly", f"lightly, {PLAIN}")
+TOGETHER = {"cpu": 6, "cuda": 3}  # processes, each with a network, gradients and moments, of what fits the memory
 
 # What makes a step of DAAE cheaper, or dearer, for a size.
 KNOBS: dict[str, Callable[[Shape], dict[str, Any]]] = {
@@ -202,14 +212,14 @@ KNOBS: dict[str, Callable[[Shape], dict[str, Any]]] = {
 def check_size(wish: Run, config: object) -> None:
     """Raises UsageError where a preset is no size of MAE, or settings beside it would be left out."""
     if not wish.preset.startswith("mae-") or config is not None:
-        raise UsageError("--step with --peers or --knobs takes a size, as --preset mae-vits16 names one; no --config.")
+        raise UsageError(
+            "--step with --peers, --knobs or --techniques takes a size, as --preset mae-vits16 names one; no --config."
+        )
 
 
 def compare_steps(task: Task, *, seconds: float, say: Callable[[str], None]) -> dict[str, dict]:
-    """peer -> rates, and under "beside" ours of the same rounds. seconds: of each, in all rounds together.
-
-    Each holds a network, gradients and moments, and all at once may not fit the memory: ours is timed with each few.
-    """
+    """peer -> rates, and under "beside" ours of the same rounds, under "beside_compiled" ours compiled where the task
+    is. seconds: of each, in all rounds together."""
     there: dict[str, list[str]] = {}
     for name in PEERS:
         package = name.partition(",")[0]
@@ -220,13 +230,24 @@ def compare_steps(task: Task, *, seconds: float, say: Callable[[str], None]) -> 
         there[name] = _command(replace(task, peer=name, compiled=False, kept=kept))
         if task.compiled and name in ALSO_COMPILED:
             there[name + COMPILED] = _command(replace(task, peer=name, kept=kept))
-    first, *others = there
-    found: dict[str, dict] = {}
-    for start in range(0, max(1, len(others)), TOGETHER - 1):
-        some = [first, *others[start : start + TOGETHER - 1]]
-        rates = measure({name: there[name] for name in some}, seconds, say)
-        beside = rates[first]["rounds"]["images_per_second"]
-        found |= {name: {**each, "beside": beside} for name, each in rates.items() if name not in found}
+    return few_at_once(there, {"beside": OURS, "beside_compiled": OURS + COMPILED}, task.device, seconds, say)
+
+
+def few_at_once(
+    commands: dict[str, list[str]], beside: dict[str, str], device: str, seconds: float, say: Callable[[str], None]
+) -> dict[str, dict]:
+    """name -> rates, with those of some contenders in the same rounds under the keys of `beside`.
+
+    Each holds a network, gradients and moments, and all at once may not fit the memory: these are timed with each few.
+    """
+    beside = {key: name for key, name in beside.items() if name in commands}
+    mine, found = list(beside.values()), {}
+    others = [name for name in commands if name not in mine]
+    few = TOGETHER[device.partition(":")[0]] - len(mine)
+    for start in range(0, max(1, len(others)), few):
+        rates = measure({name: commands[name] for name in [*mine, *others[start : start + few]]}, seconds, say)
+        same = {key: rates[name]["rounds"]["images_per_second"] for key, name in beside.items()}
+        found |= {name: {**each, **same} for name, each in rates.items() if name not in found}
     return found
 
 

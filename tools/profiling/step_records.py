@@ -1,4 +1,5 @@
-"""Records of `daae profile --step --peers` and `--step --knobs`, one a size, as tables: on a terminal and on a page."""
+"""Records of `daae profile --step --peers`, `--step --knobs` and `--step --techniques`, one a size, as tables: on a
+terminal and on a page."""
 
 from __future__ import annotations
 
@@ -10,38 +11,50 @@ from pipeline.errors import DataError
 from tools.profiling.peer_process import ratios
 
 OURS = "DAAE project"  # in a record of peers
+AS_IT_IS = "our step"  # in a record of techniques
+KINDS = ("peers", "knobs", "techniques")
+COMPILED = ", compiled"  # behind a peer's name
 NAMED = ("torch", "transformers", "lightly")  # of the versions in a record
 
 
 def read(folder: Path) -> list[dict]:
     """What is kept there, from small to large. Raises DataError where that is nothing, or of two kinds."""
     found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    kinds = {kind for each in found for kind in ("peers", "knobs") if kind in each}
+    kinds = {kind for each in found for kind in KINDS if kind in each}
     if len(kinds) != 1:
-        raise DataError(f"{folder} holds no records of one kind: neither of --step --peers nor of --step --knobs.")
+        raise DataError(
+            f"{folder} holds no records of one kind: of --step --peers, of --step --knobs or of --step --techniques."
+        )
     return sorted(found, key=lambda each: each["gflop_per_image"])
 
 
 def table(records: list[dict]) -> list[list[str]]:
     """Headings, then rows. All of one kind."""
-    return _peers(records) if "peers" in records[0] else _knobs(records)
+    tables = {"peers": _peers, "knobs": _knobs, "techniques": _techniques}
+    return next(make(records) for kind, make in tables.items() if kind in records[0])
 
 
 def _peers(records: list[dict]) -> list[list[str]]:
-    """Images/s of each, its share of what the device multiplies at most, and how many times as fast ours is."""
-    rows = [["", *(cell for each in records for cell in (f"{each['preset']}, images/s (MFU)", "ours is"))]]
+    """Images/s of each, its share of what the device multiplies at most, and how many times as fast ours is, compiled
+    too where a record has that."""
+    beside = {"ours is": "beside"}
+    if any(OURS + COMPILED in each["peers"] for each in records):
+        beside["ours compiled is"] = "beside_compiled"
+    rows = [["", *(cell for each in records for cell in (f"{each['preset']}, images/s (MFU)", *beside))]]
     for name in dict.fromkeys(name for each in records for name in each["peers"]):
         row = [name.replace(OURS, "ours")]
         for each in records:
-            rates, mine = each["peers"].get(name), each["peers"][OURS]
+            rates = each["peers"].get(name)
             if rates is None:
-                row += ["", ""]
+                row += [""] * (1 + len(beside))
                 continue
             rate = rates["images_per_second"]
-            beside = {"rounds": {"images_per_second": rates.get("beside", mine["rounds"]["images_per_second"])}}
-            mfu = rate * each["gflop_per_image"] / 1000 / each["gemm_tflops"]
-            faster = "" if rates is mine else _spread(ratios(beside, rates, "images_per_second"))
-            row += [f"{rate:,.3g} ({mfu:.0%})", faster]
+            row.append(f"{rate:,.3g} ({rate * each['gflop_per_image'] / 1000 / each['gemm_tflops']:.0%})")
+            mine = {"beside": each["peers"][OURS]["rounds"]["images_per_second"], **rates}  # all were in one group
+            for key in beside.values():
+                itself = mine.get(key) == rates["rounds"]["images_per_second"]
+                ours = {"rounds": {"images_per_second": mine.get(key)}}
+                row.append(_spread(ratios(ours, rates, "images_per_second")) if key in mine and not itself else "")
         rows.append(row)
     return rows
 
@@ -60,6 +73,23 @@ def _knobs(records: list[dict]) -> list[list[str]]:
                 beside = knob["rates"].get(other)
                 row.append("" if beside is None else _spread(ratios(beside, daae, "images_per_second")))
                 row.append("" if beside is None else f"{flops['daae'] / flops[other]:.2f}")
+        rows.append(row)
+    return rows
+
+
+def _techniques(records: list[dict]) -> list[list[str]]:
+    """How many times as fast each makes our step, beside what was foretold."""
+    rows = [["", "foretold", *(each["preset"].removeprefix("mae-") for each in records)]]
+    for name, first in records[0]["techniques"].items():
+        if name == AS_IT_IS:
+            rate = (f"{each['techniques'][name]['images_per_second']:,.3g} images/s" for each in records)
+            rows.append(["DAAE's step as it is", "", *rate])
+            continue
+        row = [name, first["foretold"] or "–"]
+        for each in records:
+            rates = each["techniques"][name]
+            gains = ratios({"rounds": {"images_per_second": rates["beside"]}}, rates, "images_per_second")
+            row.append(_spread([1 / gain for gain in gains] if rates["added"] else gains))
         rows.append(row)
     return rows
 
@@ -83,8 +113,9 @@ def caption(record: dict) -> str:
 
 def markdown(folder: Path) -> list[str]:
     """A table, with a line of each record folded away below. Raises DataError."""
+    from tools.tables import page_table
+
     records = read(folder)
-    headings, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table(records))
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    rows = table(records)
     where = ["<details><summary>Machine, versions, commands</summary>", "", *(f"- {caption(each)}" for each in records)]
-    return [*(f"| {' | '.join(cells)} |" for cells in lines), "", *where, "", "</details>", ""]
+    return [*page_table(rows, "l" + "r" * (len(rows[0]) - 1)), "", *where, "", "</details>", ""]
