@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,14 +76,19 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, weights = ctx.saved_tensors
-        grad = grad.flatten(0, 1)
-        to_weights = torch.bmm(grad, value.transpose(1, 2))
-        to_logits = torch.ops.aten._softmax_backward_data(to_weights, weights, -1, weights.dtype)
-        to_query = _scaled(to_logits, key, ctx.scale)
-        to_key = _scaled(to_logits.transpose(1, 2), query, ctx.scale)
-        to_value = torch.bmm(weights.transpose(1, 2), grad)
-        return to_query.view(ctx.shape), to_key.view(ctx.shape), to_value.view(ctx.shape)
+        return _products_back(ctx, grad)
+
+
+def _products_back(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """To query, key and value. What a query does not attend to has a weight of 0 and gets nothing."""
+    query, key, value, weights = ctx.saved_tensors
+    grad = grad.flatten(0, 1)
+    to_weights = torch.bmm(grad, value.transpose(1, 2))
+    to_logits = torch.ops.aten._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+    to_query = _scaled(to_logits, key, ctx.scale)
+    to_key = _scaled(to_logits.transpose(1, 2), query, ctx.scale)
+    to_value = torch.bmm(weights.transpose(1, 2), grad)
+    return to_query.view(ctx.shape), to_key.view(ctx.shape), to_value.unflatten(0, ctx.shape[:2])
 
 
 def _scaled(one: Tensor, other: Tensor, factor: float) -> Tensor:
@@ -96,14 +102,41 @@ def attend_top(query: Tensor, key: Tensor, value: Tensor, k: int) -> tuple[Tenso
 
     Source: MixedAE (Chen et al. 2023, arXiv 2303.17152), homologous attention.
     """
-    # In bfloat16 products tie, and which of them are the largest would be chance.
     with torch.autocast(query.device.type, enabled=False):
-        exact = torch.promote_types(query.dtype, torch.float32)
-        logits = query.to(exact) @ key.to(exact).transpose(-2, -1) * query.shape[-1] ** -0.5
-        kept = largest(logits.detach(), k)
-        kept[:, :, 0] = True
-        weights = torch.softmax(logits.masked_fill(~kept, float("-inf")), dim=-1)
-    return weights.to(value.dtype) @ value, kept
+        if not torch.compiler.is_compiling():
+            return _TopProducts.apply(query, key, value, k)
+        logits, kept = _top(query, key, k)
+        weights = torch.softmax(logits.masked_fill(~kept, -torch.inf), dim=-1)
+        return weights.to(value.dtype) @ value, kept
+
+
+def _top(query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Logits in float32 at least, and which of them are kept: in bfloat16 products tie, and which of them are the
+    largest would be chance."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    logits = (query.to(exact) * query.shape[-1] ** -0.5) @ key.to(exact).transpose(-2, -1)
+    kept = largest(logits.detach(), k)
+    kept[:, :, 0] = True
+    return logits, kept
+
+
+class _TopProducts(torch.autograd.Function):
+    """The choice is made in float32 once; what the backward pass multiplies has the type of the values."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, k: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.shape, ctx.scale = query.shape, query.shape[-1] ** -0.5
+        logits, kept = _top(query, key, k)
+        weights = torch.softmax(logits.masked_fill_(~kept, -torch.inf), dim=-1).to(value.dtype)
+        query, key, value, weights = (each.flatten(0, 1) for each in (query, key, value, weights))
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.mark_non_differentiable(kept)
+        return torch.bmm(weights, value).unflatten(0, ctx.shape[:2]), kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_products_back(ctx, grad), None
 
 
 def largest(values: Tensor, k: int) -> Tensor:

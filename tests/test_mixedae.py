@@ -103,6 +103,25 @@ def test_the_largest_are_those_of_topk(dtype):
     assert (largest(values, 12).sum(dim=-1) == 12).all()
 
 
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_attention_to_the_top_keys_and_its_gradients_are_the_formulas(dtype, apart):
+    """Beside autograd in float64 on the same numbers and the same keys."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 3, 20, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    grad = torch.randn(2, 3, 20, 8, generator=generator).to(dtype)
+    out, kept = attend_top(*given, 5)
+    out.backward(grad)
+    query, key, value = (each.detach().double().requires_grad_() for each in given)
+    logits = query @ key.transpose(-2, -1) * 8**-0.5
+    expected = torch.softmax(logits.masked_fill(~kept, -torch.inf), dim=-1) @ value
+    expected.backward(grad.double())
+    assert (out.double() - expected).norm() <= apart * expected.norm()
+    for mine, theirs in zip(given, (query, key, value), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert (mine.grad.double() - theirs.grad).norm() <= apart * theirs.grad.norm()
+
+
 def test_the_keys_are_chosen_in_float32_whatever_autocast_says():
     query, key, value = torch.randn(3, 2, 2, 33, 16, generator=torch.Generator().manual_seed(0)).bfloat16().unbind(0)
     expected = attend_top(query.float(), key.float(), value.float(), 8)[1]
