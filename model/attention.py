@@ -106,7 +106,7 @@ def attend_top(query: Tensor, key: Tensor, value: Tensor, k: int) -> tuple[Tenso
         if not torch.compiler.is_compiling():
             return _TopProducts.apply(query, key, value, k)
         logits, kept = _top(query, key, k)
-        weights = torch.softmax(logits.masked_fill(~kept, -torch.inf), dim=-1)
+        weights = torch.softmax(torch.where(kept, logits, -torch.inf), dim=-1)
         return weights.to(value.dtype) @ value, kept
 
 
@@ -127,7 +127,7 @@ class _TopProducts(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, k: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.shape, ctx.scale = query.shape, query.shape[-1] ** -0.5
         logits, kept = _top(query, key, k)
-        weights = torch.softmax(logits.masked_fill_(~kept, -torch.inf), dim=-1).to(value.dtype)
+        weights = torch.softmax(torch.where(kept, logits, -torch.inf), dim=-1).to(value.dtype)
         query, key, value, weights = (each.flatten(0, 1) for each in (query, key, value, weights))
         ctx.save_for_backward(query, key, value, weights)
         ctx.mark_non_differentiable(kept)
