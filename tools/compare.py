@@ -436,7 +436,6 @@ def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
 # On a terminal that is too narrow for all of them there are two tables; "arm" is in both.
 SCORES = ("seeds", "training", "score", "ahead")
 TIMES = ("images/s", "s/epoch", "to target", "times as fast", "in turns")
-WIDEST = 1000
 SAME_SCORE = 0.0005  # a share of 1: of two evaluations of one run, apart by rounding
 
 
@@ -444,13 +443,15 @@ def show(study: Study) -> None:
     """A row for each arm and baseline, then the verdict. Nothing is cut: a terminal that is narrower still wraps."""
     from rich.console import Console
 
-    found, console, boundless = list(rows(study)), Console(), Console(width=WIDEST)
+    from tools.tables import print_whole, width_of
+
+    found, console = list(rows(study)), Console()
     full = [name for place, name in enumerate(HEADINGS) if any(cells[place] for _, cells in found)]
     whole = _table(study, found, full)
-    split = console.is_terminal and boundless.measure(whole).maximum > console.width
+    split = console.is_terminal and width_of(whole) > console.width
     parts = [["arm", *(name for name in full if name in part)] for part in (SCORES, TIMES)]
     for table in [_table(study, found, part) for part in parts] if split else [whole]:
-        Console(width=max(console.width, boundless.measure(table).maximum)).print(table)
+        print_whole(table)
     if spread := spread_words(study):
         print(spread)
     answer = verdict(study)

@@ -252,7 +252,7 @@ def as_json(measured: Measured) -> dict:
 def show(measured: Measured, flags: Profile) -> None:
     from rich.console import Console
 
-    from tools.tables import plain_table
+    from tools.tables import plain_table, print_whole
 
     table = plain_table()
     for heading in ("", "images/s", "min to max", "CPU-ms/image", "share", "data-wait"):
@@ -274,7 +274,7 @@ def show(measured: Measured, flags: Profile) -> None:
         f"{measured.images:,} images of {measured.stored_side:.0f} px, {workers}, {measured.cores:g} cores, "
         f"{rounds}, {measured.memory_gb:.1f} GB\n"
     )
-    out.print(table)
+    print_whole(table)
     out.print("Share: of an image's seconds in loader and step together; stages that overlap sum to more than all.\n")
     for line in limit_lines(measured):
         out.print(line, style="dim")

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 
 def plain_table() -> Table:
     """Columns without lines: what is printed below a sentence."""
     return Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+
+
+WIDEST = 1000
+
+
+def width_of(table: Table) -> int:
+    """Columns that it takes with nothing cut."""
+    return Console(width=WIDEST).measure(table).maximum
+
+
+def print_whole(table: Table) -> None:
+    """Nothing is cut: a terminal that is narrower wraps."""
+    Console(width=max(Console().width, width_of(table)), highlight=False).print(table)
 
 
 def page_table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:

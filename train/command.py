@@ -15,6 +15,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 import types
 import typing
@@ -268,14 +270,15 @@ PARENT = "DAAE_PARENT"  # the process that has started this one, and waits for i
 
 def _follow_parent() -> None:
     """SIGTERM, which saves and ends, when that process is gone: a run of a killed comparison does not train on."""
-    parent = os.environ.pop(PARENT, "")
-    if parent:
-        import ctypes
+    parent = int(os.environ.pop(PARENT, "0"))
 
-        with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):
-            os.kill(os.getpid(), signal.SIGTERM)
+    def watch() -> None:  # the kernel's own signal comes once for each thread that the parent had
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
