@@ -31,3 +31,9 @@ def page_table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     headings, *others = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     lines = [headings, ["---" if side == "l" else "---:" for side in sides], *others]
     return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def page_block(rows: Sequence[Sequence[str]], captions: Sequence[str]) -> list[str]:
+    """Figures behind names as lines of Markdown, with where they come from folded away below."""
+    where = ["<details><summary>Machine, versions, commands</summary>", "", *(f"- {each}" for each in captions)]
+    return [*page_table(rows, "l" + "r" * (len(rows[0]) - 1)), "", *where, "", "</details>", ""]

@@ -113,9 +113,7 @@ def caption(record: dict) -> str:
 
 def markdown(folder: Path) -> list[str]:
     """A table, with a line of each record folded away below. Raises DataError."""
-    from tools.tables import page_table
+    from tools.tables import page_block
 
     records = read(folder)
-    rows = table(records)
-    where = ["<details><summary>Machine, versions, commands</summary>", "", *(f"- {caption(each)}" for each in records)]
-    return [*page_table(rows, "l" + "r" * (len(rows[0]) - 1)), "", *where, "", "</details>", ""]
+    return page_block(table(records), [caption(each) for each in records])
