@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import attend_by_products
 from model.exits import Exit, exit_health
@@ -21,12 +20,12 @@ from model.shape import Shape
 from model.vit import Encoder, build_encoder, patch_mean
 from pipeline.errors import UsageError
 from pipeline.sampling import View
-from pipeline.views import Patches, make_views
+from pipeline.views import Patches
 from tests import textbook
 from tests.conftest import SMALL
 from tests.test_can import exact
 from tests.test_model import view
-from tests.test_objectives import LABEL, batch, views_of
+from tests.test_objectives import LABEL, counted_macs, views_of
 from tests.test_pretrain import flags
 from tests.test_step import CPU, batch_of, small_run, stepper_of
 from train import evaluate, folder
@@ -284,12 +283,7 @@ def test_formula_counts_what_torch_multiplies(monkeypatch, size, gmac):
     monkeypatch.setattr("model.vit.attend", attend_by_products)  # torch 2.11 does not count the fused one on a CPU
     shape = Shape(side=64, patch=8, width=64, depth=4, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
     method = replace(SMALL_SELFCON, size=size, exit_after=(1, 2))
-    declared = method.views(shape)
-    views = make_views(batch(8, views=declared), declared, patch=8, seed=0)
-    network = Network(method, shape, 0)
-    with FlopCounterMode(display=False) as counter:
-        network(views, LABEL[:8])
-    assert counter.get_total_flops() / 2 / 8 == pytest.approx(method.macs(shape), rel=0.01)
+    assert counted_macs(method, shape, LABEL[:8]) == pytest.approx(method.macs(shape), rel=0.01)
     assert SelfCon(size=size).macs(VIT_B) / 1e9 == pytest.approx(gmac, rel=0.002)
 
 
