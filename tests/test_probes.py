@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 
 import numpy as np
@@ -105,7 +106,7 @@ neighbours(torch.randn(100, 8), torch.randn(10, 8), 3)  # whatever a first call 
 bank = torch.from_numpy(np.load(path, mmap_mode="c"))
 query = bank[:: rows // queries][:queries].clone()
 limit = 8 * queries * width + 16 * queries * 20 + 8 * 2**14 * width + 4 * 2**14 * min(queries, 2**12) + 24 * 2**12 * 20
-limit += 48 * 2**20  # the allocator's own
+limit += 96 * 2**20  # what a matrix product's library takes for itself, which differs by processor
 naive = 4 * rows * width
 assert limit < naive, (limit, naive)
 resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + limit,) * 2)
@@ -119,7 +120,7 @@ except RuntimeError:
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "queries"), [(131_072, 256, 500), pytest.param(262_144, 768, 5000, marks=pytest.mark.slow)]
+    ("rows", "width", "queries"), [(262_144, 256, 500), pytest.param(262_144, 768, 5000, marks=pytest.mark.slow)]
 )
 def test_neighbours_in_a_large_bank_take_no_more_memory_than_they_say(tmp_path, rows: int, width: int, queries: int):
     """Under a limit of what the docstring says, which the bank alone would break in float32."""
@@ -129,7 +130,8 @@ def test_neighbours_in_a_large_bank_take_no_more_memory_than_they_say(tmp_path, 
         for _ in range(rows // 8192):
             file.write((draw.random((8192, width), np.float32) - 0.5).astype(np.float16).tobytes())
     words = [PYTHON, "-c", LARGE, str(tmp_path / "bank.npy"), str(rows), str(width), str(queries)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=250)
+    at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system, not into gaps
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250, env=at_once)
     assert done.returncode == 0, done.stderr
     assert "would not have fitted" in done.stdout
 
