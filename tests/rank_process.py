@@ -2,6 +2,7 @@
 
 python -m tests.rank_process gradients OUT             loss and gradients of this rank's half of a fixed batch, steps,
                                                        and checkpoints of divided weights
+python -m tests.rank_process compiled OUT              steps whose blocks are compiled
 python -m tests.rank_process train FAULT STEP …        `train.pretrain …`; FAULT strikes rank 1, or rank $STRUCK,
                                                        before step STEP
 """
@@ -137,12 +138,12 @@ def singles(rank: int, ranks: int) -> dict[str, torch.Tensor]:
 
 
 def stepper_of(
-    method: Objective, ranks: Ranks, dtype: torch.dtype, *, divided: bool, rounded: bool = False, accumulate: int = 1
+    method: Objective, ranks: Ranks, dtype: torch.dtype, *, divided: bool, accumulate: int = 1, **speed: bool
 ) -> Stepper:
     optim = Optim(batch=ROWS, clip_grad=0.5, accumulate=accumulate)
     run = Run(
         objective="daae", method=method, model=SMALL, optim=optim, device="cpu",
-        speed=Speed(shard=divided, bf16_gradients=rounded), precision="fp32",
+        speed=Speed(shard=divided, **speed), precision="fp32",
     )  # fmt: skip
     torch.set_default_dtype(dtype)
     try:
@@ -226,7 +227,7 @@ def write_gradients(out: Path) -> int:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for (name, dtype), way in [*itertools.product(TAKEN, ("whole", "divided")), ROUNDED]:
         together = Ranks(rank, ranks)
-        stepper = stepper_of(STEPPED[name], together, dtype, divided=way == "divided", rounded=way == "rounded")
+        stepper = stepper_of(STEPPED[name], together, dtype, divided=way == "divided", bf16_gradients=way == "rounded")
         found = take_steps(stepper, dtype)
         if rank == 0:
             torch.save(found, out / f"{name}-{way}-{dtype}.pt")
@@ -241,6 +242,23 @@ def write_gradients(out: Path) -> int:
     sent = times_sent(Ranks(rank, ranks))
     if rank == 0:
         (out / "sent.json").write_text(json.dumps(sent))
+    dist.destroy_process_group()
+    return 0
+
+
+def write_compiled(out: Path) -> int:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    together = Ranks(dist.get_rank(), dist.get_world_size())
+    for way in ("whole", "divided"):
+        stepper = stepper_of(STEPPED["twice"], together, torch.float32, divided=way == "divided", compile=True)
+        found = take_steps(stepper, torch.float32)
+        if together.first:
+            found["compilations"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            torch.save(found, out / f"compiled-{way}.pt")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     dist.destroy_process_group()
     return 0
 
@@ -315,4 +333,6 @@ def strike(fault: str) -> None:
 
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
-    sys.exit(write_gradients(Path(words[0])) if what == "gradients" else train(words[0], int(words[1]), words[2:]))
+    if what == "train":
+        sys.exit(train(words[0], int(words[1]), words[2:]))
+    sys.exit({"gradients": write_gradients, "compiled": write_compiled}[what](Path(words[0])))

@@ -55,9 +55,9 @@ def start(words: list[str], count: int = 2, **more: str) -> list[subprocess.Pope
     ]  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """(exit code, stderr) of each, all of them within PATIENCE."""
-    end, results = time.monotonic() + PATIENCE, []
+def finish(processes: list[subprocess.Popen], patience: float = PATIENCE) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each, all of them within so many seconds."""
+    end, results = time.monotonic() + patience, []
     try:
         for each in processes:
             _, words = each.communicate(timeout=max(1.0, end - time.monotonic()))
@@ -124,6 +124,21 @@ def test_gradients_that_travel_in_bfloat16_are_those_of_one_but_for_rounding(two
     for key in [key for key in alone if key.startswith("gradient") and alone[key].ndim > 1]:
         apart = (found[key] - alone[key]).norm() / alone[key].norm()
         assert 1e-4 < apart < 1e-2, key
+
+
+@pytest.mark.slow  # a C compiler works for a minute
+def test_blocks_compiled_beside_other_ranks_take_the_same_steps(tmp_path):
+    name, dtype = "twice", torch.float32
+    alone = take_steps(stepper_of(STEPPED[name], Ranks(), dtype, divided=False), dtype)
+    for code, words in finish(start(["compiled", str(tmp_path)]), 600):
+        assert code == 0, words
+    for way in ("whole", "divided"):
+        found = torch.load(tmp_path / f"compiled-{way}.pt", weights_only=True)
+        assert found.pop("compilations") >= 1
+        assert found.keys() == alone.keys()
+        for key, value in alone.items():
+            if value.is_floating_point() and value.ndim > 1:
+                assert (found[key] - value).norm() <= 1e-4 * value.norm(), (way, key)
 
 
 def test_gradients_travel_once_a_step_however_many_parts_it_has(two_ranks):
