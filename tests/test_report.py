@@ -16,8 +16,10 @@ import yaml
 from pipeline.errors import UsageError
 from tests.study_folders import write_run
 from tools import report
+from tools.comparing.doubts import warnings
 from tools.comparing.records import Cell, Group, Study, read_study
-from tools.comparing.verdict import Score, baseline_score, margins, verdict, warnings
+from tools.comparing.scores import Score, baseline_score, margins
+from tools.comparing.verdict import verdict
 from train.journal import earlier_environments
 
 MAE = ((50, 0.28), (100, 0.31), (200, 0.34))

@@ -25,6 +25,7 @@ from pipeline.errors import DaaeError, NumericsError
 from pipeline.staging import claimed, write_whole
 from tools.children import Stop, call, failure
 from tools.comparing.analysis import Contrast
+from tools.comparing.doubts import warnings
 from tools.comparing.experiment import Compare, Plan, check_bench, check_here, check_records, make_plan, nested
 from tools.comparing.questions import ANSWERS, TUNED, typed
 from tools.comparing.records import (
@@ -40,20 +41,9 @@ from tools.comparing.records import (
     read_run,
     read_study,
 )  # fmt: skip
-from tools.comparing.verdict import (
-    BASELINES,
-    arm_score,
-    baseline_score,
-    gap_words,
-    leading_name,
-    ratio_words,
-    score_of,
-    seconds_words,
-    spread_words,
-    target_words,
-    verdict,
-    warnings,
-)
+from tools.comparing.scores import BASELINES, arm_score, baseline_score, leading_name, score_of
+from tools.comparing.verdict import verdict
+from tools.comparing.wording import gap_words, ratio_words, seconds_words, spread_words, target_words
 from train.command import parse, read_yaml, run
 from train.config import as_values, completed, flat
 from train.evaluate import EVALUATION

@@ -23,30 +23,28 @@ from pipeline.staging import write_whole
 from tools.comparing import answers, provenance, spent
 from tools.comparing.analysis import Contrast
 from tools.comparing.charts import COLOURS, Level, Line, chart
+from tools.comparing.doubts import missing, warnings
 from tools.comparing.records import Study, Trial, read_study
-from tools.comparing.verdict import (
+from tools.comparing.scores import (
     BASELINES,
     arm_score,
-    asks_the_claim,
     baseline_score,
-    between_others,
-    gap_words,
     leading_name,
-    lesser,
-    listed,
     margins,
-    missing,
     overtaken,
     percent,
     points,
-    ratio_words,
     score_of,
+)
+from tools.comparing.verdict import asks_the_claim, lesser, sentences, verdict
+from tools.comparing.wording import (
+    between_others,
+    gap_words,
+    listed,
+    ratio_words,
     seconds_words,
-    sentences,
     target_name,
     target_words,
-    verdict,
-    warnings,
     whole_words,
 )
 from tools.page import document, marked, notes, picture, table

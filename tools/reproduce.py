@@ -14,8 +14,9 @@ from pipeline.staging import write_whole
 from tools.children import Stop
 from tools.commands import DATA_SETS, PATIENCE_SECONDS, Commands
 from tools.compare import summary
+from tools.comparing.doubts import warnings
 from tools.comparing.records import read_study
-from tools.comparing.verdict import verdict, warnings
+from tools.comparing.verdict import verdict
 from train.command import parse, read_yaml, run
 
 NAME = "emoji"

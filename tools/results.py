@@ -20,8 +20,11 @@ from pipeline.staging import write_whole
 from tools import methods
 from tools.compare import HEADINGS, OF_TARGET, rows
 from tools.comparing import answers
+from tools.comparing.doubts import warnings
 from tools.comparing.records import EXPERIMENT, PACE, RECORDS, Study, read_study
-from tools.comparing.verdict import between_others, leading_name, sentences, spread_words, verdict, warnings
+from tools.comparing.scores import leading_name
+from tools.comparing.verdict import sentences, verdict
+from tools.comparing.wording import between_others, spread_words
 from tools.profiling import method_costs, step_records
 from train.command import parse, run
 

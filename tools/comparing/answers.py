@@ -12,7 +12,8 @@ from typing import Any
 
 from tools.comparing.analysis import Interval, mean_interval
 from tools.comparing.records import Study, Trial
-from tools.comparing.verdict import BASELINES, Score, gap_words, over_seeds
+from tools.comparing.scores import BASELINES, Score, over_seeds
+from tools.comparing.wording import gap_words
 from train.evaluation.exam import mean_score
 
 FINETUNED = "fine-tuned"

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from tools.comparing.records import Study, as_typed, deciding
-from tools.comparing.verdict import seconds_words
+from tools.comparing.wording import seconds_words
 from tools.page import table
 
 
