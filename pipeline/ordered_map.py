@@ -7,6 +7,7 @@ that hangs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.process
 import os
@@ -29,6 +30,7 @@ QUEUED = 2
 STARTING = -1
 DEATHS_IN_A_ROW = 5  # items that each killed two processes with none between that did not: it is not the items
 START_SECONDS = 120.0  # a fresh process imports first, on a busy machine or a cold disk for long
+MAYBE_MEMORY = " (out of memory?)"  # after what a process was killed by
 END_SECONDS = 5.0  # that killed processes are waited for, all of them together
 
 
@@ -91,93 +93,117 @@ def ordered_map(
     DEATHS_IN_A_ROW items are lost, or at which nothing moved for `stall_seconds`. Workers end with the generator, and
     also if this process is killed.
     """
-    context = multiprocessing.get_context("spawn")
-    team = [_Worker(context, function, common) for _ in range(max(1, min(workers, len(tasks))))]
-    answers: dict[int, list[R]] = {}
-    given = yielded = 0
-    moved, limit = time.monotonic(), START_SECONDS
-    suspects: set[tuple[int, int]] = set()  # items at which one process has died
-    verdicts: dict[int, dict[int, R]] = {}  # task -> items at which a second one has
-    in_a_row = 0
+    team = _Team(function, tasks, common, workers, stall_seconds, describe, lost)
+    try:
+        for place in range(len(tasks)):
+            while place not in team.answers:
+                team.hand_out(place + 4 * len(team.workers))
+                team.collect()
+            yield team.answers.pop(place)
+            team.moved = time.monotonic()  # the caller's own time does not count
+    finally:
+        team.end()
 
-    def replace(dead: _Worker) -> None:
-        """A fresh process for one that died, with its tasks, less an item that has killed two."""
-        nonlocal moved, in_a_row
-        how = _how_it_ended(dead)
-        place, within, item = dead.at()
-        if lost is None or dead.item.value == STARTING:
-            raise StalledError(f"a worker process {how} while reading {describe(item)}.")
-        dead.end()
-        if (place, within) not in suspects:
-            suspects.add((place, within))
-        else:
-            in_a_row += 1
-            if in_a_row >= DEATHS_IN_A_ROW:
-                raise StalledError(f"worker processes died over {in_a_row} items in a row; one {how} while reading "
-                                   f"{describe(item)}.")  # fmt: skip
-            verdicts.setdefault(place, {})[within] = lost(item, how.removesuffix(MAYBE_MEMORY))
-            del dead.tasks[0][1][within]
-        fresh = team[team.index(dead)] = _Worker(context, function, common)
-        for task in dead.tasks:
-            give(fresh, *task)
-        moved = time.monotonic()
 
-    def give(worker: _Worker, place: int, items: dict[int, T]) -> None:
+class _Team:
+    """The workers of one ordered_map, the tasks handed over to them, and the answers that wait for their turn."""
+
+    def __init__(
+        self,
+        function: Callable,
+        tasks: Tasks,
+        common: Any,
+        workers: int,
+        stall_seconds: float,
+        describe: Callable[[Any], str],
+        lost: Callable[[Any, str], Any] | None,
+    ) -> None:
+        self.tasks, self.stall_seconds, self.describe, self.lost = tasks, stall_seconds, describe, lost
+        self.start = functools.partial(_Worker, multiprocessing.get_context("spawn"), function, common)
+        self.workers = [self.start() for _ in range(max(1, min(workers, len(tasks))))]
+        self.answers: dict[int, list] = {}
+        self.given = 0
+        self.moved, self.limit = time.monotonic(), START_SECONDS
+        self.suspects: set[tuple[int, int]] = set()  # items at which one process has died
+        self.verdicts: dict[int, dict[int, Any]] = {}  # task -> items at which a second one has
+        self.in_a_row = 0
+
+    def hand_out(self, end: int) -> None:
+        """Give every worker QUEUED tasks, the idlest first, of those before `end`."""
+        for number in sorted(range(len(self.workers)), key=lambda number: len(self.workers[number].tasks)):
+            while len(self.workers[number].tasks) < QUEUED and self.given < min(len(self.tasks), end):
+                self.given += 1
+                self._give(self.workers[number], self.given - 1, dict(enumerate(self.tasks[self.given - 1])))
+
+    def collect(self) -> None:
+        """Wait for answers, a second at most. Raises what a worker raised, and StalledError as ordered_map does."""
+        busy = [worker for worker in self.workers if worker.tasks]
+        ready = wait([worker.pipe for worker in busy], timeout=min(1.0, self.stall_seconds))
+        for worker in busy:
+            if worker.pipe in ready:
+                try:
+                    place, results, error = worker.pipe.recv()
+                except (EOFError, OSError):
+                    self._replace(worker)
+                    continue
+                worker.tasks.pop(0)
+                if error is not None:
+                    raise error
+                self.in_a_row = 0 if results else self.in_a_row
+                self.answers[place] = self._settled(place, results)
+                self.moved = time.monotonic()
+        if any(worker.item.value == STARTING for worker in self.workers if worker.tasks):
+            self.limit = max(self.stall_seconds, START_SECONDS)
+        elif self.limit != self.stall_seconds:
+            self.limit, self.moved = self.stall_seconds, time.monotonic()
+        if not ready and time.monotonic() - self.moved > self.limit:
+            stuck = ", ".join(self.describe(worker.at()[2]) for worker in self.workers if worker.tasks)
+            raise StalledError(f"nothing has moved for {self.limit:.0f} s while reading {stuck}.")
+
+    def end(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+        ends = time.monotonic() + END_SECONDS
+        for worker in self.workers:
+            worker.end(ends - time.monotonic())
+
+    def _give(self, worker: _Worker, place: int, items: dict[int, Any]) -> None:
         if items:
             try:
                 worker.send(place, items)
             except OSError:
-                replace(worker)
+                self._replace(worker)
         else:
-            answers[place] = settled(place, [])
+            self.answers[place] = self._settled(place, [])
 
-    def settled(place: int, results: list[R]) -> list[R]:
+    def _replace(self, dead: _Worker) -> None:
+        """A fresh process for one that died, with its tasks, less an item that has killed two."""
+        how = _how_it_ended(dead)
+        place, within, item = dead.at()
+        if self.lost is None or dead.item.value == STARTING:
+            raise StalledError(f"a worker process {how} while reading {self.describe(item)}.")
+        dead.end()
+        if (place, within) not in self.suspects:
+            self.suspects.add((place, within))
+        else:
+            self.in_a_row += 1
+            if self.in_a_row >= DEATHS_IN_A_ROW:
+                raise StalledError(
+                    f"worker processes died over {self.in_a_row} items in a row; one {how} while reading "
+                    f"{self.describe(item)}."
+                )
+            self.verdicts.setdefault(place, {})[within] = self.lost(item, how.removesuffix(MAYBE_MEMORY))
+            del dead.tasks[0][1][within]
+        fresh = self.workers[self.workers.index(dead)] = self.start()
+        for task in dead.tasks:
+            self._give(fresh, *task)
+        self.moved = time.monotonic()
+
+    def _settled(self, place: int, results: list) -> list:
         """A task's results with the verdicts between them."""
-        for within, verdict in sorted(verdicts.pop(place, {}).items()):
+        for within, verdict in sorted(self.verdicts.pop(place, {}).items()):
             results.insert(within, verdict)
         return results
-
-    try:
-        while yielded < len(tasks):
-            for number in sorted(range(len(team)), key=lambda number: len(team[number].tasks)):
-                while len(team[number].tasks) < QUEUED and given < min(len(tasks), yielded + 4 * len(team)):
-                    given += 1
-                    give(team[number], given - 1, dict(enumerate(tasks[given - 1])))
-            busy = [worker for worker in team if worker.tasks]
-            ready = wait([worker.pipe for worker in busy], timeout=min(1.0, stall_seconds))
-            for worker in busy:
-                if worker.pipe in ready:
-                    try:
-                        place, results, error = worker.pipe.recv()
-                    except (EOFError, OSError):
-                        replace(worker)
-                        continue
-                    worker.tasks.pop(0)
-                    if error is not None:
-                        raise error
-                    in_a_row = 0 if results else in_a_row
-                    answers[place] = settled(place, results)
-                    moved = time.monotonic()
-            if any(worker.item.value == STARTING for worker in team if worker.tasks):
-                limit = max(stall_seconds, START_SECONDS)
-            elif limit != stall_seconds:
-                limit, moved = stall_seconds, time.monotonic()
-            if not ready and time.monotonic() - moved > limit:
-                stuck = ", ".join(describe(worker.at()[2]) for worker in team if worker.tasks)
-                raise StalledError(f"nothing has moved for {limit:.0f} s while reading {stuck}.")
-            while yielded in answers:
-                yield answers.pop(yielded)
-                yielded += 1
-                moved = time.monotonic()  # the caller's own time does not count
-    finally:
-        for worker in team:
-            worker.process.kill()
-        ends = time.monotonic() + END_SECONDS
-        for worker in team:
-            worker.end(ends - time.monotonic())
-
-
-MAYBE_MEMORY = " (out of memory?)"
 
 
 def _how_it_ended(worker: _Worker) -> str:
