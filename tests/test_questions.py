@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from tests.study_folders import exam, score, write_run
+from tools import results
 from tools.comparing import answers
 from tools.comparing.questions import Questions, typed
 from tools.comparing.records import Cell, Group, Study, Trial, read_run
@@ -156,6 +157,11 @@ def test_half_of_the_time_is_held_against_the_baselines_longest_runs(tmp_path):
     assert half is not None
     assert half.ahead is not None
     assert half.ahead.mean == pytest.approx(0.02)
+    lines = results._answers(Study([Group("mae", mae), Group("daae", daae)], None, True))
+    assert lines[2] == "|  | mae | daae | raw 32 px pixels | untrained encoder |"
+    (row,) = [line for line in lines if line.startswith("| fine-tuned |")]
+    assert row.startswith("| fine-tuned | 51.0 ± 1.4 | 53.0 ± ")
+    assert row.endswith(" |  |  |")
 
 
 def test_runs_that_were_asked_nothing_have_no_table(tmp_path):

@@ -275,11 +275,12 @@ def _answers(study: Study) -> str:
     names, found = answers.table(study)
     if not found:
         return ""
-    rows = [[escape(who), *("–" if each is None else escape(each.words()) for each in cells)] for who, cells in found]
+    columns = [["–" if each is None else escape(each.words()) for each in cells] for _, cells in found]
+    rows = [[escape(name), *cells] for name, *cells in zip(names, *columns, strict=True)]
     return (
         "<h3>What else the features are good for</h3><p>Percent right on the same label, mean of the test sets; ± is "
         f"between seeds, brackets are points ahead of {escape(study.base.arm)}'s longest runs, paired by seed, with "
-        "their 95 % interval.</p>" + table(["", *names], rows)
+        "their 95 % interval.</p>" + table(["", *(who for who, _ in found)], rows)
     )
 
 

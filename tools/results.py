@@ -107,10 +107,10 @@ def _answers(study: Study) -> list[str]:
     if not found:
         return []
     beside = f"in brackets: points ahead of {study.base.arm}'s longest runs, paired by seed"
-    lines = [f"Mean of the test sets, %, ± between seeds; {beside}:", "", _row(["", *names])]
-    lines.append(_row(["---", *["---:"] * len(names)]))
-    for who, cells in found:
-        lines.append(_row([who, *("" if cell is None else cell.words() for cell in cells)]))
+    lines = [f"Mean of the test sets, %, ± between seeds; {beside}:", "", _row(["", *(who for who, _ in found)])]
+    lines.append(_row(["---", *["---:"] * len(found)]))
+    for name, cells in zip(names, zip(*(cells for _, cells in found), strict=True), strict=True):
+        lines.append(_row([name, *("" if cell is None else cell.words() for cell in cells)]))
     return [*lines, ""]
 
 
