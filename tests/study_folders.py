@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tools.comparing.records import Cell
 from train.config import as_values
 from train.presets import open_preset
 
@@ -91,4 +92,21 @@ def write_run(
         (folder / "media").mkdir()
         noise = np.random.default_rng(seed).integers(0, 256, (*gallery[::-1], 3), np.uint8)
         Image.fromarray(noise).save(folder / "media" / "gallery.png")
+    return folder
+
+
+def of_lengths(folder: Path, **scores: Sequence[float]) -> Path:
+    """A comparison of two seeds, with runs of 50, 100 and 200 s: what each arm scores after them."""
+    for arm, values in scores.items():
+        for seed in (0, 1):
+            for seconds, value in zip((50, 100, 200), values, strict=True):
+                # A score in the middle of a run, which must not count: it is far too good.
+                curve = ((seconds / 2, 0.9), (seconds, value + 0.001 * seed))
+                write_run(
+                    folder / "runs" / Cell(arm, seed, float(seconds)).folder, preset=f"{arm}-tiny", seed=seed,
+                    curve=curve, seconds=seconds, gallery=None,
+                )  # fmt: skip
+    arms = {arm: f"{arm}-tiny" for arm in scores}
+    values = {"arms": arms, "seconds": [50, 100, 200], "seeds": [0, 1], "target": "baseline"}
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     return folder

@@ -101,7 +101,7 @@ def answered(folder: Path, arm: str, seed: int, ridge: float, few: float, tuned:
     record["evaluation"] = evaluation
     if tuned is not None:
         record["finetune"] = {"leading": score(tuned)}
-        record["asked"]["finetune"] = {}
+        record["asked"]["finetune"] = {"epochs": 2.0}
     return read_run(write_run(folder / f"{arm}-{seed}", seed=seed), Cell(arm, seed), record)
 
 
@@ -113,7 +113,7 @@ def test_answers_are_means_of_tests_and_then_of_seeds(tmp_path):
     ]
     names, rows = answers.table(Study(groups, None, True))
     quarters = ["ridge by quarters", "knn20 by quarters"]
-    assert names == ["ridge", "ridge 10%", *quarters, "itself at 0.5 of the side", "fine-tuned", "knn20"]
+    assert names == ["ridge", "ridge 10%", *quarters, "itself at 0.5 of the side", "fine-tuned 2 epochs", "knn20"]
     table = {who: dict(zip(names, cells, strict=True)) for who, cells in rows}
     assert list(table) == ["mae", "daae", "raw 32 px pixels", "untrained encoder"]
     few = table["mae"]["ridge 10%"]
@@ -127,10 +127,10 @@ def test_answers_are_means_of_tests_and_then_of_seeds(tmp_path):
     assert better.ahead is not None
     assert (better.ahead.mean, better.ahead.count) == (pytest.approx(0.09), 2)  # 10 and 8 points
     assert better.words().startswith("31.0 ± 1.4 (+9.0 (")
-    tuned = table["mae"]["fine-tuned"]
+    tuned = table["mae"]["fine-tuned 2 epochs"]
     assert tuned is not None
     assert tuned.score.mean == pytest.approx(0.53)
-    assert table["daae"]["fine-tuned"] is None
+    assert table["daae"]["fine-tuned 2 epochs"] is None
     placed = {who: cells["ridge by quarters"] for who, cells in table.items()}
     assert placed["daae"] is not None
     assert placed["daae"].score.mean == pytest.approx(0.2)
@@ -153,14 +153,14 @@ def test_half_of_the_time_is_held_against_the_baselines_longest_runs(tmp_path):
     mae = [tuned("mae", 480, seed, value) for seed, value in enumerate((0.50, 0.52))]
     daae = [tuned("daae", 240, seed, value) for seed, value in enumerate((0.53, 0.53))]
     names, rows = answers.table(Study([Group("mae", mae), Group("daae", daae)], None, True))
-    half = dict(rows)["daae"][names.index("fine-tuned")]
+    half = dict(rows)["daae"][names.index("fine-tuned 2 epochs")]
     assert half is not None
     assert half.ahead is not None
     assert half.ahead.mean == pytest.approx(0.02)
     lines = results._answers(Study([Group("mae", mae), Group("daae", daae)], None, True))
     assert lines[2] == "|  | mae | daae | raw 32 px pixels | untrained encoder |"
-    (row,) = [line for line in lines if line.startswith("| fine-tuned |")]
-    assert row.startswith("| fine-tuned | 51.0 ± 1.4 | 53.0 ± ")
+    (row,) = [line for line in lines if line.startswith("| fine-tuned 2 epochs |")]
+    assert row.startswith("| fine-tuned 2 epochs | 51.0 ± 1.4 | 53.0 ± ")
     assert row.endswith(" |  |  |")
 
 

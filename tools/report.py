@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,10 +21,10 @@ import tyro
 from pipeline.errors import UsageError
 from pipeline.staging import write_whole
 from tools.comparing import answers, provenance, spent
-from tools.comparing.analysis import Contrast
+from tools.comparing.analysis import Bounds, Contrast, Pair, Ratio
 from tools.comparing.charts import COLOURS, Level, Line, chart
 from tools.comparing.doubts import missing, warnings
-from tools.comparing.records import Study, Trial, read_study
+from tools.comparing.records import Group, Study, Trial, read_study
 from tools.comparing.scores import (
     BASELINES,
     arm_score,
@@ -40,17 +40,19 @@ from tools.comparing.verdict import asks_the_claim, lesser, sentences, verdict
 from tools.comparing.wording import (
     between_others,
     gap_words,
+    interval_words,
     listed,
     ratio_words,
     seconds_words,
     target_name,
     target_words,
-    whole_words,
 )
 from tools.page import document, marked, notes, picture, table
 from train.command import parse, run
 
 PICTURE_BYTES = 1_500_000  # of all pictures together, before base64 adds a third: the page stays under 3 MB
+CROWDED = 4  # lines of which no single one is read
+LONGEST_AXIS = 300.0  # of time: its end over its beginning
 LOG_FROM = 4.0  # a time axis is logarithmic where its last point is so many times its first
 
 SIGNS = {"": "", "at least": "≥ ", "at most": "≤ "}  # of what is only known from one side
@@ -142,16 +144,27 @@ def _head(study: Study) -> str:
     finished = sum(trial.done for trial in study.trials)
     facts = [f"{finished} of {len(study.trials) + len(study.missing)} runs finished"]
     facts += [f"data {Path(str(data)).name}"] if data else []
+    facts += sorted({f"{t.env['images']:,} images" for t in study.trials if t.env.get("images")})
+    facts += sorted({f"{t.settings['model.side']} px" for t in study.trials if t.settings.get("model.side")})
     facts += sorted({str(t.env["device"]) for t in study.trials if t.env.get("device")})
     several = "Is the 2x real?" if any(asks_the_claim(study, group) for group in study.groups) else "Side by side"
     question = several if len(study.groups) > 1 else "One recipe"
-    said = "".join(f'<p class="answer">{escape(each)}</p>' for each in sentences(answer))
+    # What the numbers come to stands before them; where there are none yet, what to do stands after that.
+    told = [escape(each) for each in sentences(answer)]
+    first, *others = [marked(answer.meaning), *told] if answer.parts else [*told, marked(answer.meaning)]
+    said = f'<p class="answer">{first}</p>' + "".join(f"<p>{each}</p>" for each in others)
     return (
-        f'<header><p class="kicker">{question}</p><h1>{escape(_title(study))}</h1>'
-        f'<div class="verdict {answer.tone}">{said}'
-        f"<p>{marked(answer.meaning)}</p></div>{_tiles(study)}"
+        f'<header><p class="kicker">{question}</p><h1>{escape(_title(study))}</h1>{_recipes(study)}'
+        f'<div class="verdict {answer.tone}">{said}</div>{_tiles(study)}'
         f'<p class="facts">{escape(" · ".join(facts))}</p></header>'
     )
+
+
+def _recipes(study: Study) -> str:
+    """Which preset each arm is, where its name does not tell."""
+    presets = {group.arm: group.trials[0].settings.get("preset") for group in study.groups}
+    named = [f"{arm}: {preset}" for arm, preset in presets.items() if preset not in (None, "custom", arm)]
+    return f'<p class="facts">Presets: {escape("; ".join(named))}</p>' if named else ""
 
 
 def _tiles(study: Study) -> str:
@@ -164,23 +177,23 @@ def _tiles(study: Study) -> str:
     counts = lesser(each, turns)
     if each.difference is not None:
         gap = each.difference
-        spread = _range(gap.low, gap.high, points) or "one seed, no interval"
+        spread = _range(gap.low, gap.high, points)
         tiles.append((points(gap.mean), "points at the end of training", spread))
     if study.targeted and each.pairs:
         ratio = counts.ratio
-        what = "as fast to the target score" + (", by steps in turns" if counts is turns else "")
+        what = f"as fast to the target score{', steps timed in turns' if counts is turns else ''}"
         if ratio is None:
             tiles.append(("–", what, "seeds are bounds both ways"))
         else:
-            spread = _range(ratio.low, ratio.high, "{:.2f}".format)
-            spread = spread or ("one seed, no interval" if ratio.count == 1 else f"95 %: {ratio_words(counts)}")
-            tiles.append((f"{SIGNS[ratio.side]}{ratio.mean:.2f}x", what, spread))
+            number = f"{SIGNS[ratio.side]}{ratio.mean:.2f}x"
+            tiles.append((number, what, _range(ratio.low, ratio.high, "{:.2f}".format)))
     pace = counts.pace if counts.seconds_per_epoch is None else counts.seconds_per_epoch
     if counts.epochs is not None:
         epochs = f"{SIGNS[counts.epochs.side]}{counts.epochs.mean:.2f}x"
         tiles.append((epochs, "epochs factor", "what the method saves"))
     if pace is not None:
-        tiles.append((f"{pace:.2f}x", "seconds-per-epoch factor", "what a pass costs; below 1: more"))
+        timed = ", timed in turns" if counts is turns else ""
+        tiles.append((f"{pace:.2f}x", "seconds-per-epoch factor", f"what a pass costs{timed}; below 1: more"))
     cells = "".join(
         f'<div class="tile"><b>{escape(number)}</b><span>{escape(name)}</span><small>{escape(note)}</small></div>'
         for number, name, note in tiles
@@ -189,7 +202,13 @@ def _tiles(study: Study) -> str:
 
 
 def _range(low: float | None, high: float | None, words: Any) -> str:
-    return "" if low is None or high is None else f"95 % interval {words(low)} to {words(high)}"
+    if low is None and high is None:
+        return "one seed, no interval"
+    if high is None:
+        return f"95 % interval from {words(low)}, without an upper end"
+    if low is None:
+        return f"95 % interval up to {words(high)}, without a lower end"
+    return f"95 % interval {words(low)} to {words(high)}"
 
 
 def _chip(arm: str, colours: dict[str, str]) -> str:
@@ -204,34 +223,32 @@ def _legend(arms: Iterable[str], colours: dict[str, str]) -> str:
 
 
 def _scores(study: Study, colours: dict[str, str]) -> str:
-    rows = []
+    rows, target = [], {trial.cell for trial in overtaken(study)}
     for group in study.groups:
-        score, done = arm_score(group), group.finished
-        if score is None:
+        if arm_score(group) is None:
             continue
-        above = margins(study, group)
-        for length in group.lengths[:-1]:
-            shorter = group.of_length(length)
-            then = score_of(shorter)
-            if then is not None:
-                seconds, images = (statistics.fmean(getattr(t, n) for t in shorter) for n in ("seconds", "images"))
-                beside = ["–" if each is None else percent(each) for each in (then.error, then.spread)]
-                beside.append(escape(gap_words(study.ahead(group, length))))
-                rows.append([
-                    f"<small>{escape(group.arm)}, shorter</small>", str(len(shorter)), escape(seconds_words(seconds)),
-                    f"{images:,.0f}", percent(then.mean), *beside, "", "",
-                ])  # fmt: skip
-        rows.append([
-            _chip(group.arm, colours),
-            str(len(done)),
-            escape(seconds_words(statistics.fmean(trial.seconds for trial in done))),
-            f"{statistics.fmean(trial.images for trial in done):,.0f}",
-            f"<b>{percent(score.mean)}</b>",
-            "–" if score.error is None else percent(score.error),
-            "–" if score.spread is None else percent(score.spread),
-            escape(gap_words(study.ahead(group, group.lengths[-1] if group.lengths else None))),
-            *(_margin(above.get(name)) for name in BASELINES),
-        ])  # fmt: skip
+        above, first = margins(study, group), group is study.base
+        for length in group.lengths or [None]:
+            trials = group.of_length(length)
+            score = score_of(trials)
+            if score is None:
+                continue
+            longest = trials == group.finished
+            # The baseline is held against pixels by the runs whose score is the target.
+            held = {trial.cell for trial in trials} >= target if first else longest
+            name = _chip(group.arm, colours) if longest else f"<small>{escape(group.arm)}</small>"
+            if len(group.lengths) > 1:
+                is_target = held and first and study.targeted and study.target is None
+                name += f" <small>{escape(trials[0].cell.long)}{', the target' if is_target else ''}</small>"
+            seconds, images = (statistics.fmean(getattr(t, part) for t in trials) for part in ("seconds", "images"))
+            mean = percent(score.mean)
+            rows.append([
+                name, str(len(trials)), escape(seconds_words(seconds)), f"{images:,.0f}",
+                f"<b>{mean}</b>" if longest or held else mean,
+                *("–" if each is None else percent(each) for each in (score.error, score.spread)),
+                escape(gap_words(study.ahead(group, length))),
+                *(_margin(above.get(each)) if held else "" for each in BASELINES),
+            ])  # fmt: skip
     if not rows:
         return ""
     for name, words in BASELINES.items():
@@ -245,23 +262,45 @@ def _scores(study: Study, colours: dict[str, str]) -> str:
     return (
         f"<section><h2>Scores at the end</h2><p>{escape(name[:1].upper() + name[1:])}. Standard error: from the number "
         "of test pictures, for one run; between seeds: standard deviation. An encoder that has learned is five points "
-        "and three standard errors above both baselines. Ahead: points, paired by seed, and its 95 % interval over "
-        "seeds, on these test pictures.</p>"
+        "and three standard errors above both baselines. Ahead: points, paired by seed, of runs as long, and its 95 % "
+        "interval over seeds, on these test pictures.</p>"
         + table(headings, rows, css="scores")
         + (f"<p>{escape(others)}</p>" if (others := between_others(study)) else "")
-        + _held(study)
+        + _each_test(study, colours)
         + _answers(study)
         + _all_probes(study)
         + "</section>"
     )
 
 
-def _held(study: Study) -> str:
-    """Where the baseline is held against pixels and the untrained encoder by other runs than the row shows."""
-    runs = overtaken(study)
-    if not runs or runs == study.base.finished:
+def _each_test(study: Study, colours: dict[str, str]) -> str:
+    """What a mean of several test sets hides."""
+    if len(study.tests) < 2:
         return ""
-    return f"<p>{escape(study.base.arm)}'s points above the two are of its runs of {runs[0].cell.long}, its best.</p>"
+    parts = []
+    for test in study.tests:
+        alone, contrasts, rows = study.on(test), study.contrasts_on(test), []
+        for group in alone.groups:
+            held = overtaken(alone) if group is alone.base else group.finished
+            score, each = score_of(held), contrasts.get(group.arm)
+            if score is not None:
+                gap = alone.ahead(group, group.lengths[-1] if group.lengths else None)
+                speed = (
+                    "" if each is None else "seeds are bounds both ways" if each.ratio is None else ratio_words(each)
+                )
+                rows.append([
+                    f"{_chip(group.arm, colours)} <small>{escape(held[0].cell.long)}</small>", escape(score.words()),
+                    escape(gap_words(gap)), escape(speed),
+                ])  # fmt: skip
+        for name, words in BASELINES.items():
+            base = baseline_score(alone.trials, name)
+            if base is not None:
+                rows.append([f"<em>{words}</em>", percent(base.mean), "", ""])
+        headings = [test, "score, %", f"ahead of {study.base.arm}", "times as fast to its best"]
+        shown = len(headings) if contrasts else len(headings) - 1
+        parts.append(table(headings[:shown], [row[:shown] for row in rows]))
+    best = f"<p>{escape(study.base.arm)} by its best length there; ahead: of its longest runs.</p>" if contrasts else ""
+    return f"<h3>Each test set by itself</h3>{best}{''.join(parts)}"
 
 
 def _margin(each: Any) -> str:
@@ -275,13 +314,18 @@ def _answers(study: Study) -> str:
     names, found = answers.table(study)
     if not found:
         return ""
-    columns = [["–" if each is None else escape(each.words()) for each in cells] for _, cells in found]
+    columns = [["–" if each is None else _answer(each) for each in cells] for _, cells in found]
     rows = [[escape(name), *cells] for name, *cells in zip(names, *columns, strict=True)]
     return (
         "<h3>What else the features are good for</h3><p>Percent right on the same label, mean of the test sets; ± is "
-        f"between seeds, brackets are points ahead of {escape(study.base.arm)}'s longest runs, paired by seed, with "
-        "their 95 % interval.</p>" + table(["", *(who for who, _ in found)], rows)
+        f"between seeds; below it the points ahead of {escape(study.base.arm)}'s longest runs, paired by seed, with "
+        "their 95 % interval.</p>" + table(["", *(who for who, _ in found)], rows, css="dense")
     )
+
+
+def _answer(each: answers.Answer) -> str:
+    gap = "" if each.ahead is None else f"<br><small>{escape(gap_words(each.ahead))}</small>"
+    return escape(each.score.words()) + gap
 
 
 def _all_probes(study: Study) -> str:
@@ -335,11 +379,16 @@ def _curves(study: Study, colours: dict[str, str]) -> str:
     drawn = [(group, curve) for group in study.groups for curve in group.curves() if len(curve)]
     if not any(len(curve) > 1 for _, curve in drawn):
         return ""
+    several = any(group.lengths for group in study.groups)
+    crowded = several and len(drawn) > CROWDED
     lines = [
-        Line(curve.seconds, [100 * score for score in curve.scores], colours[group.arm], marked=True)
+        Line(curve.seconds, [100 * score for score in curve.scores], colours[group.arm], marked=True, faint=crowded)
         for group, curve in drawn
     ]
-    levels = []
+    lines += [mean for group in study.groups if crowded for mean in _mean_line(group, colours[group.arm])]
+    levels, held = [], overtaken(study)
+    if study.targeted and study.target is None and (score := score_of(held)) is not None and len(study.groups) > 1:
+        levels.append(Level(100 * score.mean, " ".join(filter(None, ("target:", study.base.arm, held[0].cell.long)))))
     for name, words in BASELINES.items():
         base = baseline_score(study.trials, name)
         if base is not None:
@@ -350,13 +399,23 @@ def _curves(study: Study, colours: dict[str, str]) -> str:
         description="leading score against training seconds, one line per seed",
     )  # fmt: skip
     arms = dict.fromkeys(group.arm for group, _ in drawn)
-    several = any(group.lengths for group in study.groups)
     what = "each point is a run of its own, at the end of its own schedule" if several else "one line per run"
+    what += "; thick: the mean" if crowded else ""
     return (
         "<section><h2>Score against training time</h2>"
         f"<p>Every seed is drawn: {what}. Score: {escape(leading_name(study))}. Training seconds leave out "
         f'set-up, evaluation and checkpoints.</p>{_legend(arms, colours)}<figure class="chart">{svg}</figure></section>'
     )
+
+
+def _mean_line(group: Group, colour: str) -> list[Line]:
+    """Mean score of the runs of each length against their mean seconds."""
+    runs = [trials for length in group.lengths if score_of(trials := group.of_length(length)) is not None]
+    if len(runs) < 2:
+        return []
+    seconds = [statistics.fmean(trial.seconds for trial in trials) for trials in runs]
+    scores = [score_of(trials) for trials in runs]
+    return [Line(seconds, [100 * score.mean for score in scores if score is not None], colour)]
 
 
 def _losses(study: Study, colours: dict[str, str]) -> str:
@@ -375,10 +434,10 @@ def _losses(study: Study, colours: dict[str, str]) -> str:
     for name in shown:
         lines = [
             Line(
-                [row["train_seconds"] for row in trial.metrics if name in row],
-                [row[name] for row in trial.metrics if name in row], colours[group.arm], faint=len(trials) > 4,
+                [row["train_seconds"] for row in rows], [row[name] for row in rows], colours[group.arm],
+                faint=len(trials) > CROWDED,
             )
-            for group, trial in trials if name in trial.metrics[-1]
+            for group, trial in trials if (rows := _late(trial, name))
         ]  # fmt: skip
         svg = chart(
             f"loss-{len(figures)}", lines, x_name="training seconds", y_name=TERM_NAMES.get(name) or name, small=True,
@@ -392,6 +451,13 @@ def _losses(study: Study, colours: dict[str, str]) -> str:
         "losses of two methods do not compare, and a lower loss is not a better encoder.</p>"
         f'{_legend(arms, colours)}<div class="pair">{"".join(figures)}</div></section>'
     )
+
+
+def _late(trial: Trial, name: str) -> list[dict]:
+    """Its rows that have a value, less the first moments, which would take half of a logarithmic axis."""
+    if name not in trial.metrics[-1]:
+        return []
+    return [row for row in trial.metrics if name in row and row["train_seconds"] >= trial.seconds / LONGEST_AXIS]
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
@@ -417,37 +483,44 @@ def _speed(study: Study, colours: dict[str, str]) -> str:
 
 
 def _factors(study: Study, contrasts: dict[str, Contrast], colours: dict[str, str]) -> str:
-    rows = [[_chip(study.base.arm, colours), target_words(study, study.base.arm) or "–", "1", "1", "1", "1", "1", "1"]]
+    rows = [[_chip(study.base.arm, colours), target_words(study, study.base.arm) or "–", *["1"] * 6]]
     paced, longest = study.paced_contrasts(), study.contrasts(longest=True)
     for arm, each in contrasts.items():
         rows.append([
             _chip(arm, colours), escape(target_words(study, arm) or "–"),
-            escape(ratio_words(each)) if study.targeted and each.pairs else "–",
-            escape(ratio_words(paced[arm])) if study.targeted and arm in paced and paced[arm].pairs else "–",
-            escape(whole_words(longest[arm])) if study.targeted and each.pairs else "–",
-            "–" if each.epochs is None else f"{each.epochs.side} {each.epochs.mean:.2f}".strip(),
+            _ratio(each.ratio, each.pairs), _ratio(paced[arm].ratio, paced[arm].pairs) if arm in paced else "–",
+            _ratio(longest[arm].whole, each.pairs),
+            "–" if each.epochs is None else f"{SIGNS[each.epochs.side]}{each.epochs.mean:.2f}",
             "–" if each.seconds_per_epoch is None else f"{each.seconds_per_epoch:.2f}",
             "–" if each.pace is None else f"{each.pace:.2f}",
         ])  # fmt: skip
-    whole = f"beside whole runs of {study.base.arm}"
     headings = [
-        "arm", "time to target", "times as fast", "at measured pace", whole, "epochs", "× seconds per epoch",
-        "s/epoch, whole run",
+        "arm", "time to target", "times as fast", "steps timed in turns", f"whole runs of {study.base.arm}", "epochs",
+        "× seconds per epoch", "s/epoch, whole run",
     ]  # fmt: skip
     head = f"<p>Target: {escape(target_name(study))}" + (", seed by seed" if study.target is None else "") + ". "
     return (
         (head if study.targeted else "<p>No target was asked for. ")
         + "Every factor is baseline over arm: above 1 the arm needs less. <em>Epochs</em> is what the method saves, "
         "<em>seconds per epoch</em> what a pass costs on the same loader, machine, precision and batch; their product "
-        "is the ratio by the clock. <em>At measured pace</em> every step takes what it takes in turns with the other "
-        "arms' steps, measured before each seed: no slow hour of the machine is in it. <em>Beside whole runs</em> "
+        "is the ratio by the clock. <em>Steps timed in turns</em>: every step takes what it took when the arms' steps "
+        "were timed alternately, before each seed, so that no slow hour of the machine is in it. <em>Whole runs</em>: "
         f"{'the target is what the longest runs of the baseline score, and ' if study.target is None else ''}its time "
         "is that of the whole run, as the slides count, even if it first met that score before. Times lie between two "
         "scores, linear in the logarithm of the seconds. Brackets: 95 % interval of the paired log ratios (Student's "
-        f"t); where some seeds are bounds, the end that bounds leave. {_how_scored(study)}</p>"
+        f"t); where some times are only bounds, the one end that is known. {_how_scored(study)}</p>"
         + table(headings, rows)
-        + _by_seed(contrasts)
+        + _by_seed(contrasts, paced)
     )
+
+
+def _ratio(ratio: Ratio | None, pairs: Sequence[Pair]) -> str:
+    """A ratio, its interval on a line of its own."""
+    if not pairs:
+        return "–"
+    if ratio is None:
+        return "unknown"
+    return f"{SIGNS[ratio.side]}{ratio.mean:.2f}<br><small>{interval_words(ratio) or 'one seed'}</small>"
 
 
 def _how_scored(study: Study) -> str:
@@ -456,22 +529,27 @@ def _how_scored(study: Study) -> str:
     return "Scores before the end come from a learning rate still high: it holds back whoever is ahead."
 
 
-def _by_seed(contrasts: dict[str, Contrast]) -> str:
+def _by_seed(contrasts: dict[str, Contrast], paced: dict[str, Contrast]) -> str:
     rows = []
     for arm, each in contrasts.items():
+        turns = {pair.seed: pair for pair in paced[arm].pairs} if arm in paced else {}
         for pair in each.pairs:
-            bound = pair.ratio
-            ratio = f"{bound.words}{bound.number:.2f}" if bound.known else "unknown"
             factors = pair.factors
             rows.append([
-                escape(arm), str(pair.seed), percent(pair.target), _when(pair.base), _when(pair.arm), ratio,
+                escape(arm), str(pair.seed), percent(pair.target), _when(pair.base), _when(pair.arm),
+                *(_bound(one.ratio) if one else "–" for one in (pair, turns.get(pair.seed))),
                 "–" if factors is None else f"{factors.epochs:.2f}",
                 "–" if factors is None else f"{factors.seconds_per_epoch:.2f}",
             ])  # fmt: skip
     if not rows:
         return ""
-    headings = ["arm", "seed", "target, %", "baseline there", "arm there", "ratio", "epochs", "seconds per epoch"]
+    headings = ["arm", "seed", "target, %", "baseline there", "arm there", "ratio", "steps timed in turns", "epochs",
+                "seconds per epoch"]  # fmt: skip
     return "<details><summary>Seed by seed</summary>" + table(headings, rows) + "</details>"
+
+
+def _bound(bound: Bounds) -> str:
+    return f"{bound.words}{bound.number:.2f}" if bound.known else "unknown"
 
 
 def _when(crossing: Any) -> str:

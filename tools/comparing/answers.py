@@ -16,8 +16,6 @@ from tools.comparing.scores import BASELINES, Score, over_seeds
 from tools.comparing.wording import gap_words
 from train.evaluation.exam import mean_score
 
-FINETUNED = "fine-tuned"
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -38,6 +36,24 @@ def table(study: Study) -> tuple[list[str], list[tuple[str, list[Answer | None]]
     rows = list(_rows(study))
     names = list(dict.fromkeys(name for _, cells in rows for name in cells))
     return names, [(who, [cells.get(name) for name in names]) for who, cells in rows]
+
+
+def beaten(study: Study) -> Iterator[tuple[str, Score, str, Score]]:
+    """Probes of the leading label by which raw pixels score more than every arm's longest runs: the probe, what pixels
+    score, the arm that comes nearest, what that scores."""
+    done = [trial for trial in study.trials if trial.done and trial.baseline("pixels") is not None]
+    seeds = {trial.seed: _probes((trial.evaluation or {})["baselines"]["pixels"]) for trial in done}
+    for name in dict.fromkeys(name for each in seeds.values() for name in each):
+        pixels = over_seeds([each.get(name) for each in seeds.values()])
+        arms = {
+            group.arm: over_seeds([_probes(t.evaluation).get(name) for t in group.finished if t.evaluation])
+            for group in study.groups
+        }
+        scored = {arm: score for arm, score in arms.items() if score is not None}
+        if pixels is not None and scored:
+            best = max(scored, key=lambda arm: scored[arm].mean)
+            if pixels.mean > scored[best].mean:
+                yield name, pixels, best, scored[best]
 
 
 def _rows(study: Study) -> Iterator[tuple[str, dict[str, Answer]]]:
@@ -79,7 +95,10 @@ def _over_seeds(
 def _answers(trial: Trial) -> dict[str, dict]:
     evaluation = trial.evaluation or {}
     found = _probes(evaluation) | _quarters(evaluation, "encoder") | _agreement(evaluation, "encoder")
-    return found | ({FINETUNED: trial.finetuned["leading"]} if trial.finetuned else {})
+    if trial.finetuned:
+        epochs = trial.asked.get("finetune", {}).get("epochs")
+        found["fine-tuned" if epochs is None else f"fine-tuned {epochs:g} epochs"] = trial.finetuned["leading"]
+    return found
 
 
 def _of_baseline(trial: Trial, name: str) -> dict[str, dict]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from tools.comparing.analysis import ENOUGH_ERRORS, ENOUGH_POINTS
-from tools.comparing.records import Study
-from tools.comparing.scores import BASELINES, arm_score, equally_long, margins, overtaken, points
-from tools.comparing.wording import gap_words, listed, number_word, ratio_words, seconds_words
+from tools.comparing import answers
+from tools.comparing.analysis import ENOUGH_ERRORS, ENOUGH_POINTS, Contrast
+from tools.comparing.records import Study, recipe
+from tools.comparing.scores import BASELINES, arm_score, equally_long, margins, overtaken, points, weak_arms
+from tools.comparing.wording import gap_words, listed, number_word, plain, ratio_words, seconds_words, standing_words
 
 NAMED = 6  # runs that are missing, by name; of more the number is told
 SUMS_UP = 0.03  # within which a ratio is its two factors, the second over whole runs instead of up to the target
@@ -21,6 +22,11 @@ def warnings(study: Study) -> list[str]:
         *_too_near_the_untrained(study),
         *_baseline_at_its_best(study),
         *_tests_that_disagree(study),
+        *_weak_on_one_test(study),
+        *_pixels_ahead(study),
+        *_behind_elsewhere(study),
+        *_faster_rivals(study),
+        *_other_settings(study),
         *_without_baselines(study),
         *_unequal_times(study),
         *_few_seeds(study),
@@ -53,7 +59,7 @@ def _baseline_at_its_best(study: Study) -> Iterator[str]:
         return
     yield (
         f"{study.base.arm}'s runs of {longest[0].cell.long} score less than those of {held[0].cell.long} "
-        f"({score.words()} %, for several times the work): it is held by its best."
+        f"({score.words()} %, for several times the work): the target is its best score."
     )
     short = [
         f"{points(each.points)} points from the {BASELINES[name]}"
@@ -62,17 +68,88 @@ def _baseline_at_its_best(study: Study) -> Iterator[str]:
     ]
     if short:
         yield (
-            f"{study.base.arm}'s longest runs are only {listed(short)}: were it held by them, the experiment would "
-            "not count."
+            f"{study.base.arm}'s longest runs are only {listed(short)}: with their score as the target the experiment "
+            "would not count."
         )
 
 
 def _tests_that_disagree(study: Study) -> Iterator[str]:
     for group in study.groups[1:]:
-        gaps = study.ahead_by_test(group)
-        if len({gap.mean > 0 for gap in gaps.values()}) > 1:
-            each = listed([f"{gap_words(gap)} points on {test}" for test, gap in gaps.items()])
-            yield f"The test sets disagree: {group.arm} leads {study.base.arm} by {each}. The score is their mean."
+        gaps, told = study.ahead_by_test(group), []
+        if len({gap.mean > 0 for gap in gaps.values()}) < 2:
+            continue
+        for test, gap in gaps.items():
+            alone = study.contrasts_on(test).get(group.arm)
+            speed = "" if alone is None or alone.ratio is None else f", {ratio_words(alone)} times as fast to its best"
+            told.append(f"on {test} {standing_words(gap, study.base.arm)}{speed}")
+        yield f"The test sets disagree: at the end {group.arm} is {'; '.join(told)}. The score is their mean."
+
+
+def _weak_on_one_test(study: Study) -> Iterator[str]:
+    """Where the mean of the test sets counts as learned and one of them would not."""
+    weak = weak_arms(study)
+    for test in study.tests if len(study.tests) > 1 else ():
+        alone = study.on(test)
+        short = {
+            group.arm: min(each.points for each in margins(alone, group).values())
+            for group in alone.groups
+            if group.arm in weak_arms(alone) and group.arm not in weak
+        }
+        if short:
+            least = listed([points(each) for each in short.values()])
+            yield (
+                f"On {test} alone {listed(list(short))} would not count: {least} points above the better of raw pixels "
+                "and the untrained encoder."
+            )
+
+
+def _pixels_ahead(study: Study) -> Iterator[str]:
+    found = [
+        f"{probe} ({pixels.words()} %, {arm} {score.words()} %)" for probe, pixels, arm, score in answers.beaten(study)
+    ]
+    if found:
+        yield f"Raw pixels score more than every arm by {listed(found)}."
+
+
+def _behind_elsewhere(study: Study) -> Iterator[str]:
+    """What the experiment asked besides, and where the arm that the verdict is about is surely behind."""
+    names, rows = answers.table(study)
+    for who, cells in rows:
+        behind = [
+            f"{name} ({gap_words(cell.ahead)} points)"
+            for name, cell in zip(names, cells, strict=True)
+            if cell is not None and cell.ahead is not None and cell.ahead.high is not None and cell.ahead.high < 0
+        ]
+        if behind and who.startswith(tuple(group.arm for group in study.groups[1:2])):
+            yield f"{who} is behind {study.base.arm}'s longest runs in {listed(behind)}."
+
+
+def _faster_rivals(study: Study) -> Iterator[str]:
+    """Arms that are sooner at the target than the one that the verdict is about."""
+    contrasts, arms = study.contrasts(), [group.arm for group in study.groups]
+    told = contrasts.get(arms[1]) if len(arms) > 1 else None
+    if told is None or told.ratio is None:
+        return
+    for arm, each in contrasts.items():
+        if each.ratio is not None and each.ratio.mean > told.ratio.mean:
+            yield f"{arm} is at the target sooner than {arms[1]}: {ratio_words(each)} times as fast as {arms[0]}."
+
+
+def _other_settings(study: Study) -> Iterator[str]:
+    """What two methods could have in common, and have not."""
+    if len(study.groups) < 2 or study.groups[1].objective == study.base.objective:
+        return
+    one, other = (recipe(group.trials[0]) for group in study.groups[:2])
+    apart = [
+        f"{name} ({plain(value)}; {plain(other[name])})"
+        for name, value in one.items()
+        if name in other and other[name] != value and name != "objective" and not name.startswith("budget.")
+    ]
+    if apart:
+        yield (
+            f"{study.base.arm} and {study.groups[1].arm} differ in what both methods know as well: {listed(apart)}. "
+            "Recipes are compared, not one idea."
+        )
 
 
 def _without_baselines(study: Study) -> Iterator[str]:
@@ -110,8 +187,13 @@ def _unsteady_machine(study: Study) -> Iterator[str]:
         clock, turns = each.ratio, paced[arm].ratio if arm in paced else None
         if clock and turns and abs(clock.mean / turns.mean - 1) > QUIET:
             yield (
-                f"{arm} is {ratio_words(each)} times as fast by the clock and {ratio_words(paced[arm])} with steps at "
-                "the pace measured in turns: the machine was not equally fast for both. The lesser counts."
+                f"{arm} is {ratio_words(each)} times as fast by the clock and {ratio_words(paced[arm])} with steps "
+                "timed in turns: the machine was not equally fast for both. The lesser counts."
+            )
+        elif clock and turns and (uneven := _uneven_seeds(each, paced[arm])):
+            yield (
+                f"The machine was not equally fast within every seed: by the clock and with steps timed in turns {arm} "
+                f"is {listed(uneven)} times as fast."
             )
         if clock and not clock.side and each.epochs and each.pace:
             product = each.epochs.mean * each.pace
@@ -120,6 +202,17 @@ def _unsteady_machine(study: Study) -> Iterator[str]:
                     f"{arm}: epochs {each.epochs.mean:.2f} x seconds an epoch of whole runs {each.pace:.2f} is "
                     f"{product:.2f}, and the ratio by the clock {clock.mean:.2f}: the machine's speed changed in them."
                 )
+
+
+def _uneven_seeds(clock: Contrast, turns: Contrast) -> list[str]:
+    """Seeds whose ratio by the clock is not the one of steps timed in turns."""
+    others = {pair.seed: pair.ratio for pair in turns.pairs}
+    pairs = [(pair.seed, pair.ratio, others[pair.seed]) for pair in clock.pairs if pair.seed in others]
+    return [
+        f"{one.low:.2f} and {other.low:.2f} (seed {seed})"
+        for seed, one, other in pairs
+        if one.exact and other.exact and abs(one.low / other.low - 1) > QUIET
+    ]
 
 
 def _unlike_code(study: Study) -> Iterator[str]:

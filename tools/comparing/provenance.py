@@ -7,14 +7,17 @@ from typing import Any
 
 import yaml
 
-from tools.comparing.records import Study, as_typed, deciding
-from tools.comparing.wording import seconds_words
+from tools.comparing.records import Study, as_typed, recipe
+from tools.comparing.wording import plain, seconds_words
 from tools.page import table
+
+FEW_RUNS = 12  # that are shown without a click
 
 
 def section(study: Study) -> str:
     rows = []
-    for trial in study.trials:
+    arms = [group.arm for group in study.groups]
+    for trial in sorted(study.trials, key=lambda each: (arms.index(each.arm), each.cell.length or 0.0, each.seed)):
         last = trial.metrics[-1] if trial.metrics else {}
         wait = last.get("data_wait")
         pace = trial.outcome.seconds_per_epoch
@@ -25,12 +28,15 @@ def section(study: Study) -> str:
             "–" if pace is None else f"{pace:.3g}", "–" if wait is None else f"{wait:.1%}",
         ])  # fmt: skip
     headings = ["arm", "seed", "state", "steps", "images", "training", "images/s", "s/epoch", "waiting for data"]
+    runs = table(headings, rows)
+    if len(rows) > FEW_RUNS:
+        runs = f"<details><summary>All {len(rows)} runs</summary>{runs}</details>"
     return (
         "<section><h2>How it was measured</h2><p>The clock counts training only: waiting for data, views, forward, "
         "backward and optimizer. Set-up, calibration, evaluation and checkpoints stand outside it. Images/s leaves out "
         "the first 50 steps where the run is long enough. Runs of a comparison follow one another on one machine, and "
         "the arms take turns to go first.</p>"
-        + table(headings, rows)
+        + runs
         + _differences(study)
         + _environment(study)
         + _commands(study)
@@ -41,13 +47,13 @@ def section(study: Study) -> str:
 def _differences(study: Study) -> str:
     if len(study.groups) < 2:
         return ""
-    settings = [deciding(group.trials[0].settings) for group in study.groups]
+    settings = [recipe(group.trials[0]) for group in study.groups]
     names = sorted({name for each in settings for name in each})
     rows = []
     for name in names:
         values = [each.get(name, "–") for each in settings]
         if any(value != values[0] for value in values):
-            rows.append([f"<code>{escape(name)}</code>", *(escape(_plain(value)) for value in values)])
+            rows.append([f"<code>{escape(name)}</code>", *(escape(plain(value)) for value in values)])
     same = len(names) - len(rows)
     if not rows:
         return f"<h3>Settings</h3><p>The arms agree in all {same} settings.</p>"
@@ -55,12 +61,6 @@ def _differences(study: Study) -> str:
         f"<h3>Settings in which the arms differ</h3><p>They agree in {same} others. – : the method has no such setting."
         "</p>" + table(["setting", *(group.arm for group in study.groups)], rows, left=1 + len(study.groups))
     )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return "none" if value is None else str(value)
 
 
 def _environment(study: Study) -> str:

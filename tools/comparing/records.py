@@ -130,6 +130,19 @@ class Trial:
         found = {name: labels.get(exam["label"], {}).get(probe) for name, labels in exam.get("scores", {}).items()}
         return {name: score["value"] for name, score in found.items() if score is not None}
 
+    def on(self, test: str) -> Trial:
+        """The same run as if it and its baselines had been scored on one test set alone, and only at the end."""
+        exam = self.evaluation
+        if exam is None or not exam.get("leading"):
+            return replace(self, evaluation=None, evaluations=[])
+        probe = exam["leading_name"].partition(" ")[0]
+
+        def alone(each: dict) -> dict:
+            return {**each, "leading": each.get("scores", {}).get(test, {}).get(exam["label"], {}).get(probe)}
+
+        baselines = {name: alone(each) for name, each in (exam.get("baselines") or {}).items()}
+        return replace(self, evaluation={**alone(exam), "baselines": baselines}, evaluations=[])
+
     def baseline(self, name: str) -> dict | None:
         """The leading score of "pixels" or "untrained" on the same test pictures."""
         baselines = (self.evaluation or {}).get("baselines") or {}
@@ -312,6 +325,21 @@ class Study:
         ]
         return mean_interval(gaps) if gaps and group is not self.base else None
 
+    @property
+    def tests(self) -> list[str]:
+        """The test sets whose mean the leading score is."""
+        return list(dict.fromkeys(test for trial in self.trials for test in trial.by_test))
+
+    def on(self, test: str) -> Study:
+        """The same runs as if they had been scored on one test set alone."""
+        return replace(self, groups=[Group(each.arm, [t.on(test) for t in each.trials]) for each in self.groups])
+
+    def contrasts_on(self, test: str) -> dict[str, Contrast]:
+        """contrasts() by one test set alone, to the baseline's best score there; empty without runs of several lengths
+        (of the middle of a run no single test set is told) and where the target is a number."""
+        several = self.target is None and any(group.lengths for group in self.groups)
+        return self.on(test).contrasts() if several and self.targeted else {}
+
     def ahead_by_test(self, group: Group) -> dict[str, Interval]:
         """How much more an arm scores at the end than the baseline on each test set, paired by seed."""
         base = {trial.seed: trial.by_test for trial in self.base.finished}
@@ -427,7 +455,7 @@ def _grouped(trials: list[Trial], order: list[str]) -> list[Group]:
     for trial in trials:
         group = groups.setdefault(trial.arm, Group(trial.arm))
         twin = any(other.cell == trial.cell for other in group.trials)
-        if group.trials and (twin or _recipe(group.trials[0]) != _recipe(trial)):
+        if group.trials and (twin or recipe(group.trials[0]) != recipe(trial)):
             name = _unused(str(trial.folder or trial.arm), groups)
             trial = replace(trial, cell=replace(trial.cell, arm=name))
             group = groups.setdefault(name, Group(name))
@@ -435,7 +463,7 @@ def _grouped(trials: list[Trial], order: list[str]) -> list[Group]:
     return [group for group in groups.values() if group.trials]
 
 
-def _recipe(trial: Trial) -> dict[str, Any]:
+def recipe(trial: Trial) -> dict[str, Any]:
     """What has to be equal in the runs of one arm: all but the length, where it has several."""
     found = deciding(trial.settings)
     several = trial.cell.length is not None

@@ -58,9 +58,9 @@ def section(groups: Sequence[Group]) -> str:
     headings = ["arm", *(f"{part}, s" for part in ASIDE), "MFU", "peak memory, GB"]
     return (
         "<section><h2>Where the seconds went</h2><p>Training milliseconds an image, by part of the step; the encoder's "
-        "and the decoder's own are forward only, and losses hold the heads.</p>"
+        "and the decoder's own are forward only, and losses include the heads.</p>"
         f'<p class="legend">{legend}</p>{bars}{table(["arm", *shown, "all"], rows)}'
-        "<p>Off this clock, a run: start-up, from the process to its first step, of all starts together; evaluation "
-        "and checkpoints. MFU: what the step's formula comes to, of the products that the device can do at most.</p>"
+        "<p>Off this clock, a run: start-up, from the process to its first step, summed over restarts; evaluation and "
+        "checkpoints. MFU: the share of the device's measured peak FLOP/s that the step's formula comes to.</p>"
         f"{table(headings, off)}</section>"
     )

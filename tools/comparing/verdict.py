@@ -14,10 +14,10 @@ from tools.comparing.scores import (
     BASELINES,
     arm_score,
     baseline_score,
-    equally_long,
     margins,
     overtaken,
     points,
+    score_of,
     weak_arms,
 )
 from tools.comparing.wording import (
@@ -29,6 +29,7 @@ from tools.comparing.wording import (
     ratio_words,
     seconds_words,
     target_name,
+    times_words,
     whole_words,
 )
 
@@ -43,14 +44,16 @@ class Verdict:
     sentence: str
     meaning: str  # what follows from it, or what to do to know more
     tone: Tone
-    parts: tuple[str, ...] = ()  # what the sentence is made of, where that is more than one thing
+    parts: tuple[str, ...] = ()  # what the sentence is made of, where it tells numbers
+    names: tuple[str, ...] = ()  # of arms, which stay as they are at the head of a sentence
 
 
 def sentences(answer: Verdict) -> list[str]:
-    """Its sentence in parts, each with a full stop. First letters stay as they are: many are an arm's name."""
+    """Its sentence in parts, each a sentence."""
     if not answer.parts:
         return [answer.sentence]
-    return [f"{part}." for part in answer.parts]
+    kept = [part.startswith(answer.names) for part in answer.parts]
+    return [f"{p if k else p[0].upper() + p[1:]}." for p, k in zip(answer.parts, kept, strict=True)]
 
 
 def verdict(study: Study) -> Verdict:
@@ -76,10 +79,10 @@ def verdict(study: Study) -> Verdict:
         return _alone(study, weak)
     paced = study.paced_contrasts().get(first.arm)
     parts = tuple(_parts(study, first, contrasts[first.arm], paced))
-    sentence = "; ".join(parts) + "."
+    sentence, names = "; ".join(parts) + ".", tuple(group.arm for group in study.groups)
     if weak:
         meaning = f"{too_short(weak)} Until they do, none of this says anything about the claim."
-        return Verdict(sentence, meaning, "bad", parts)
+        return Verdict(sentence, meaning, "bad", parts, names)
     clocks = [contrasts[first.arm], *([] if paced is None or paced.ratio is None else [paced])]
     meaning, tone = _meaning(study, first, clocks)
     failed = sum(trial.state == "failed" for trial in study.trials)
@@ -93,7 +96,7 @@ def verdict(study: Study) -> Verdict:
         notes.append("The runs do not compare, for reasons named below.")
     if tone == "good" and notes:
         tone = "open"
-    return Verdict(sentence, " ".join([meaning, *(note[0].upper() + note[1:] for note in notes)]), tone, parts)
+    return Verdict(sentence, " ".join([meaning, *(note[0].upper() + note[1:] for note in notes)]), tone, parts, names)
 
 
 def lesser(clock: Contrast, paced: Contrast | None) -> Contrast:
@@ -153,21 +156,24 @@ def _parts(study: Study, group: Group, contrast: Contrast, paced: Contrast | Non
     parts = []
     if one is not None and other is not None and contrast.difference is not None:
         mine, theirs = (statistics.fmean(t.seconds for t in g.finished) for g in (group, base))
-        when = f"After {seconds_words(theirs)} of training each" if equally_long([mine, theirs]) else (
-            f"After {seconds_words(mine)} and {seconds_words(theirs)} of training"
-        )  # fmt: skip
+        each = [seconds_words(seconds) for seconds in (mine, theirs)]
+        when = (
+            f"After {each[0]} of training each" if each[0] == each[1] else f"After {each[0]} and {each[1]} of training"
+        )
         gap = contrast.difference
         interval = "" if gap.low is None or gap.high is None else (
             f", 95 % interval {points(gap.low)} to {points(gap.high)}"
         )  # fmt: skip
+        best = score_of(overtaken(study))
+        best = f"; {points(other.mean - best.mean)} from its best" if best and best.mean > one.mean else ""
         parts.append(
             f"{when}, {group.arm} scores {other.words()} % and {base.arm} {one.words()} % "
-            f"({points(gap.mean)} points{interval})"
+            f"({points(gap.mean)} points{interval}{best})"
         )
     if study.targeted:
         parts.append(_speed(study, group.arm, contrast))
         if paced is not None and paced.ratio is not None:
-            parts.append(f"with steps at the pace measured in turns that is {ratio_words(paced)}")
+            parts.append(f"with steps timed in turns that is {ratio_words(paced)}")
         if study.target is None:
             parts += _by_longest(study, group.arm)
     return parts
@@ -179,16 +185,15 @@ def _by_longest(study: Study, arm: str) -> list[str]:
     base, longest = study.base, study.contrasts(longest=True)[arm]
     if longest.whole is None or not any(pair.base_early for pair in longest.pairs):
         return []
-    when = crossing_words([pair.base for pair in longest.pairs])
-    when = when if when.startswith("within") else f"after {when}"
+    when = f"after {crossing_words([pair.base for pair in longest.pairs])}"
     held, score = overtaken(study), arm_score(base)
     if held == base.finished or score is None:
-        whole = f"beside its whole runs {arm} is {whole_words(longest)} times as fast"
+        whole = f"compared with its whole runs {arm} is {whole_words(longest)} times as fast"
         return [f"{base.arm} itself first scored that {when}, and {whole}"]
-    first = "" if longest.ratio is None else f" (beside that {arm} is {ratio_words(longest)} times as fast)"
+    first = "" if longest.ratio is None else f" (compared with that {arm} is {ratio_words(longest)} times as fast)"
     return [
-        f"beside {base.arm}'s longest runs, as the slides count, {arm} is {whole_words(longest)} times as fast to "
-        f"their {score.words()} %, which {base.arm} itself first scored {when}{first}"
+        f"compared with {base.arm}'s longest runs, as the slides count, {arm} is {whole_words(longest)} times as fast "
+        f"to their {score.words()} %, which flatters it: {base.arm} itself first scored that {when}{first}"
     ]
 
 
@@ -217,7 +222,7 @@ def _unseen(study: Study, arm: str, contrast: Contrast) -> str:
     for name, crossings in ((arm, [p.arm for p in pairs]), (study.base.arm, [p.base for p in pairs])):
         early = sum(each.reached and not each.seconds.exact for each in crossings)
         never = sum(not each.reached for each in crossings)
-        for count, what in ((early, "was there by its first score"), (never, "did not get there")):
+        for count, what in ((early, "was there at its first score"), (never, "did not get there")):
             where = f" in {count} of {len(pairs)} seeds" if len(pairs) > 1 else ""
             reasons += [f"{name} {what}{where}"] if count else []
     return listed(reasons)
@@ -239,7 +244,7 @@ def _meaning(study: Study, group: Group, clocks: Sequence[Contrast]) -> tuple[st
         told = f"a gain from chance, nor whether {CLAIM:g}x is real" if claimed else "a gain from chance"
         return f"One seed cannot tell {told}: --seeds 0 1 2 can.", "open"
     least = min(ratios, key=lambda each: each.mean)
-    beyond, tone = _beyond_chance(ratios)
+    beyond, tone = _beyond_chance(study, group, ratios)
     if not claimed:
         return beyond, tone
     here = "on these images and at this size"
@@ -252,14 +257,20 @@ def _meaning(study: Study, group: Group, clocks: Sequence[Contrast]) -> tuple[st
             "good",
         )
     if least.high is not None and least.high < CLAIM:
-        return f"The claim of {CLAIM:g}x does not hold {here}: it lies above the interval. {beyond}", "bad"
-    return f"Whether {CLAIM:g}x holds {here} cannot be told: it lies inside the interval. {beyond}", "open"
+        return f"{beyond} The claim of {CLAIM:g}x does not hold {here}: it lies above the interval.", "bad"
+    return (
+        f"{beyond} Whether {CLAIM:g}x holds {here} is open: the rule asks for {CLAIM:g} or more and an interval above "
+        f"{SURELY:g}, and found is {times_words(least)}.",
+        "open",
+    )
 
 
-def _beyond_chance(ratios: Sequence[Ratio]) -> tuple[str, Tone]:
+def _beyond_chance(study: Study, group: Group, ratios: Sequence[Ratio]) -> tuple[str, Tone]:
     """By every way to count the seconds."""
+    behind = [test for test, gap in study.ahead_by_test(group).items() if gap.mean < 0]
+    mean = f" in the mean of the test sets, though not on {listed(behind)}" if behind else ""
     if all(each.low is not None and each.low > 1 for each in ratios):
-        return "Faster beyond chance.", "good"
+        return f"{group.arm} is faster than {study.base.arm} beyond chance{mean}.", "good"
     if all(each.high is not None and each.high < 1 for each in ratios):
-        return "Slower beyond chance.", "bad"
+        return f"{group.arm} is slower than {study.base.arm} beyond chance.", "bad"
     return "The difference in speed could be chance.", "open"

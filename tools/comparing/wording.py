@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from tools.comparing.analysis import Contrast, Crossing, Interval, Ratio
 from tools.comparing.records import Study
@@ -31,6 +33,13 @@ def number_word(value: float) -> str:
     return {2.0: "two", 3.0: "three"}.get(value, f"{value:g}")
 
 
+def plain(value: Any) -> str:
+    """A setting's value as one would type it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 def spread_words(study: Study) -> str:
     """What stands behind a ±; empty where nothing was scored."""
     errors = [score.error for group in study.groups if (score := arm_score(group)) is not None and score.error]
@@ -52,25 +61,33 @@ def gap_words(gap: Interval | None) -> str:
     )
 
 
+def standing_words(gap: Interval, other: str) -> str:
+    """1.1 points behind OTHER (-3.1 to +0.8)."""
+    interval = "" if gap.low is None or gap.high is None else f" ({points(gap.low)} to {points(gap.high)})"
+    side = f"ahead of {other}" if gap.mean >= 0 else f"behind {other}"
+    return f"{percent(abs(gap.mean))} points {side}{interval}"
+
+
 def between_others(study: Study) -> str:
     """How the arms stand that are held against the baseline, among themselves; empty where they are one or many."""
     if len(study.groups) > FEW_ARMS:
         return ""
-    parts = [f"{one} is {gap_words(gap)} points ahead of {other}" for (one, other), gap in study.differences().items()]
+    parts = [f"{one} is {standing_words(gap, other)}" for (one, other), gap in study.differences().items()]
     return f"At the end {listed(parts)}; brackets: 95 % interval, paired by seed." if parts else ""
 
 
 def ratio_words(contrast: Contrast) -> str:
     """Times as fast, with its interval, short."""
-    return _times(contrast.ratio)
+    return times_words(contrast.ratio)
 
 
 def whole_words(contrast: Contrast) -> str:
     """Times as fast as the baseline's whole runs, short."""
-    return _times(contrast.whole)
+    return times_words(contrast.whole)
 
 
-def _times(ratio: Ratio | None) -> str:
+def times_words(ratio: Ratio | None) -> str:
+    """At least 2.41 (from 1.15)."""
     if ratio is None:
         return "unknown"
     return f"{ratio.side} {ratio.mean:.2f} ({interval_words(ratio) or 'one seed'})".strip()
@@ -100,17 +117,17 @@ def target_words(study: Study, arm: str) -> str:
 
 
 def crossing_words(found: Sequence[Crossing]) -> str:
-    """Seconds to a target: a mean over seeds, or what is known instead."""
+    """Seconds to a target: the geometric mean over seeds, of which ratios are those of joint_ratio, or what is known
+    instead."""
     times = [each.seconds for each in found]
     if not times:
         return ""
-    if all(each.exact for each in times):
-        return seconds_words(statistics.fmean(each.low for each in times))
     missed = [each.low for each in times if not each.high < float("inf")]
     if missed:
         where = "" if len(times) == 1 else f" ({len(missed)} of {len(times)} seeds)"
         return f"not reached in {seconds_words(statistics.fmean(missed))}{where}"
-    return f"within {seconds_words(max(each.high for each in times))}"
+    mean = seconds_words(math.exp(statistics.fmean(math.log(each.high) for each in times)))
+    return mean if all(each.exact for each in times) else f"at most {mean}"
 
 
 def target_name(study: Study) -> str:
