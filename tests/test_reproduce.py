@@ -60,7 +60,7 @@ def test_from_nothing_to_a_sentence(tmp_path, monkeypatch, capsys):
             study = Path(words[words.index("--out") + 1])
             for arm, scores in {"mae": (0.30, 0.34), "daae": (0.34, 0.37)}.items():
                 for seed in (0, 1):
-                    for seconds, score in zip((40, 120), scores, strict=True):
+                    for seconds, score in zip((30, 120), scores, strict=True):
                         write_run(
                             study / "runs" / f"{arm}-{seconds}s-seed{seed}", preset=f"{arm}-tiny", seed=seed,
                             seconds=seconds, curve=((seconds, score),), gallery=None,

@@ -277,7 +277,7 @@ def _each_test(study: Study, colours: dict[str, str]) -> str:
     """What a mean of several test sets hides."""
     if len(study.tests) < 2:
         return ""
-    parts = []
+    parts, contrasts = [], {}
     for test in study.tests:
         alone, contrasts, rows = study.on(test), study.contrasts_on(test), []
         for group in alone.groups:
