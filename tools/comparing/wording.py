@@ -11,6 +11,7 @@ from tools.comparing.analysis import Contrast, Crossing, Interval, Ratio
 from tools.comparing.records import Study
 from tools.comparing.scores import arm_score, overtaken, percent, points, score_of
 
+SIGNS = {"": "", "at least": "≥ ", "at most": "≤ "}  # of what is only known from one side
 FEW_ARMS = 4  # whose differences are all told
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.staging import write_whole
 from tools import page
-from tools.comparing.charts import COLOURS, FAINT, INK, inline
+from tools.charts import COLOURS, FAINT, INK, inline
 from tools.profile import NAMES, duration, limit_lines, number, rows
 from tools.profiling.bottleneck import Measured, limit, percent, verdict
 

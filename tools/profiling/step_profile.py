@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.staging import write_whole
-from tools.comparing.charts import COLOURS
+from tools.charts import COLOURS
 from train.ledger import PARTS
 from train.timing import Spread
 

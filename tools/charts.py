@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 # Mid-tones that read on white and on near-black alike; also apart for the common colour blindnesses.
@@ -98,8 +99,6 @@ def chart(
 
 def inline(svg: str, name: str, description: str) -> str:
     """The bare <svg> of matplotlib's file: no prologue, no addresses, ids of its own, the page's colours."""
-    from html import escape
-
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -117,3 +116,12 @@ def inline(svg: str, name: str, description: str) -> str:
     head, _, rest = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     return f'{head} role="img" aria-label="{escape(description or name)}">{rest}'
+
+
+def chip(arm: str, colours: dict[str, str]) -> str:
+    """An arm's name behind a dot of its colour."""
+    return f'<i class="chip" style="background:{colours[arm]}"></i>{escape(arm)}'
+
+
+def legend(arms: Iterable[str], colours: dict[str, str]) -> str:
+    return '<p class="legend">' + "".join(f"<span>{chip(arm, colours)}</span>" for arm in arms) + "</p>"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 
-from tools.comparing.charts import COLOURS
+from tools.charts import COLOURS
 from tools.comparing.records import Group
 from tools.page import table
 
