@@ -102,7 +102,8 @@ th,td{padding:.4rem .6rem;border-bottom:1px solid var(--rule)}
 th:first-child,td:first-child{padding-left:0}
 td:first-child,th:first-child{min-width:7rem}
 table.plain td:last-child{overflow-wrap:anywhere}.n{text-align:right;white-space:nowrap}th.n{white-space:normal}
-table.dense{font-size:.85rem}.dense th,.dense td{padding:.35rem .3rem}
+table.dense{font-size:.85rem}.dense small{font-size:.74rem}.dense th,.dense td{padding:.35rem .25rem}
+.dense td:first-child,.dense th:first-child{min-width:5.5rem;padding-left:0}
 table.plain thead{display:none}table.plain td:first-child{color:var(--faint);white-space:nowrap;width:12rem}
 .yes{color:var(--good)}.no{color:var(--bad);font-weight:600}
 .chip{display:inline-block;width:.75em;height:.75em;border-radius:50%;margin-right:.5em}
