@@ -73,9 +73,9 @@ def test_from_nothing_to_a_sentence(tmp_path, monkeypatch, capsys):
     assert [words[0] for words in called] == ["fetch", "convert", "convert", "convert", "compare", "report"]
     assert called[4][-1] == str(tmp_path / "quick")
     said = json.loads(capsys.readouterr().out)
-    # DAAE is where MAE ends after 120 s when its runs of 40 s end.
+    # DAAE is where MAE ends after 120 s when its runs of 30 s end.
     assert "at least 4.00 times as fast (95 % interval from 4.00; 2.05 or more in 2 of 2 seeds)" in said["sentence"]
-    assert said["arms"]["daae"]["lengths"] == {"40": [0.34, 0.34], "120": [0.37, 0.37]}
+    assert said["arms"]["daae"]["lengths"] == {"30": [0.34, 0.34], "120": [0.37, 0.37]}
     assert said["report"] == str(tmp_path / "quick.html")
 
 

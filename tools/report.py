@@ -1,7 +1,8 @@
 """`daae report`: runs and comparisons as one HTML file that opens offline, for a reader who asks "is the 2x real?"
 
-The answer stands first; then scores, curves and factors, the slides' figures apart from ours, pictures, and how it was
-measured. Nothing in the file points outside of it, and everything that comes from a run is escaped.
+The answer stands first, then why to doubt it and what is missing; then scores, curves, the factors of the speed with
+the slides' figures apart from ours, where the seconds went, losses, pictures, and how it was measured. Nothing in the
+file points outside of it, and everything that comes from a run is escaped.
 """
 
 from __future__ import annotations

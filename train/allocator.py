@@ -1,7 +1,7 @@
 """How a process that trains on a CPU takes its memory: it keeps what it once had, in huge pages.
 
 A step takes hundreds of large tensors and frees them again. By default glibc's malloc gives each back to the kernel,
-which hands it out anew in pages of 4 KiB, each cleared first: a twentieth to a fifth of a step in bfloat16. malloc
+which hands it out anew in pages of 4 KiB, each cleared first: a tenth to a quarter of a step in bfloat16. malloc
 reads its settings once, when a process starts; hence the process starts again, as itself.
 """
 
