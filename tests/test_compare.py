@@ -644,8 +644,9 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
     evaluate = {"label_share": [0.5], "agreement": 0.5}
     tuning = {"epochs": 1, "batch": 16, "magnitude": 0, "folds": True}
     more = experiment(
-        tmp_path / "b.yaml", arms={"a": "mae-tiny"}, steps=2, evaluations=1, evaluate=evaluate, finetune=tuning
-    )
+        tmp_path / "b.yaml", arms={"a": "mae-tiny"}, steps=2, evaluations=1, evaluate=evaluate, finetune=tuning,
+        notes=["Asked late."],
+    )  # fmt: skip
     # As if the code of that time had seen something else in the run.
     leading = before["evaluation"]["leading"]
     elsewhere = {**before, "evaluation": {**before["evaluation"], "leading": {**leading, "value": 0.99}}}
@@ -680,7 +681,8 @@ def test_a_finished_run_is_asked_what_is_declared_later_once(store_path, tmp_pat
         assert compare.main(["--experiment", file, *words]) == 0
         assert "a seed 0" not in capfd.readouterr().err
         assert read_rows(out / "records.jsonl") == [after]
-        assert yaml.safe_load((out / "experiment.yaml").read_text())["evaluate"] == evaluate
+        kept = yaml.safe_load((out / "experiment.yaml").read_text())
+        assert (kept["evaluate"], kept["notes"]) == (evaluate, ["Asked late."])
 
 
 def test_questions_that_would_be_refused_later_are_refused_at_once(store_path, tmp_path):

@@ -132,3 +132,10 @@ def test_a_machine_that_was_uneven_within_a_seed_is_told(tmp_path):
         "The machine was not equally fast within every seed: by the clock and with steps timed in turns daae is 2.85 "
         "and 2.28 (seed 0) and 2.83 and 3.54 (seed 1) times as fast."
     )
+
+
+def test_notes_of_an_experiment_are_told(tmp_path):
+    folder = of_lengths(tmp_path, mae=(0.28, 0.31, 0.34), daae=(0.33, 0.35, 0.37))
+    with open(folder / "experiment.yaml", "a") as file:
+        file.write("notes: [The target was chosen late.]\n")
+    assert warnings(read_study([folder]))[-1] == "The target was chosen late."

@@ -106,9 +106,9 @@ def foretold(plan: Plan) -> str:
 
 
 def _prepare(plan: Plan) -> None:
-    """Write down what is wanted, with the arms, seeds, lengths and questions that earlier calls wanted."""
+    """Write down what is wanted, with the arms, seeds, lengths, questions and notes of earlier calls."""
     before = read_yaml(plan.out / EXPERIMENT) if (plan.out / EXPERIMENT).exists() else {}
-    values = {**{name: before[name] for name in ANSWERS if name in before}, **plan.as_values()}
+    values = {**{name: before[name] for name in (*ANSWERS, "notes") if name in before}, **plan.as_values()}
     values["arms"] = {**before.get("arms", {}), **values["arms"]}
     values["seeds"] = list(dict.fromkeys([*before.get("seeds", []), *values["seeds"]]))
     if len(plan.lengths) > 1 and isinstance(before.get(plan.unit), list):

@@ -34,6 +34,7 @@ def warnings(study: Study) -> list[str]:
         *_unlike_code(study),
         *_read_in_mid_schedule(study),
         *unlike(study),
+        *(note for experiment in study.experiments for note in experiment.get("notes") or ()),
     ]
 
 

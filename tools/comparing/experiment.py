@@ -111,6 +111,7 @@ class Plan:
     questions: Questions
     generated: dict[str, str]  # arm -> what the store of generated images holds that it trains on besides
     gpus: int = 1  # processes of a run
+    notes: tuple[str, ...] = ()  # what whoever reads the answer must know of how the question came about
 
     def order(self) -> list[Cell]:
         return cells(self.as_values())
@@ -176,7 +177,7 @@ class Plan:
             **({self.unit: self.lengths[0] if len(self.lengths) == 1 else self.lengths} if self.lengths else {}),
             "seeds": self.seeds,
             "evaluations": self.evaluations, "target": self.target, "settings": self.common,
-            **self.questions.as_values(),
+            **self.questions.as_values(), **({"notes": self.notes} if self.notes else {}),
         })  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def make_plan(flags: Compare) -> Plan:
         evaluations = 1 if several else EVALUATIONS
     plan = Plan(
         flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled,
-        questions, generated={}, gpus=flags.gpus,
+        questions, generated={}, gpus=flags.gpus, notes=values["notes"],
     )  # fmt: skip
     check_arms(plan)
     several = len(plan.lengths) > 1 or any(arm.also for arm in arms.values())
@@ -247,13 +248,13 @@ FILE_KEYS: dict[str, Any] = {
     "data": Path | None, "tests": tuple[Path, ...], "label": str | None, "seconds": tuple[float, ...],
     "epochs": tuple[float, ...], "steps": tuple[int, ...], "seeds": tuple[int, ...], "evaluations": int | None,
     "target": str | float | None, "settings": dict[str, Any], "evaluate": dict[str, Any] | None,
-    "finetune": dict[str, Any] | None,
+    "finetune": dict[str, Any] | None, "notes": tuple[str, ...],
 }  # fmt: skip
 
 
 def _file_values(flags: Compare) -> dict[str, Any]:
     """The experiment file with every key there, of its type; `arms` as written. Raises UsageError."""
-    empty: dict[str, Any] = {"arms": {}, "tests": (), "seeds": (), "settings": {}, **dict.fromkeys(KINDS, ())}
+    empty: dict[str, Any] = {"arms": {}, "settings": {}, **dict.fromkeys(("tests", "seeds", "notes", *KINDS), ())}
     values = {**dict.fromkeys(FILE_KEYS), **empty}
     if flags.experiment is None:
         return values
