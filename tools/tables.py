@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+WIDEST = 1000  # columns, of a table that nothing cuts
+
 
 def plain_table() -> Table:
     """Columns without lines: what is printed below a sentence."""
     return Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-
-
-WIDEST = 1000
 
 
 def width_of(table: Table) -> int:

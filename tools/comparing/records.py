@@ -126,22 +126,25 @@ class Trial:
         exam = self.evaluation if self.done else None
         if exam is None or not exam.get("leading"):
             return {}
-        probe = exam["leading_name"].partition(" ")[0]
-        found = {name: labels.get(exam["label"], {}).get(probe) for name, labels in exam.get("scores", {}).items()}
-        return {name: score["value"] for name, score in found.items() if score is not None}
+        found = {test: self._leading_on(test, exam) for test in exam.get("scores", {})}
+        return {test: score["value"] for test, score in found.items() if score is not None}
+
+    def _leading_on(self, test: str, exam: Mapping[str, Any]) -> dict | None:
+        """What an exam of the run, or of pixels or the untrained encoder beside it, says of one test set by the probe
+        and label that lead."""
+        assert self.evaluation is not None
+        probe = self.evaluation["leading_name"].partition(" ")[0]
+        return exam.get("scores", {}).get(test, {}).get(self.evaluation["label"], {}).get(probe)
 
     def on(self, test: str) -> Trial:
         """The same run as if it and its baselines had been scored on one test set alone, and only at the end."""
         exam = self.evaluation
         if exam is None or not exam.get("leading"):
             return replace(self, evaluation=None, evaluations=[])
-        probe = exam["leading_name"].partition(" ")[0]
-
-        def alone(each: dict) -> dict:
-            return {**each, "leading": each.get("scores", {}).get(test, {}).get(exam["label"], {}).get(probe)}
-
-        baselines = {name: alone(each) for name, each in (exam.get("baselines") or {}).items()}
-        return replace(self, evaluation={**alone(exam), "baselines": baselines}, evaluations=[])
+        baselines = (exam.get("baselines") or {}).items()
+        beside = {name: {**each, "leading": self._leading_on(test, each)} for name, each in baselines}
+        alone = {**exam, "leading": self._leading_on(test, exam), "baselines": beside}
+        return replace(self, evaluation=alone, evaluations=[])
 
     def baseline(self, name: str) -> dict | None:
         """The leading score of "pixels" or "untrained" on the same test pictures."""

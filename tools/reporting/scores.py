@@ -80,9 +80,9 @@ def _each_test(study: Study, colours: dict[str, str]) -> str:
     """What a mean of several test sets hides."""
     if len(study.tests) < 2:
         return ""
-    parts, contrasts = [], {}
-    for test in study.tests:
-        alone, contrasts, rows = study.on(test), study.contrasts_on(test), []
+    parts, speeds = [], {test: study.contrasts_on(test) for test in study.tests}
+    for test, contrasts in speeds.items():
+        alone, rows = study.on(test), []
         for group in alone.groups:
             held = overtaken(alone) if group is alone.base else group.finished
             score, each = score_of(held), contrasts.get(group.arm)
@@ -102,7 +102,8 @@ def _each_test(study: Study, colours: dict[str, str]) -> str:
         headings = [test, "score, %", f"ahead of {study.base.arm}", "times as fast to its best"]
         shown = len(headings) if contrasts else len(headings) - 1
         parts.append(table(headings[:shown], [row[:shown] for row in rows]))
-    best = f"<p>{escape(study.base.arm)} by its best length there; ahead: of its longest runs.</p>" if contrasts else ""
+    several = any(speeds.values())
+    best = f"<p>{escape(study.base.arm)} by its best length there; ahead: of its longest runs.</p>" if several else ""
     return f"<h3>Each test set by itself</h3>{best}{''.join(parts)}"
 
 
