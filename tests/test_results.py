@@ -45,6 +45,11 @@ def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path
     assert "| `daae-tiny` | 0 | 200 s | 640 | 2 | 36.0 ± 1.0 | +4.0 | 100 s | 2.00 (one seed) |  |" in page
     assert "| untrained encoder |  |  |  |  | 24.0 ± 1.0 |  |  |  |  |" in page
     assert results.filled(page) == page
+    brief = results.filled(before.replace("pair", "pair in brief"))
+    assert "|  | score | times as fast | in turns |" in brief
+    assert "| mae-tiny | 32.0 ± 1.0 |  |  |" in brief
+    assert "| daae-tiny | 36.0 ± 1.0 | 2.00 (one seed) |  |" in brief
+    assert "Without training: raw 32 px pixels 22.0 ± 1.0, untrained encoder 24.0 ± 1.0." in brief
     shutil.rmtree(kept / "runs")  # a record alone gives the same table
     assert results.filled(before) == page
     monkeypatch.setattr(results, "KEPT", tmp_path / "again")

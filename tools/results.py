@@ -2,16 +2,16 @@
 
 docs/records/NAME holds what `daae compare` left of a comparison, put there by `--keep` (experiment.yaml, records.jsonl,
 pace.json), or what `daae profile --step --json` printed with --peers, --knobs or --techniques, or `daae methods
---measure --json`, a file for each size. Its table stands between the lines `<!-- results of NAME -->` and
-`<!-- end of results -->`, wherever a page has them; that of `daae methods` between `<!-- methods -->` and
-`<!-- end of methods -->`.
+--measure --json`, a file for each size. A page has its table between the lines `<!-- results of NAME -->` and
+`<!-- end of results -->`; `<!-- results of NAME in brief -->` asks for a row for each arm of a comparison. The table of
+`daae methods` stands between `<!-- methods -->` and `<!-- end of methods -->`.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +22,16 @@ from tools.compare import HEADINGS, OF_TARGET, rows
 from tools.comparing import answers
 from tools.comparing.doubts import warnings
 from tools.comparing.records import EXPERIMENT, PACE, RECORDS, Study, read_study
-from tools.comparing.scores import leading_name
+from tools.comparing.scores import BASELINES, baseline_score, leading_name, score_of
 from tools.comparing.verdict import sentences, verdict
-from tools.comparing.wording import between_others, spread_words
+from tools.comparing.wording import between_others, ratio_words, spread_words
 from tools.profiling import method_costs, step_records
 from train.command import parse, run
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "docs/records"
 ABSOLUTE = re.compile(r"""(?<=[\s"'])/(?:[^/\s"']+/)*([^/\s"']+/[^/\s"']+)""")
-BLOCK = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results of (\S+)( in brief)? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- end of methods -->)", re.DOTALL)
 
 
@@ -77,20 +77,18 @@ def pages() -> Iterator[Path]:
 def filled(text: str) -> str:
     """A page with its tables made anew. Raises DataError where it wants one that is not kept."""
     text = METHODS.sub(lambda found: found[1] + methods.markdown() + found[2], text)
-    return BLOCK.sub(lambda found: found[1] + markdown(KEPT / found[2]) + found[3], text)
+    return BLOCK.sub(lambda found: found[1] + (brief if found[3] else markdown)(KEPT / found[2]) + found[4], text)
 
 
 def markdown(folder: Path) -> str:
     """A table of a comparison, with what to know of it in words, first what it comes to where it has a target; or one
     of timed steps. Raises DataError."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not there, and a page asks for its table.")
-    if not (folder / RECORDS).exists():
+    if folder.is_dir() and not (folder / RECORDS).exists():
         kind = method_costs if method_costs.read(folder) else step_records
         return "\n".join(kind.markdown(folder))
-    study = read_study([folder])
+    study = _study(folder)
     columns = len(HEADINGS) if study.targeted else len(HEADINGS) - OF_TARGET
-    lines = [f"{leading_name(study)}, %:", "", _row(HEADINGS[:columns]), _row(["---", *["---:"] * (columns - 1)])]
+    lines = [f"{leading_name(study)}, %:", "", *_head(HEADINGS[:columns])]
     for own, (first, *others) in rows(study):
         lines.append(_row([f"`{first.strip()}`" if own else first.strip(), *others[: columns - 1]]))
     others = between_others(study)
@@ -101,17 +99,43 @@ def markdown(folder: Path) -> str:
     return "\n".join([*lines, *(f"- {each}" for each in said), ""])
 
 
+def brief(folder: Path) -> str:
+    """A row for each arm, its score after each length, and how much sooner it is at the target. Raises DataError."""
+    study = _study(folder)
+    clocks = {"times as fast": study.contrasts(), "in turns": study.paced_contrasts()} if study.targeted else {}
+    lengths = sorted({length for group in study.groups for length in group.lengths}) or [None]
+    named = {trial.cell.length: trial.cell.long or "score" for trial in study.trials}
+    headings = ["", *(named[length] for length in lengths), *clocks]
+    lines = [f"{leading_name(study)}, %, ± between seeds:", "", *_head(headings)]
+    for group in study.groups:
+        scores = [score_of(group.of_length(length)) for length in lengths]
+        speeds = [ratio_words(each[group.arm]) if group.arm in each else "" for each in clocks.values()]
+        lines.append(_row([group.arm, *("" if score is None else score.words() for score in scores), *speeds]))
+    beside = {words: baseline_score(study.trials, name) for name, words in BASELINES.items()}
+    known = [f"{words} {score.words()}" for words, score in beside.items() if score is not None]
+    return "\n".join([*lines, "", f"Without training: {', '.join(known)}.", ""])
+
+
+def _study(folder: Path) -> Study:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there, and a page asks for its table.")
+    return read_study([folder])
+
+
 def _answers(study: Study) -> list[str]:
     """What was asked of the runs beside the score that leads, if anything was."""
     names, found = answers.table(study)
     if not found:
         return []
     beside = f"in brackets: points ahead of {study.base.arm}'s longest runs, paired by seed"
-    lines = [f"Mean of the test sets, %, ± between seeds; {beside}:", "", _row(["", *(who for who, _ in found)])]
-    lines.append(_row(["---", *["---:"] * len(found)]))
+    lines = [f"Mean of the test sets, %, ± between seeds; {beside}:", "", *_head(["", *(who for who, _ in found)])]
     for name, cells in zip(names, zip(*(cells for _, cells in found), strict=True), strict=True):
         lines.append(_row([name, *("" if cell is None else cell.words() for cell in cells)]))
     return [*lines, ""]
+
+
+def _head(headings: Sequence[str]) -> list[str]:
+    return [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
 
 
 def _row(cells: Iterable[str]) -> str:
