@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.precise import exact
 from model.ways import parse_ways
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value, all (B, heads, N, d) -> (B, heads, N, d)
@@ -113,9 +115,8 @@ def attend_top(query: Tensor, key: Tensor, value: Tensor, k: int) -> tuple[Tenso
 def _top(query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Logits in float32 at least, and which of them are kept: in bfloat16 products tie, and which of them are the
     largest would be chance."""
-    exact = torch.promote_types(query.dtype, torch.float32)
-    logits = (query.to(exact) * query.shape[-1] ** -0.5) @ key.to(exact).transpose(-2, -1)
-    kept = largest(logits.detach(), k)
+    logits = (exact(query) * query.shape[-1] ** -0.5) @ exact(key).transpose(-2, -1)
+    kept = among_largest(logits.detach(), k)
     kept[:, :, 0] = True
     return logits, kept
 
@@ -139,7 +140,7 @@ class _TopProducts(torch.autograd.Function):
         return *_products_back(ctx, grad), None
 
 
-def largest(values: Tensor, k: int) -> Tensor:
+def among_largest(values: Tensor, k: int) -> Tensor:
     """bool: which values are among the k largest of their last dimension; of equal ones any, and never more than k."""
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         # NumPy looks for the k-th alone, with vectors: five times as fast as torch's topk.
@@ -208,6 +209,15 @@ def fastest(lengths: Lengths, device: torch.device, dtype: torch.dtype, *, round
     shape = (lengths.rows, lengths.tokens, 3, lengths.heads, lengths.width)
     joint = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     best: dict[str, float] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of each reason for which a kernel does not take these shapes
+        _time_in_turns(best, joint, device, rounds)
+    way, known = min(best, key=lambda way: best[way]), usual(device, dtype)
+    return way if best[way] < WORTH * best.get(known, float("inf")) else known
+
+
+def _time_in_turns(best: dict[str, float], joint: Tensor, device: torch.device, rounds: int) -> None:
+    """Into `best` each way's least seconds, forward and backward; what fails is left out."""
     for turn in range(rounds + 1):
         for way in WAYS:
             if turn > 0 and way not in best:
@@ -221,8 +231,6 @@ def fastest(lengths: Lengths, device: torch.device, dtype: torch.dtype, *, round
                 best.pop(way, None)
                 continue
             best[way] = took if turn < 2 else min(took, best[way])  # the first one allocates and compiles
-    way, known = min(best, key=lambda way: best[way]), usual(device, dtype)
-    return way if best[way] < WORTH * best.get(known, float("inf")) else known
 
 
 def _now(device: torch.device) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.norm import FinalNorm
+from model.precise import exact
 from model.vit import Encoder, patch_mean
 from pipeline.views import Patches
 
@@ -34,4 +35,4 @@ class Classifier(nn.Module):
         (code,) = self.encoder.encode(self.encoder.embed(view), branches=branches)
         # Near 10 the steps of bfloat16 are a sixteenth: the first two classes would often tie.
         with torch.autocast(code.device.type, enabled=False):
-            return self.head(self.fc_norm(patch_mean(code.to(torch.promote_types(code.dtype, torch.float32)))))
+            return self.head(self.fc_norm(patch_mean(exact(code))))

@@ -20,7 +20,6 @@ class Decoder(nn.Module):
 
     def __init__(self, *, encoder_width: int, width: int, depth: int, heads: int, grid: int, values: int):
         super().__init__()
-        self.width = width
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -56,7 +55,7 @@ class NoiseLevel(nn.Module):
 
     frequency: Tensor  # (waves / 2,), from 1 down to 1 / 10000
 
-    def __init__(self, width: int, waves: int = 128):
+    def __init__(self, width: int, waves: int):
         super().__init__()
         place = torch.arange(waves // 2, dtype=torch.float64) / (waves // 2 - 1)
         self.register_buffer("frequency", (10000.0**-place).float(), persistent=False)

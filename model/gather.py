@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.precise import exact
+
 
 def place() -> tuple[int, int]:
     """This process' number, and how many there are: (0, 1) alone."""
@@ -29,7 +31,7 @@ def total(values: Tensor) -> Tensor:
     return values if place()[1] == 1 else _Total.apply(values)  # pyright: ignore[reportReturnType]
 
 
-def largest(values: Tensor) -> Tensor:
+def largest_of_all(values: Tensor) -> Tensor:
     """The largest over the processes, the same on every one; a constant, no gradient flows."""
     values = values.detach()
     if place()[1] > 1:
@@ -83,8 +85,8 @@ class BatchNorm(nn.BatchNorm1d):
         _, count = place()
         if count == 1 or not self.gathered or not self.training:
             return super().forward(input)
-        # In two passes, mean and then spread about it: a difference of squares would cancel. In float32 at least.
-        rows = input.to(torch.promote_types(input.dtype, torch.float32))
+        # In two passes, mean and then spread about it: a difference of squares would cancel.
+        rows = exact(input)
         number = count * len(rows)
         mean = total(rows.sum(dim=0)) / number
         centred = rows - mean

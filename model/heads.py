@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from model.gather import BatchNorm, total
 from model.norm import LayerNorm
-
-Norm = Literal["batch", "batch_apart", "layer", "none"]
+from model.precise import exact
+from model.shape import Norm
 
 
 def _norm(kind: Norm, width: int, *, affine: bool) -> nn.Module:
@@ -78,9 +76,9 @@ class Prototypes(nn.Module):
     def forward(self, embedding: Tensor) -> Tensor:
         """(B, D), any scale -> (B, K) cosines, in float32 whatever autocast says."""
         with torch.autocast(embedding.device.type, enabled=False):
-            exact = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+            unit = nn.functional.normalize(exact(embedding), dim=1)
             # Divided among processes, weights may come as bfloat16.
-            return nn.functional.normalize(exact, dim=1) @ self.prototypes.to(exact.dtype).T
+            return unit @ self.prototypes.to(unit.dtype).T
 
     @torch.no_grad()
     def renormalise(self) -> None:
@@ -91,8 +89,8 @@ def prototype_use(scores: Tensor) -> Tensor:
     """How evenly images lie among prototypes: perplexity of how many have each as their nearest, over the number of
     prototypes. 1 / K where all lie at one, about 0.6 where they lie anywhere and are as many as prototypes.
 
-    scores: (B, K), of all processes together. Codes would not tell: Sinkhorn's algorithm evens them out whatever they
-    are made from.
+    scores: (B, K), this process' rows; counts run over all processes. Codes would not tell: Sinkhorn's algorithm evens
+    them out whatever they are made from.
     """
     nearest = scores.argmax(dim=1)
     counts = total(torch.zeros_like(scores[0]).scatter_add_(0, nearest, torch.ones_like(scores[:, 0])))
@@ -102,7 +100,7 @@ def prototype_use(scores: Tensor) -> Tensor:
 def feature_spread(features: Tensor) -> Tensor:
     """Mean standard deviation of unit embeddings over the batch, times sqrt(d): about 1 when spread, 0 on collapse."""
     unit = nn.functional.normalize(features.float(), dim=-1)
-    return unit.std(dim=0).mean() * torch.tensor(unit.shape[-1]).sqrt()
+    return unit.std(dim=0).mean() * unit.shape[-1] ** 0.5
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.gather import gather, largest, place, total
+from model.gather import gather, largest_of_all, place, total
+from model.precise import exact
 
 
 def info_nce(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
@@ -149,7 +150,7 @@ def _own_columns(mine: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+    return F.normalize(exact(vectors), dim=-1)
 
 
 def homologous_contrast(tokens: Tensor, source: Tensor, *, temperature: float) -> Tensor:
@@ -177,8 +178,8 @@ def sinkhorn(scores: Tensor, *, epsilon: float, rounds: int) -> Tensor:
     Source: SwAV (Caron et al. 2020, arXiv 2006.09882), section 3.1 and its code.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
-        codes = (scores - largest(scores.max())).exp()  # at epsilon 0.05 exp(1 / epsilon) alone is 5e8
+        scores = exact(scores) / epsilon
+        codes = (scores - largest_of_all(scores.max())).exp()  # at epsilon 0.05 exp(1 / epsilon) alone is 5e8
         least = torch.finfo(codes.dtype).tiny  # what underflows as a whole is left out: 0, not 0 / 0
         for _ in range(rounds):
             codes = codes / total(codes.sum(dim=0)).clamp_min(least)
@@ -196,7 +197,7 @@ def swapped_prediction(scores: list[Tensor], codes: list[Tensor], *, temperature
     sums = []
     for view, score in enumerate(scores):
         targets = torch.stack([code.detach() for other, code in enumerate(codes) if other != view]).sum(dim=0)
-        likelihood = F.log_softmax(score.to(torch.promote_types(score.dtype, torch.float32)) / temperature, dim=-1)
+        likelihood = F.log_softmax(exact(score) / temperature, dim=-1)
         sums.append(-(targets * likelihood).sum(dim=-1).mean())
     return torch.stack(sums).sum() / (len(codes) * (len(scores) - 1))
 
@@ -218,7 +219,6 @@ def masked_mse(predicted: Tensor, patches: Tensor, *, norm_pix: bool) -> Tensor:
     prediction of 0 then costs (P - 1) / P. Source: He et al. 2021, section 3 ("reconstruction target").
     """
     with torch.autocast(predicted.device.type, enabled=False):
-        dtype = torch.promote_types(predicted.dtype, torch.float32)
-        target = patches.to(dtype)
-        target = normalise_patches(target) if norm_pix else target
-        return F.mse_loss(predicted.to(dtype), target)
+        predicted = exact(predicted)
+        target = patches.to(predicted.dtype)
+        return F.mse_loss(predicted, normalise_patches(target) if norm_pix else target)

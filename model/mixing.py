@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.views import Patches
 
 
-def mix(view: Patches, group: int) -> Patches:
+def mix_pictures(view: Patches, group: int) -> Patches:
     """What each `group` consecutive samples keep as one picture: every cell holds the patch of exactly one of them.
 
     view: of B samples, each of which keeps K = N / group patches that the others hide. Returns B / group pictures of N

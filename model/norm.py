@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.precise import exact
+
 
 class LayerNorm(nn.LayerNorm):
     """torch's: on a CPU in the type of its tokens, with a backward pass of ours for bfloat16. Where CUDA's autocast is
@@ -24,7 +26,7 @@ class FinalNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return super().forward(input.to(torch.promote_types(input.dtype, torch.float32)))
+        return super().forward(exact(input))
 
 
 class _Summed(torch.autograd.Function):

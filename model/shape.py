@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from pipeline.errors import UsageError
+
+Norm = Literal["batch", "batch_apart", "layer", "none"]  # of a head, see heads.py
 
 
 @dataclass(frozen=True, kw_only=True)

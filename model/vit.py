@@ -5,7 +5,6 @@ Source: Dosovitskiy et al. 2020 as in MAE (He et al. 2021): pre-norm blocks, fix
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -121,7 +120,7 @@ class Encoder(nn.Module):
 
     def __init__(self, *, side: int, patch: int, width: int, depth: int, heads: int):
         super().__init__()
-        self.patch, self.width, self.depth, self.heads = patch, width, depth, heads
+        self.patch, self.width, self.depth = patch, width, depth
         self.grid = side // patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = PatchEmbed(patch, width)
@@ -130,11 +129,6 @@ class Encoder(nn.Module):
         self.positions = Positions(width, self.grid)
         nn.init.normal_(self.cls_token, std=0.02)
         init_weights(self)
-
-    @cached_property
-    def values(self) -> int:
-        """Values per patch, P = 3 p^2."""
-        return 3 * self.patch**2
 
     def embed(self, view: Patches) -> Tensor:
         """(B, K, D): what the encoder sees of a view, each token with the code of its place."""

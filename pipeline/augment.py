@@ -8,7 +8,6 @@ picture is moved by torch's cubic filter (a = -0.75), which is smoother than Pil
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampling import View, geometry, uniform
+from pipeline.transfer import constant, to_device
 
 LEVELS = 10  # the strongest change
 APPLIED = 0.5  # probability of a change that was drawn
@@ -75,8 +75,7 @@ def _change(images: Tensor, pool: Pool, draw: np.ndarray, level: np.ndarray) -> 
             wanted.setdefault(change, []).append((rows, rule(level[rows], sign[rows], images.shape[1])))
     for change, parts in wanted.items():
         rows, amounts = (np.concatenate(each) for each in zip(*parts, strict=True))
-        place = torch.from_numpy(rows).to(images.device, non_blocking=True)
-        amount = torch.from_numpy(amounts.astype(np.float32)).to(images.device, non_blocking=True)
+        place, amount = to_device(rows, images.device), to_device(amounts.astype(np.float32), images.device)
         changed = change(images[place].float(), amount.view(len(rows), -1, 1, 1))
         images[place] = changed.clamp_(0, 255).to(torch.uint8)
 
@@ -136,7 +135,7 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
     """Away from the picture under Pillow's SMOOTH filter, which leaves the border as it is."""
-    kernel = _constant(((1.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 1.0)), x.device).expand(3, 1, 3, 3)
+    kernel = constant(((1.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 1.0)), x.device).expand(3, 1, 3, 3)
     smooth = x.clone()
     inner = F.conv2d(x.permute(0, 3, 1, 2), kernel, groups=3) / 13
     smooth[:, 1:-1, 1:-1] = (inner + 0.5).floor().permute(0, 2, 3, 1)
@@ -149,14 +148,8 @@ def _away_from(dull: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 
 def _gray(x: Tensor) -> Tensor:
     """(n, S, S, 1): Pillow's luma, a whole number. Below 2^24 float32 holds its integers exactly."""
-    weights = _constant((19595.0, 38470.0, 7471.0), x.device)
+    weights = constant((19595.0, 38470.0, 7471.0), x.device)
     return (((x * weights).sum(dim=-1, keepdim=True) + 32768) / 65536).floor()
-
-
-@functools.cache
-def _constant(values: tuple, device: torch.device) -> Tensor:
-    """On the device once and for all: sent each time, it would be waited for."""
-    return torch.tensor(values, device=device)
 
 
 # --- Moves -----------------------------------------------------------------------------------------------------------
@@ -186,7 +179,7 @@ def move_cubic(x: Tensor, move: Tensor) -> Tensor:
         x.permute(0, 3, 1, 2), 2 * grid / side - 1, mode="bicubic", padding_mode="border", align_corners=False
     )
     inside = ((grid >= 0) & (grid < side)).all(dim=-1, keepdim=True)
-    return torch.where(inside, (made.permute(0, 2, 3, 1) + 0.5).floor(), _constant(MEAN_COLOUR, x.device))
+    return torch.where(inside, (made.permute(0, 2, 3, 1) + 0.5).floor(), constant(MEAN_COLOUR, x.device))
 
 
 def move_nearest(x: Tensor, move: Tensor) -> Tensor:
@@ -214,7 +207,7 @@ def _moved(move: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _any(level: np.ndarray, sign: np.ndarray, side: int) -> np.ndarray:
-    """Of a change that there is no more or less of."""
+    """For a change that has no strength."""
     return level
 
 
@@ -278,11 +271,11 @@ def erase(pixels: Tensor, share: float, seed: int, epoch: int, ids: np.ndarray, 
     side = pixels.shape[1]
     # The rule is that of a random crop: an area, an aspect, a place, again if it does not fit.
     boxes = geometry(ERASED, "erase", seed, epoch, ids[rows], np.full((len(rows), 2), side)).boxes
-    top, left, high, wide = torch.from_numpy(boxes).to(pixels.device, non_blocking=True)[:, :, None, None].unbind(1)
+    top, left, high, wide = to_device(boxes, pixels.device)[:, :, None, None].unbind(1)
     place = torch.arange(side, device=pixels.device)
     down, right = place[:, None], place[None, :]
     inside = (down >= top) & (down < top + high) & (right >= left) & (right < left + wide)  # (n, S, S)
-    at = torch.from_numpy(rows).to(pixels.device, non_blocking=True)
+    at = to_device(rows, pixels.device)
     fill = torch.randn(len(rows), side, side, 3, generator=noise, device=pixels.device, dtype=pixels.dtype)
     pixels[at] = torch.where(inside[..., None], fill, pixels[at])
     return pixels

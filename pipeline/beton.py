@@ -33,4 +33,6 @@ def picture_offsets(path: Path, count: int) -> np.ndarray:
     if int(header["count"][0]) != count:
         raise DataError(f"{path} holds {int(header['count'][0]):,} pictures, not {count:,}. Convert the images again.")
     rows = np.fromfile(path, SAMPLE, count=count, offset=HEADER.itemsize + 2 * FIELD_BYTES)
+    if len(rows) < count:
+        raise DataError(f"{path} ends after {len(rows):,} of {count:,} rows. Convert the images again.")
     return np.ascontiguousarray(rows["data_ptr"])

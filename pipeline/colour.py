@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampling import Colours
-from pipeline.transfer import to_device
+from pipeline.transfer import constant, to_device
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision weigh red, green and blue
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the four changes as Colours.order numbers them
-# The chroma axes of YIQ (FCC NTSC), rows I and Q; luma is the first row.
-_YIQ = torch.tensor([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)], dtype=torch.float64)
+# The chroma axes of YIQ (FCC NTSC), rows I and Q; luma is the first row. And the way back, inverted in float64.
+_TO_YIQ = (LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+_FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(_TO_YIQ, dtype=torch.float64)).tolist()))
 
 
 def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
     """
     device, rows = mean.device, torch.arange(len(mean), device=mean.device)
     factors, order = to_device(drawn.factors.astype(np.float32), device), to_device(drawn.order, device)
-    luma = _constants(device)[0]
+    luma = constant(LUMA, device)
     eye = torch.eye(3, device=device).expand(len(mean), 3, 3)
     to_gray = luma.expand(3, 3)  # each row: the luma weights
     brightness, contrast, saturation = (factors[:, i, None, None] for i in range(3))
@@ -57,7 +58,7 @@ def colour_maps(mean: Tensor, drawn: Colours) -> tuple[Tensor, Tensor]:
 
 
 def mean_colour(images: Tensor) -> Tensor:
-    """(B, S, S, 3) uint8 -> (B, 3) float32 in [0, 1], without a float32 copy of the images."""
+    """(B, S, S, 3) uint8 -> (B, 3) float32 in [0, 1]. Torch sums bytes by way of a float32 copy of them."""
     batch, high, wide, _ = images.shape
     return images.view(batch, high * wide, 3).sum(dim=1, dtype=torch.float32) / (255 * high * wide)
 
@@ -69,16 +70,7 @@ def _hue_turn(drawn: Colours, device: torch.device) -> Tensor:
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 1, 2], turn[:, 2, 1] = angle.sin(), -angle.sin()  # red towards yellow, as torchvision turns
-    _, there, back = _constants(device)
-    return back @ turn @ there
-
-
-@functools.cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """On the device once and for all: the weights of luma, the way to YIQ and the way back."""
-    numbers = (torch.tensor(LUMA), _YIQ, torch.linalg.inv(_YIQ))
-    luma, there, back = (each.to(device, torch.float32) for each in numbers)
-    return luma, there, back
+    return constant(_FROM_YIQ, device) @ turn @ constant(_TO_YIQ, device)
 
 
 def recolour(pixels: Tensor, drawn: Colours) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import backend, fn, pipeline_def, types
 from torch import Tensor
 
 from pipeline.decoder import fetch, open_decoder, undecodable
@@ -39,7 +40,8 @@ class DALISource:
     ):
         self.stored, self.sides = StoredPictures.in_shards(store), {name: view.side for name, view in views.items()}
         self.reader = open_decoder(workers)
-        on_gpu = device.type == "cuda"
+        self.on_gpu = on_gpu = device.type == "cuda"
+        self.pipeline: Any = None
 
         @pipeline_def(
             batch_size=batch,
@@ -57,8 +59,16 @@ class DALISource:
             return fn.pad(picture, axes=(0, 1), fill_value=0)  # to the largest of the batch, not of the store
 
         self._doing = "making a batch"
-        self.pipeline = decode()
-        self.pipeline.build()
+        try:
+            self.pipeline = decode()
+            self.pipeline.build()
+        except BaseException as error:
+            self.reader.close()
+            self.stored.close()
+            if not isinstance(error, RuntimeError) or out_of_memory(error):
+                raise
+            why = " ".join(str(error).split())[:200]
+            raise ResourceError(f"DALI does not start on {device}: {why}. Use --loader shards.") from None
 
     def batches(
         self, plan: list[np.ndarray], where: Callable[[np.ndarray], dict[str, Geometry]]
@@ -80,8 +90,9 @@ class DALISource:
                         "--loader shards, which decodes no more than the views look at."
                     ) from None
                 failed = undecodable(rows)  # DALI names no sample
+                why = " ".join(str(error).split())[:200]
                 raise (
-                    self._failure(ids, rows, failed) if failed.size else DataError(f"DALI cannot decode: {error}.")
+                    self._failure(ids, rows, failed) if failed.size else DataError(f"DALI cannot decode: {why}.")
                 ) from None
             canvas = torch.from_dlpack(decoded.as_tensor())
             self._doing = "cutting the views of a batch"
@@ -101,3 +112,6 @@ class DALISource:
     def close(self) -> None:
         self.reader.close()
         self.stored.close()
+        self.pipeline = None
+        if self.on_gpu:
+            backend.ReleaseUnusedMemory()  # else it stays in DALI's pool, out of torch's reach

@@ -21,11 +21,10 @@ from PIL import Image
 
 from pipeline import native
 from pipeline.errors import ResourceError
-from pipeline.sampling import GOLDEN, Geometry
+from pipeline.sampling import GOLDEN, MOST_VIEWS, Geometry
 
 # A store holds what `--max-pixels` let pass, and its index says how large that is.
 Image.MAX_IMAGE_PIXELS = None
-MOST_VIEWS = 16
 MOST_WAITING = 64  # pictures that are done and not yet taken
 
 T = TypeVar("T")

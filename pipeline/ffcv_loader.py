@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.beton import picture_offsets
-from pipeline.errors import DataError
-from pipeline.limits import machine_fault
+from pipeline.limits import unreadable
 from pipeline.sampling import View
 from pipeline.shard_loader import FileSource
 from pipeline.store import Store
@@ -24,14 +23,13 @@ from pipeline.stored import StoredPictures
 class FFCVSource(FileSource):
     """The pictures of a .beton, which the converter has filled with the bytes of the shards."""
 
-    def __init__(
-        self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int, ahead: int
-    ):
+    def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, ahead: int):
         super().__init__(in_beton(store), views, device=device, workers=workers, ahead=ahead)
 
 
 def in_beton(store: Store) -> StoredPictures:
-    """Raises DataError, ResourceError."""
+    """The store's tables are held in memory. Raises DataError, ResourceError."""
+    store.hold_tables()
     files = [(part.beton, part.count) for part in store.parts if part.beton is not None]
     offsets = np.concatenate([_offsets(path, count) for path, count in files])
     which = np.repeat(np.arange(len(files)), [count for _, count in files])
@@ -40,9 +38,6 @@ def in_beton(store: Store) -> StoredPictures:
 
 def _offsets(path: Path, count: int) -> np.ndarray:
     try:
-        offsets = picture_offsets(path, count)
+        return picture_offsets(path, count)
     except OSError as error:
-        raise machine_fault(path, error) or DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if len(offsets) < count:
-        raise DataError(f"{path} ends after {len(offsets):,} of {count:,} rows. Convert the images again.")
-    return offsets
+        raise unreadable(path, error) from None

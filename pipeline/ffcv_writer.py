@@ -86,11 +86,12 @@ def write_beton(
             while child.poll() is None:
                 now = target.stat().st_size if target.exists() else -1
                 progress(max(0, min(now, expected)))
+                # Before there is a file, FFCV is being imported.
+                limit = stall_seconds if size >= 0 else max(stall_seconds, IMPORT_SECONDS)
                 if now != size:
                     size, moved = now, time.monotonic()
-                # Before there is a file, FFCV is being imported.
-                elif time.monotonic() - moved > (stall_seconds if size >= 0 else max(stall_seconds, IMPORT_SECONDS)):
-                    raise StalledError(f"FFCV's writer has not moved for {stall_seconds:.0f} s. {_disk(folder)}")
+                elif time.monotonic() - moved > limit:
+                    raise StalledError(f"FFCV's writer has not moved for {limit:.0f} s. {_disk(folder)}")
                 time.sleep(POLL_SECONDS)
         finally:
             _kill(child)

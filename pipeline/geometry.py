@@ -13,19 +13,21 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.sampling import Geometry
+from pipeline.transfer import to_device
+
+CHUNK = 256  # pictures whose float32 copies lie in memory at once
 
 
 def crop_resize(canvas: Tensor, where: Geometry, side: int) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, side, side, 3) uint8 on the same device: each row its own box, resized, flipped."""
     if kernels.usable(canvas.device):
-        boxes = torch.from_numpy(where.boxes.astype(np.int32)).to(canvas.device, non_blocking=True)
-        flip = torch.from_numpy(where.flip.astype(np.int32)).to(canvas.device, non_blocking=True)
+        boxes, flip = (to_device(each.astype(np.int32), canvas.device) for each in (where.boxes, where.flip))
         return kernels.crop_resize(canvas, boxes, flip, side)
     resize = _one_by_one if canvas.device.type == "cpu" else _batched
     cropped = resize(canvas, where.boxes, side)
     if not where.flip.any():
         return cropped
-    flip = torch.from_numpy(where.flip).to(canvas.device, non_blocking=True)
+    flip = to_device(where.flip, canvas.device)
     return torch.where(flip[:, None, None, None], cropped.flip(2), cropped)
 
 
@@ -45,9 +47,15 @@ def _one_by_one(canvas: Tensor, boxes: np.ndarray, side: int) -> Tensor:
 
 
 def _batched(canvas: Tensor, boxes: np.ndarray, side: int) -> Tensor:
-    """On a GPU without Triton: two batched matrix products with each row's filter written out as a dense matrix."""
+    """On a GPU without Triton: two batched matrix products with each row's filter written out as a dense matrix.
+
+    Some pictures at a time: a batch of 4,096 at once would want 21 GB.
+    """
+    if len(canvas) > CHUNK:
+        starts = range(0, len(canvas), CHUNK)
+        return torch.cat([_batched(canvas[at : at + CHUNK], boxes[at : at + CHUNK], side) for at in starts])
     rows, columns = canvas.shape[1:3]
-    place = torch.from_numpy(boxes).to(canvas.device, torch.float32, non_blocking=True)
+    place = to_device(boxes.astype(np.float32), canvas.device)
     down = _filter(place[:, 0], place[:, 2], rows, side)  # (B, side, H)
     across = _filter(place[:, 1], place[:, 3], columns, side)  # (B, side, W)
     batch = len(canvas)

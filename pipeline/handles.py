@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.limits import BROKEN, machine_fault
-from pipeline.shards import printable
+from pipeline.limits import BROKEN, machine_fault, unreadable
+from pipeline.names import printable
 
 T = TypeVar("T")
 LIMIT = 64  # a process may often open no more than 1,024, and a source or a store can have more files than that
@@ -82,6 +82,14 @@ def steadily(path: bytes | str | Path, read: Callable[[], T]) -> T:
     except OSError as error:
         check_machine(path, error)
         raise
+
+
+def read_whole(path: Path) -> bytes:
+    """All bytes of a small file. Raises DataError, ResourceError."""
+    try:
+        return steadily(path, path.read_bytes)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def check_machine(path: bytes | str | Path, error: Exception) -> None:

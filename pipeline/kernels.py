@@ -3,8 +3,8 @@
     crop_resize   canvas of decoded pictures -> uint8 crops: box, antialiased bilinear filter, flip, rounding
     to_patches    uint8 crops -> normalised patches: colour map, clamp, normalisation, patch order, cast
 
-geometry.py and views.py hold the same in plain torch: what runs on a CPU, and what these are compared with. Nothing as
-large as a float32 image lies between bytes in and bytes out.
+geometry.py and views.py hold the same in plain torch: what runs on a CPU, and what these are compared with. No
+kernel keeps a float32 image between what it reads and what it writes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from __future__ import annotations
 # Triton's language is Python that pyright cannot read.
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
-import functools
+import os
+import shutil
+import sysconfig
+import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from pipeline.limits import out_of_memory
 
 try:
     import triton
@@ -26,22 +32,50 @@ except ImportError:  # torch for a CPU comes without
 PIXELS = 256  # of an output that one program makes
 
 
-@functools.cache
+_tried: dict[torch.device, str | None] = {}  # what why_not() found
+_trying = threading.Lock()  # the loader's thread asks too
+
+
 def usable(device: torch.device) -> bool:
     """Triton is there and compiles for this device: it wants a C compiler, and a GPU that it knows."""
-    if triton is None or device.type != "cuda":
-        return False
-    try:
-        grey = torch.zeros(1, 4, 4, 3, dtype=torch.uint8, device=device)
-        to_patches(grey, 4, None, (0.0,) * 3, (1.0,) * 3, torch.float32)
-    except Exception:  # whatever it is that it lacks, plain torch does the same
-        return False
-    return True
+    return why_not(device) is None
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why plain torch does their work on this device, in a few words; None where they do it."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    if triton is None:
+        return "Triton is not installed"
+    with _trying:
+        if device not in _tried:
+            try:
+                grey = torch.zeros(1, 4, 4, 3, dtype=torch.uint8, device=device)
+                to_patches(grey, 4, None, (0.0,) * 3, (1.0,) * 3, torch.float32)
+            except Exception as error:  # whatever it is that it lacks, plain torch does the same
+                words = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+                if out_of_memory(error):  # which passes: the next batch asks again
+                    return words
+                _tried[device] = missing_tools() or words
+            else:
+                _tried[device] = None
+        return _tried[device]
+
+
+def missing_tools() -> str | None:
+    """What Triton needs of the system in order to compile, and is not there, in a few words; None: nothing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # where Triton looks
+        return "there is no C compiler (gcc or clang)"
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's own, where no headers are; Triton goes by the other too
+        scheme = "posix_prefix"
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    return None if (headers / "Python.h").is_file() else f"there is no Python.h in {headers}"
 
 
 if triton is not None:
-
-    @triton.jit
+    # The size of the canvas is another for each batch, and must not be a kernel of its own for each.
+    @triton.jit(do_not_specialize=["rows", "columns"])
     def _crop_resize(
         canvas, boxes, flips, out, rows, columns, side: tl.constexpr, pixels: tl.constexpr
     ):  # fmt: skip

@@ -1,5 +1,5 @@
-"""What affinity, control groups and the kernel leave this process of the machine: less than there is, in a container or
-a job; and how it sounds when that is used up."""
+"""How much of the machine this process may use, by affinity, control groups and the kernel's limits, and how errors
+read when that runs out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import ResourceError
+from pipeline.errors import DaaeError, DataError, ResourceError
 
 SPARE_FILES = 256  # for whatever else this process opens
 BROKEN = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)  # a disk or network, not the file on it
-NO_MEMORY = (
+MEMORY_PHRASES = (
     "out of memory", "not enough memory", "can't allocate", "cannot allocate", "allocation failed", "alloc_failed",
     "allocator_failure", "bad_alloc",
 )  # fmt: skip
@@ -105,8 +105,13 @@ def machine_fault(path: Path | str, error: OSError) -> ResourceError | None:
     return None
 
 
+def unreadable(path: Path | str, error: OSError) -> DaaeError:
+    """What to raise where a file cannot be read, whosever fault that is."""
+    return machine_fault(path, error) or DataError(f"{path} cannot be read: {error.strerror or error}.")
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory, the host's or a GPU's, is what was missing: only torch has a class for it, and not always."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return any(words in str(error).lower() for words in NO_MEMORY)
+    return any(words in str(error).lower() for words in MEMORY_PHRASES)

@@ -25,18 +25,15 @@ from torch import Tensor
 
 from pipeline import sampling
 from pipeline.errors import DaaeError, DataError, ResourceError, StalledError, UsageError
+from pipeline.ffcv_loader import FFCVSource
 from pipeline.limits import machine_fault, out_of_memory, usable_cores
+from pipeline.resident_loader import ResidentSource
 from pipeline.sampling import Geometry, View
+from pipeline.shard_loader import ShardSource
 from pipeline.store import Store
 from pipeline.views import Batch
 
 Backend = Literal["auto", "ffcv", "shards", "dali", "resident"]
-MODULES = {
-    "ffcv": ("pipeline.ffcv_loader", "FFCVSource"),
-    "shards": ("pipeline.shard_loader", "ShardSource"),
-    "dali": ("pipeline.dali_loader", "DALISource"),
-    "resident": ("pipeline.resident_loader", "ResidentSource"),
-}
 CLOSE_SECONDS = 5.0  # that an epoch which is left waits for the batch under way; a read that hangs is left behind
 STALLED_CLOSE_SECONDS = 1.0  # where the batch was waited for in vain
 
@@ -90,10 +87,10 @@ class Loader:
         self._left: threading.Thread | None = None  # of an epoch that was closed in the middle of a batch
         # One for all epochs: memory that is freed on a stream is used again on that one alone.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Training drops the last partial batch; evaluation must see every image and takes it.
         self.chosen = None if only is None else np.asarray(only, np.int64)
         self.ordered = np.arange(store.count) if self.chosen is None else self.chosen
         count = store.per_epoch if self.chosen is None else len(self.chosen)
+        # Training drops the last partial batch; evaluation must see every image and takes it.
         self.batches = count // batch if shuffle else -(-len(self.ordered) // batch)
         self.sizes = np.stack([store.index["height"], store.index["width"]], axis=1)
         self.labels = store.label(label)[0].astype(np.int64) if label else np.full(store.count, -1, np.int64)
@@ -280,19 +277,16 @@ def open_loader(
         check_batch(store, batch, only)
     if batch % ranks:
         raise UsageError(f"a batch of {batch} cannot be divided evenly among {ranks} processes.")
-    store.hold_tables()
     device = torch.device(device)
     if backend == "auto":
         backend = choose_backend(device)
-    of_files = {"ahead": ahead}
-    options = {
-        "ffcv": of_files, "shards": of_files, "dali": {"hw_decoder_load": hw_decoder_load},
-        "resident": {"stall_seconds": stall_seconds},
-    }  # fmt: skip
-    threads = decoding_threads(workers, device, ranks_here)
-    make = _source_class(store, backend)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # DALI takes its memory beside torch, which would keep what no tensor needs any more
     try:
-        source = make(store, views, device=device, workers=threads, batch=batch // ranks, **options[backend])
+        source = _open_source(
+            store, views, backend, device=device, workers=decoding_threads(workers, device, ranks_here),
+            batch=batch // ranks, ahead=ahead, hw_decoder_load=hw_decoder_load, stall_seconds=stall_seconds,
+        )  # fmt: skip
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -303,17 +297,38 @@ def open_loader(
     )  # fmt: skip
 
 
-def _source_class(store: Store, backend: Backend) -> Callable[..., Source]:
-    if backend == "ffcv" and store.beton is None:
-        raise UsageError(f"{store.root} was written without ffcv. Convert again with --backends both.")
-    module, name = MODULES[backend]
+def _open_source(
+    store: Store,
+    views: dict[str, View],
+    backend: Backend,
+    *,
+    device: torch.device,
+    workers: int,
+    batch: int,
+    ahead: int,
+    hw_decoder_load: float,
+    stall_seconds: float,
+) -> Source:
+    """What decodes and cuts for a loader, with the store's tables held in memory. batch: images of this process.
+
+    Raises DataError, ResourceError, StalledError, UsageError; RuntimeError or MemoryError where there is no memory.
+    """
+    if backend == "ffcv":
+        if store.beton is None:
+            raise UsageError(f"{store.root} was written without ffcv. Convert again with --backends both.")
+        return FFCVSource(store, views, device=device, workers=workers, ahead=ahead)
+    if backend == "shards":
+        return ShardSource(store, views, device=device, workers=workers, ahead=ahead)
+    if backend == "resident":
+        return ResidentSource(store, views, device=device, workers=workers, stall_seconds=stall_seconds)
     try:
-        return getattr(importlib.import_module(module), name)
+        from pipeline.dali_loader import DALISource
     except ImportError as error:
         raise ResourceError(
             f"--loader {backend} needs {error.name or error}, which is not installed. "
             "Run `make setup`, or pass --loader auto."
         ) from None
+    return DALISource(store, views, device=device, workers=workers, batch=batch, hw_decoder_load=hw_decoder_load)
 
 
 def choose_backend(device: torch.device) -> Literal["shards", "dali"]:
@@ -321,6 +336,6 @@ def choose_backend(device: torch.device) -> Literal["shards", "dali"]:
     library to be found."""
     if device.type == "cuda":
         with contextlib.suppress(ImportError):
-            importlib.import_module(MODULES["dali"][0])
+            importlib.import_module("pipeline.dali_loader")
             return "dali"
     return "shards"

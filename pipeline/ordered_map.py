@@ -28,7 +28,7 @@ T_co = TypeVar("T_co", covariant=True)
 # Enough to keep a worker busy while the parent writes; few enough that the tasks fit into the pipe's buffer.
 QUEUED = 2
 STARTING = -1
-DEATHS_IN_A_ROW = 5  # items that each killed two processes with none between that did not: it is not the items
+DEATHS_IN_A_ROW = 5  # items in a row that each killed two processes: then the items are not to blame
 START_SECONDS = 120.0  # a fresh process imports first, on a busy machine or a cold disk for long
 MAYBE_MEMORY = " (out of memory?)"  # after what a process was killed by
 END_SECONDS = 5.0  # that killed processes are waited for, all of them together
@@ -123,6 +123,7 @@ class _Team:
         self.workers = [self.start() for _ in range(max(1, min(workers, len(tasks))))]
         self.answers: dict[int, list] = {}
         self.given = 0
+        self.places: list[tuple[int, int]] = []  # where each worker was when last looked at: a task, an item of it
         self.moved, self.limit = time.monotonic(), START_SECONDS
         self.suspects: set[tuple[int, int]] = set()  # items at which one process has died
         self.verdicts: dict[int, dict[int, Any]] = {}  # task -> items at which a second one has
@@ -151,7 +152,10 @@ class _Team:
                     raise error
                 self.in_a_row = 0 if results else self.in_a_row
                 self.answers[place] = self._settled(place, results)
-                self.moved = time.monotonic()
+        # A task is answered as a whole, and each of its items may take long.
+        places = [(worker.tasks[0][0], worker.item.value) for worker in self.workers if worker.tasks]
+        if places != self.places:
+            self.places, self.moved = places, time.monotonic()
         if any(worker.item.value == STARTING for worker in self.workers if worker.tasks):
             self.limit = max(self.stall_seconds, START_SECONDS)
         elif self.limit != self.stall_seconds:

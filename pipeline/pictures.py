@@ -113,11 +113,6 @@ def has_picture_extension(name: bytes) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def read_picture(path: bytes | str | Path, encoding: Encoding) -> Stored:
-    """`check_picture` of a file."""
-    return check_picture(read_file(path, encoding.max_bytes), encoding)
-
-
 def check_picture(data: bytes, encoding: Encoding) -> Stored:
     """Check, fully decode and normalise one file.
 
@@ -310,7 +305,7 @@ def plain_jpeg(data: bytes) -> bytes | None:
         at += 2 + length
         if marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
             adobe = body[11]
-        elif marker == 0xE0 and body.startswith(b"JFIF\0"):
+        elif marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 12:
             # The version, density and an empty thumbnail; a thumbnail inside is metadata.
             jfif, segment = True, b"\xff\xe0\x00\x10" + body[:12] + b"\0\0"
         elif 0xE0 <= marker <= 0xEF or marker == 0xFE:

@@ -28,14 +28,7 @@ class ResidentSource:
     """Raises DataError (a sample is damaged), ResourceError (no room), StalledError when it is made."""
 
     def __init__(
-        self,
-        store: Store,
-        views: dict[str, View],
-        *,
-        device: torch.device,
-        workers: int,
-        batch: int,
-        stall_seconds: float,
+        self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, stall_seconds: float
     ):
         self.sides = {name: view.side for name, view in views.items()}
         shape = (store.count, store.max_height, store.max_width, 3)
@@ -83,7 +76,9 @@ class ResidentSource:
 
 def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        # The driver counts as used what torch keeps of tensors that are gone, and gives to the next.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     import psutil
 
     free, limit = psutil.virtual_memory().available, memory_limit()

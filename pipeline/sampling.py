@@ -16,6 +16,7 @@ MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: 2^64 / golden ratio, odd
 TRIES = 10  # of a crop that has to fit
 BLUR_SIGMA = (0.1 / 224, 2.0 / 224)  # of a blur, as a share of the side: SimCLR's 0.1 to 2 pixels of 224
+MOST_VIEWS = 16  # that are cut from one picture, as native/crops.c has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,9 @@ def key(seed: int, epoch: int, purpose: str) -> int:
     return int(state)
 
 
-def uniform(seed: int, epoch: int, purpose: str, ids: np.ndarray, count: int, first: int = 0) -> np.ndarray:
-    """(len(ids), count) float64 in [0, 1): row i depends on ids[i] alone, not on its neighbours or its place.
-
-    first: where in the row's endless stream the count begins.
-    """
-    return _numbers(_rows(np.array(key(seed, epoch, purpose), np.uint64), ids), count, first)
+def uniform(seed: int, epoch: int, purpose: str, ids: np.ndarray, count: int) -> np.ndarray:
+    """(len(ids), count) float64 in [0, 1): row i depends on ids[i] alone, not on its neighbours or its place."""
+    return _numbers(_rows(np.array(key(seed, epoch, purpose), np.uint64), ids), count)
 
 
 def _rows(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -82,7 +80,7 @@ def _rows(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _numbers(rows: np.ndarray, count: int, first: int = 0) -> np.ndarray:
-    """(B, count) float64 in [0, 1) from the streams of B rows."""
+    """(B, count) float64 in [0, 1) from the streams of B rows. first: where in each stream the count begins."""
     with np.errstate(over="ignore"):
         place = np.arange(first + 1, first + count + 1, dtype=np.uint64)
         words = mix(rows[:, None] + place * np.uint64(GOLDEN))

@@ -113,7 +113,5 @@ def send(images: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 class ShardSource(FileSource):
     """WebDataset shards, at any place in any order."""
 
-    def __init__(
-        self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, batch: int, ahead: int
-    ):
+    def __init__(self, store: Store, views: dict[str, View], *, device: torch.device, workers: int, ahead: int):
         super().__init__(StoredPictures.in_shards(store), views, device=device, workers=workers, ahead=ahead)

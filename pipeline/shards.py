@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import struct
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.decoder import checksum_in_c, ppm_head
+from pipeline.names import printable
 from pipeline.staging import write_durably
 from pipeline.store import FORMAT, INDEX, MANIFEST, suffix
 
@@ -44,7 +44,6 @@ class ShardWriter:
         self.shards: list[str] = []
         self.files: dict[str, dict] = {}  # name -> bytes and sha256, as the manifest holds it
         self.count = 0
-        self.bytes = 0
         self._rows = bytearray()
         self._file: BinaryIO | None = None
 
@@ -67,8 +66,8 @@ class ShardWriter:
         self.shards, self.files, self.count = list(shards), dict(files), len(index)
         self._rows = bytearray(index.tobytes())
 
-    def add(self, data: bytes, *, label: int, height: int, width: int) -> int:
-        """Append one picture, a verified JPEG or raw pixels; returns its sample id."""
+    def add(self, data: bytes, *, label: int, height: int, width: int) -> None:
+        """Append one picture, a verified JPEG or raw pixels."""
         key, kind = f"{self.count:09d}", suffix(raw=self.raw)
         head = ppm_head(height, width) if self.raw else b""
         cls, size = b"%0*d" % (self.label_width, label), len(head) + len(data)
@@ -81,7 +80,6 @@ class ShardWriter:
         total = checksum_in_c(np.frombuffer(data, np.uint8))
         self._rows += ROW.pack(len(self.shards) - 1, len(data), offset + len(head), height, width, total)
         self.count += 1
-        return self.count - 1
 
     def close(self) -> None:
         """Finish the last shard. Idempotent."""
@@ -130,7 +128,6 @@ class ShardWriter:
         file.write(data)
         self._digest.update(data)
         self._place += len(data)
-        self.bytes += len(data)
 
 
 def index_name(shard: str) -> str:
@@ -188,34 +185,3 @@ def write_manifest(folder: Path, *, files: Mapping[str, dict], index: np.ndarray
     }
     write_durably(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
-
-
-def printable(path: bytes) -> str:
-    r"""A path as one line of UTF-8 that names it exactly: `\\`, `\n`, and `\xNN` for bytes that cannot be shown.
-
-    `unprintable()` is the inverse.
-    """
-    text = path.decode("utf-8", "surrogateescape")
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(_escape(character) for character in text)
-
-
-def _escape(character: str) -> str:
-    if character == "\\":
-        return "\\\\"
-    if character == "\n":
-        return "\\n"
-    if character.isprintable():
-        return character
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
-
-
-def unprintable(text: str) -> bytes:
-    """The path that `printable()` was given."""
-
-    def byte(match: re.Match[bytes]) -> bytes:
-        code = match[1]
-        return {b"\\": b"\\", b"n": b"\n"}.get(code) or bytes.fromhex(code[1:].decode())
-
-    return re.sub(rb"\\(\\|n|x[0-9a-f]{2})", byte, text.encode())

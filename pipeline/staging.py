@@ -12,11 +12,15 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from pipeline.errors import Preempted, ResourceError, UsageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, or a limit of file sizes
+PARENT_SECONDS = 5.0  # that the lock of a parent folder is waited for: another process holds it for moments
 
 
 class _Terminated(BaseException):
@@ -76,13 +80,13 @@ def staging(
     old = parent / f".{name}.old-{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        adopted = _clear_leftovers(parent, name, destination, adopt)
-        if adopted is not None:
-            os.rename(adopted, folder)
-        else:
-            folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _alone_in(parent):
+            adopted = _clear_leftovers(parent, name, destination, adopt)
+            if adopted is not None:
+                os.rename(adopted, folder)
+            else:
+                folder.mkdir()
+            lock = _locked(folder, destination)
     except OSError as error:
         raise ResourceError(f"{parent} cannot be written: {error.strerror}.") from None
     kept = False
@@ -110,7 +114,7 @@ def staging(
 
 def disk_error(error: OSError, where: Path) -> Exception:
     """A full disk, quota or broken medium as a sentence; any other OSError comes back as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_full(error):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(where.parent).free
             return ResourceError(
@@ -122,8 +126,46 @@ def disk_error(error: OSError, where: Path) -> Exception:
     return error
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk, a quota or a limit of file sizes is used up."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
 def size_in_words(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+@contextlib.contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """Hold the lock of a folder: no other process is to find abandoned in it what this one is about to take.
+
+    Whoever cannot have it within PARENT_SECONDS goes on without: nothing may hang, and `_locked` still tells who came
+    second.
+    """
+    lock, end = os.open(parent, os.O_RDONLY), time.monotonic() + PARENT_SECONDS
+    try:
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path, destination: Path) -> int:
+    """A descriptor that holds the lock of a folder while it is open. Raises UsageError where another process has it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise UsageError(f"{destination} is being written by another process (see {folder}).") from None
+        raise
+    return lock
 
 
 def _clear_leftovers(parent: Path, name: str, destination: Path, adopt: Callable[[Path], bool] | None) -> Path | None:
@@ -134,13 +176,7 @@ def _clear_leftovers(parent: Path, name: str, destination: Path, adopt: Callable
         for left in sorted(path for path in parent.iterdir() if path.name.startswith(prefix) and path.is_dir()):
             if not left.name.removeprefix(prefix).isdigit():
                 continue
-            lock = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{destination} is being written by another process (see {left}).") from None
-            finally:
-                os.close(lock)
+            os.close(_locked(left, destination))
             # Killed between the two renames of a replacement: the older folder is still whole.
             if kind == "old" and not destination.exists():
                 os.rename(left, destination)

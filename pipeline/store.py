@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import DaaeError, DataError, UsageError
-from pipeline.limits import machine_fault
+from pipeline.errors import DataError, UsageError
+from pipeline.limits import unreadable
 from pipeline.sampling import epoch_order
 
 FORMAT = 2  # 2: a checksum for each sample
@@ -76,7 +76,7 @@ class Store:
             for name, facts in manifest["files"].items():
                 _check_size(root / name, facts["bytes"])
         except OSError as error:
-            raise _unreadable(Path(error.filename or path), error) from None
+            raise unreadable(Path(error.filename or path), error) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             why = f"there is no {error}" if isinstance(error, KeyError) else error
             raise DataError(f"{path} cannot be read ({why}). Convert the images again.") from None
@@ -93,7 +93,7 @@ class Store:
 
     @property
     def drawn(self) -> str:
-        """What to say behind the number of images of an epoch, where they are not the store's."""
+        """Appended to the number of images of an epoch in messages, where that is not the store's count."""
         return ""
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -186,7 +186,7 @@ class Store:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][path.name]["sha256"]:
             raise DataError(f"{path} is not what was written: its sha256 differs. Convert the images again.")
         table = self._table(name, io.BytesIO(data))
@@ -202,7 +202,7 @@ class Store:
             if table.shape != shape or table.dtype != kind:
                 raise ValueError(f"it holds {table.shape} {table.dtype}, the manifest says {shape} {kind}")
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
         except Exception as error:  # numpy's reading of a damaged header ends in almost anything
             raise DataError(f"{path} is damaged ({' '.join(str(error).split())}). Convert the images again.") from None
         return table
@@ -247,7 +247,3 @@ def _check_size(file: Path, expected: int) -> None:
     if size != expected:
         found = "is missing" if size is None else f"has {size:,} bytes"
         raise DataError(f"{file} {found}, the manifest says {expected:,}. Convert the images again.")
-
-
-def _unreadable(path: Path, error: OSError) -> DaaeError:
-    return machine_fault(path, error) or DataError(f"{path} cannot be read: {error.strerror or error}.")

@@ -24,9 +24,8 @@ class StoredPictures:
     def __init__(self, store: Store, paths: list[Path], file: np.ndarray, offset: np.ndarray):
         """file: (N,) which of `paths` holds sample i; offset: (N,) the byte of it at which its picture begins.
 
-        Raises DataError, ResourceError: a file cannot be opened, or the store's tables are not what was written.
+        store: with its tables held in memory. Raises DataError, ResourceError: a file cannot be opened.
         """
-        store.hold_tables()
         self.store, self.paths, self._file, self._offset = store, paths, file, offset
         self._raw = np.repeat([part.raw for part in store.parts], [part.count for part in store.parts])
         self._open: list[int] = []
@@ -43,6 +42,10 @@ class StoredPictures:
 
     @classmethod
     def in_shards(cls, store: Store) -> StoredPictures:
+        """Any store's: where there are no shards, its index points into the FFCV file. Its tables are held in memory.
+
+        Raises DataError, ResourceError: a file cannot be opened, or the tables are not what was written.
+        """
         store.hold_tables()
         return cls(store, store.shards, store.index["shard"], store.index["offset"])
 

@@ -17,7 +17,6 @@ workers had decoded for it. A line is written when its shard is on the disk, so 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import zipfile
@@ -31,12 +30,11 @@ from pipeline.errors import DataError, StalledError, UsageError
 from pipeline.shards import ShardWriter, describe_file, index_name
 from pipeline.sources.entries import Listing, Tell, nobody
 from pipeline.sources.source import Source
-from pipeline.staging import sync, write_durably
+from pipeline.staging import is_full, sync, write_durably
 from pipeline.store import INDEX
 
 FOLDER = "unfinished"
 JOB = "job.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROWS = np.dtype([("place", "<u8"), ("row", INDEX)])
 
 
@@ -135,9 +133,12 @@ class Unfinished:
             done.bad += line["bad"]
             done.next, done.kept = line["next"], line["kept"]
             done.rows = rows[: line["rows"]]
-        done.lost = {os.fsencode(line["path"]): line["reason"] for line in _lines(self.place / "lost.jsonl")}
+        lost = _lines(self.place / "lost.jsonl")
+        done.lost = {os.fsencode(line["path"]): line["reason"] for line in lost}
+        # Without a line that a kill has torn: what is appended next would become part of it.
         write_durably(table, done.rows.tobytes())
-        write_durably(self.place / "finished.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        for name, whole in (("finished.jsonl", lines), ("lost.jsonl", lost)):
+            write_durably(self.place / name, "".join(json.dumps(line) + "\n" for line in whole).encode())
         for path in self.folder.iterdir():
             if path.name not in done.files and path != self.place:
                 path.unlink()
@@ -161,11 +162,6 @@ def worth_keeping(folder: Path, error: BaseException) -> bool:
         (folder / FOLDER / "lost.jsonl").unlink(missing_ok=True)
     full = any(not line["last"] for line in _lines(folder / FOLDER / "finished.jsonl"))
     return full and not is_full(error) and not isinstance(error, (DataError, UsageError))
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether it says that a disk, a quota or a limit of file sizes is used up."""
-    return isinstance(error, OSError) and error.errno in FULL
 
 
 def _append(path: Path, data: bytes) -> None:

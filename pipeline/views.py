@@ -6,7 +6,6 @@ row, column) order, the order of a convolution's weight, so that timm's patch em
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -17,8 +16,19 @@ from pipeline import kernels
 from pipeline.augment import strengthen
 from pipeline.colour import colour_maps, mean_colour, recolour
 from pipeline.errors import UsageError
-from pipeline.sampling import GOLDEN, MASK64, View, branch_scales, colours, mask_key, noise_key, noise_levels
-from pipeline.transfer import to_device
+from pipeline.masks import kept_count
+from pipeline.sampling import (
+    GOLDEN,
+    MASK64,
+    MOST_VIEWS,
+    View,
+    branch_scales,
+    colours,
+    mask_key,
+    noise_key,
+    noise_levels,
+)
+from pipeline.transfer import constant, to_device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ViT here uses
 
@@ -108,21 +118,13 @@ def denormalise(images: Tensor) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-@functools.cache
 def _mean_and_std(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """On the device once and for all: sent each time, a step would wait for them."""
-    mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (MEAN, STD))
-    return mean, std
+    return constant(MEAN, device, dtype), constant(STD, device, dtype)
 
 
 def to_grey_levels(pixels: Tensor) -> Tensor:
     """(B, S, S, 3) in [0, 1] -> uint8, to the nearest."""
     return pixels.mul(255).round_().to(torch.uint8)
-
-
-def kept_count(patches: int, mask_ratio: float) -> int:
-    """How many of `patches` stay visible: MAE rounds down (int(N (1 - ratio)))."""
-    return int(patches * (1 - mask_ratio))
 
 
 def draw_mask(ids: Tensor, patches: int, keep: int, stream: int, group: int = 1) -> tuple[Tensor, Tensor]:
@@ -185,20 +187,7 @@ def make_views(
     made, ids = {}, batch.id.numpy()
     there = to_device(ids, next(iter(batch.images.values())).device)
     for name, view in views.items():
-        images = batch.images[name]
-        drawn = colours(view, name, seed, batch.epoch, ids) if view.coloured else None
-        if view.strong:  # changes of grey levels: what was coloured is rounded to them, as between any two in Pillow
-            images = images if drawn is None else to_grey_levels(recolour(images.float().div_(255), drawn))
-            images, drawn = strengthen(images, view, name, seed, batch.epoch, ids), None
-        # The fused kernel maps one pixel at a time: a view that is blurred or solarised takes the plain path.
-        if kernels.usable(images.device) and (drawn is None or not view.filtered):
-            maps = None if drawn is None else colour_maps(mean_colour(images), drawn)
-            patches = kernels.to_patches(images, patch, maps, MEAN, STD, torch.float32 if view.mask_ratio else dtype)
-        elif drawn is None:
-            patches = normalised_patches(images, patch)
-        else:
-            patches = patchify(normalise(recolour(images.float().div_(255), drawn)), patch)
-        grid = view.side // patch
+        patches, grid = _pixels(batch, view, name, patch=patch, seed=seed, dtype=dtype), view.side // patch
         keep = hidden = noise = sigma = branches = None
         if view.mask_ratio > 0:
             if len(batch.id) % view.group:
@@ -216,13 +205,32 @@ def make_views(
     return made
 
 
+def _pixels(batch: Batch, view: View, name: str, *, patch: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """(B, N, 3 p^2): one view of a batch, coloured, normalised and cut into patches. dtype: as of make_views."""
+    images, ids = batch.images[name], batch.id.numpy()
+    drawn = colours(view, name, seed, batch.epoch, ids) if view.coloured else None
+    if view.strong:  # changes of grey levels: what was coloured is rounded to them, as between any two in Pillow
+        images = images if drawn is None else to_grey_levels(recolour(images.float().div_(255), drawn))
+        images, drawn = strengthen(images, view, name, seed, batch.epoch, ids), None
+    # The fused kernel maps one pixel at a time: a view that is blurred or solarised takes the plain path.
+    if kernels.usable(images.device) and (drawn is None or not view.filtered):
+        maps = None if drawn is None else colour_maps(mean_colour(images), drawn)
+        return kernels.to_patches(images, patch, maps, MEAN, STD, torch.float32 if view.mask_ratio else dtype)
+    if drawn is None:
+        return normalised_patches(images, patch)
+    return patchify(normalise(recolour(images.float().div_(255), drawn)), patch)
+
+
 def group_size(views: dict[str, View]) -> int:
     """A batch, and any part of it, has to hold a multiple of so many samples."""
     return math.lcm(*(view.group for view in views.values()))
 
 
 def check_views(views: dict[str, View], patch: int) -> None:
-    """Raises UsageError for a view that no grid of patches fits, or that hides all or none of its patches."""
+    """Raises UsageError for more views than a decoder cuts, and for one that no grid of patches fits, or that hides all
+    or none of its patches."""
+    if len(views) > MOST_VIEWS:
+        raise UsageError(f"{len(views)} views are too many: at most {MOST_VIEWS} are cut from one picture.")
     for name, view in views.items():
         if view.side % patch:
             raise UsageError(f"view {name}: its side {view.side} is not a multiple of the patch side {patch}.")

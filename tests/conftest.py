@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,12 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 SMALL = Shape(side=32, patch=8, width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
 COUNT = 96
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(B,) decibels between two (B, H, W, 3) uint8 batches."""
-    error = np.square(one.astype(float) - other.astype(float)).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.pictures import Encoding, Stored, check_picture, read_file
+
 
 def picture(seed: int, width: int = 96, height: int = 72) -> Image.Image:
     """An RGB picture: a smooth gradient, a few discs and bars, a little noise. No two corners are alike."""
@@ -57,6 +59,11 @@ def make_folder(
     return paths
 
 
+def read_picture(path: Path, encoding: Encoding) -> Stored:
+    """What is stored of a file. Raises Rejected."""
+    return check_picture(read_file(path, encoding.max_bytes), encoding)
+
+
 def pixels(image: Image.Image | bytes) -> np.ndarray:
     """(H, W, 3) int16, of an image or a file's bytes: int16, so that differences do not wrap."""
     if isinstance(image, bytes):
@@ -64,8 +71,8 @@ def pixels(image: Image.Image | bytes) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(np.int16)
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two 8-bit pictures of one shape."""
-    assert a.shape == b.shape
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-12)))
+def psnr(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(...) peak signal-to-noise ratios, in decibels, of two (..., H, W, 3) of 8-bit pictures."""
+    assert one.shape == other.shape
+    error = np.square(one.astype(float) - other.astype(float)).mean(axis=(-3, -2, -1))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))

@@ -156,7 +156,7 @@ def stepper_of(
 
 def take_steps(stepper: Stepper, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What STEPS steps on the fixed batch come to: the first gradient, the last loss and norm, the weights; whole."""
-    from train.sharded import full
+    from train.divided import full
 
     ranks, method = stepper.ranks, stepper.run.method
     share = ROWS // ranks.count
@@ -179,16 +179,16 @@ def take_steps(stepper: Stepper, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def check_checkpoints(stepper: Stepper, out: Path) -> None:
     """Write what is divided among the ranks both ways, and read each into another network."""
-    from train import sharded
+    from train import divided
 
     tensors = checkpoint.tensors_of(stepper.network, stepper.optimizer)
     for kind in ("shards", "whole"):
-        path = sharded.save(out / kind, tensors, {"step": STEPS}, 1, stepper.ranks, whole=kind == "whole")
+        path = divided.save(out / kind, tensors, {"step": STEPS}, 1, stepper.ranks, whole=kind == "whole")
         stepper.ranks.share(None)  # rank 0 has it in its place
         other = stepper_of(stepper.run.method, stepper.ranks, torch.float32, divided=True)
         with torch.no_grad():  # as where ways to attend are measured; it leaves some weights whole
             other.network(fixed_views(stepper.run.method, slice(ROWS), torch.float32), torch.full((ROWS,), -1))
-        sharded.load(other.network, other.optimizer, checkpoint.verify(path))
+        divided.load(other.network, other.optimizer, checkpoint.verify(path))
         loaded = checkpoint.tensors_of(other.network, other.optimizer)
         for name, values in tensors.items():
             assert values.keys() == loaded[name].keys()

@@ -27,7 +27,10 @@ from pipeline.store import Store
 from tests.study_folders import write_run
 from tools import children, compare, report
 from tools.comparing import experiment as asked
+from tools.comparing import table
+from tools.comparing.pace import measured_paces
 from tools.comparing.records import Cell, cells, read_study, target_score
+from tools.comparing.table import show
 from train.command import parse
 from train.device import choose_precision, device_name
 from train.journal import code_revision
@@ -36,10 +39,11 @@ from train.json_files import read_object, read_rows
 ROOT = Path(__file__).parent.parent
 TINY = ("model.side=32", "model.width=32", "model.depth=1", "model.heads=2", "model.decoder_width=32")
 TINY += ("model.decoder_depth=1", "model.decoder_heads=2", "optim.batch=16", "watch.log_every=2", "loader=dali")
+TINY += ("device=cpu",)  # also where there is a GPU
 
 
 def plan_of(*words: str) -> asked.Plan:
-    return asked.make_plan(parse(asked.Compare, words, prog="daae compare"))
+    return asked.plan_experiment(parse(asked.Compare, words, prog="daae compare"))
 
 
 def words_for(store: Path, out: Path, *more: str, presets: tuple[str, ...] = ("mae-tiny", "daae-tiny")) -> list[str]:
@@ -240,7 +244,8 @@ def record_of(plan: asked.Plan, arm: str, **changes: Any) -> dict:
 
 @pytest.fixture
 def plan(store_path, tmp_path) -> asked.Plan:
-    return plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "200"))
+    settings = ("--settings", "optim.batch=16", "device=cpu")
+    return plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "200", *settings))
 
 
 def test_a_record_of_the_same_plan_agrees(plan):
@@ -363,7 +368,7 @@ time.sleep(60)
 
 def watched(save: float, patience: float, number: int = signal.SIGINT) -> tuple[int, str, float, str]:
     """A child that takes `save` seconds to end, and a signal to ourselves once it listens."""
-    with children.Stop(patience) as stop:
+    with children.PassOn(patience) as stop:
         command = [sys.executable, "-c", CHILD.format(save=save)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
         assert child.stdout is not None
@@ -397,7 +402,7 @@ def test_a_failing_run_ends_with_its_code_and_reason(tmp_path):
     for code, told in ((2, r"failed with exit code 2 (UsageError: no such preset);"), (4, "failed with exit code 2;")):
         status = {"state": "failed", "code": code, "reason": "UsageError: no such preset"}
         (tmp_path / "status.json").write_text(json.dumps(status))  # of this end, or of one before
-        with children.Stop() as stop, pytest.raises(children.DaaeError) as raised:
+        with children.PassOn() as stop, pytest.raises(children.DaaeError) as raised:
             children.call(["train.pretrain", "--preset", "nonsense"], "a seed 0", tmp_path, stop, subprocess.DEVNULL)
         assert raised.value.code == 2
         assert f"a seed 0 {told}" in str(raised.value)
@@ -409,21 +414,21 @@ def test_a_failing_run_ends_with_its_code_and_reason(tmp_path):
 def test_seconds_become_steps_once_and_together(store_path, tmp_path):
     plan = plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "4", "--settings", *TINY))
     plan.out.mkdir()
-    with children.Stop() as stop:
-        paces = compare.measured_paces(plan, stop, quiet=True)
+    with children.PassOn() as stop:
+        paces = measured_paces(plan, stop, quiet=True)
         known = json.loads((plan.out / "pace.json").read_text())
         assert paces == {arm: known[arm]["seconds_per_step"] for arm in plan.arms}
         assert max(paces.values()) < 1
         # What was measured once stays, and an arm that joins is placed by its ratio to one that was there.
         known["mae-tiny"] |= {"seconds_per_step": 2000.0, "measured": [2000.0]}
         (plan.out / "pace.json").write_text(json.dumps({"mae-tiny": known["mae-tiny"]}))
-        assert min(compare.measured_paces(plan, stop, quiet=True).values()) > 500
+        assert min(measured_paces(plan, stop, quiet=True).values()) > 500
         joined = json.loads((plan.out / "pace.json").read_text())
         assert joined["mae-tiny"]["seconds_per_step"] == 2000.0
         assert 500 < joined["daae-tiny"]["seconds_per_step"] < 20_000
         assert not (plan.out / ".pace.json").exists()
         # Before a further seed all are measured once more; what seconds are divided by stays.
-        assert compare.measured_paces(plan, stop, times=3, quiet=True) == {
+        assert measured_paces(plan, stop, times=3, quiet=True) == {
             arm: each["seconds_per_step"] for arm, each in joined.items()
         }
         again = json.loads((plan.out / "pace.json").read_text())
@@ -434,6 +439,12 @@ def test_seconds_become_steps_once_and_together(store_path, tmp_path):
         # So that medians are of the same moments.
         ratios = [joined[arm]["measured"][0] / joined[arm]["measured"][1] for arm in plan.arms]
         assert ratios[0] == pytest.approx(ratios[1])
+        words = ["--presets", "can-tiny", "--data", str(store_path), "--out", str(plan.out), "--seconds", "4"]
+        alone = plan_of(*words, "--settings", *TINY)
+        with pytest.raises(
+            UsageError, match=r"can-tiny cannot be timed in turns with daae-tiny, which .* has: name both"
+        ):
+            measured_paces(alone, stop, quiet=True)
     for pace, steps in ((4 / 7.4, "7"), (100.0, "1")):
         words = plan.pretrain_words(Cell("mae-tiny", 0), pace)
         assert words[words.index("--seconds") :][:4] == ["--seconds", "4", "--steps", steps]
@@ -444,15 +455,15 @@ def test_other_settings_are_another_pace(store_path, tmp_path):
     plan = plan_of(*words_for(store_path, tmp_path / "out", "--seconds", "4", "--settings", *TINY))
     plan.out.mkdir()
     slow = dict.fromkeys(plan.arms, 2000.0)
-    with children.Stop() as stop:
-        compare.measured_paces(plan, stop, quiet=True)
+    with children.PassOn() as stop:
+        measured_paces(plan, stop, quiet=True)
         known = json.loads((plan.out / "pace.json").read_text())
         for arm, seconds in slow.items():
             known[arm]["seconds_per_step"] = seconds
         (plan.out / "pace.json").write_text(json.dumps(known))
-        assert set(compare.measured_paces(plan, stop, quiet=True).values()) == {2000.0}
+        assert set(measured_paces(plan, stop, quiet=True).values()) == {2000.0}
         other = plan_of(*words_for(store_path, plan.out, "--seconds", "4", "--settings", *TINY, "optim.batch=8"))
-        assert max(compare.measured_paces(other, stop, quiet=True).values()) < 1
+        assert max(measured_paces(other, stop, quiet=True).values()) < 1
 
 
 def test_a_fine_tuning_that_diverges_costs_the_others_nothing(plan, monkeypatch, capsys):
@@ -469,7 +480,7 @@ def test_a_fine_tuning_that_diverges_costs_the_others_nothing(plan, monkeypatch,
 
     monkeypatch.setattr(compare, "finetune", finetune)
     diverged: list[Cell] = []
-    with children.Stop() as stop:
+    with children.PassOn() as stop:
         for _ in range(2):
             compare.question(plan, records, stop, diverged, quiet=True)
     assert called == ["mae-tiny", "daae-tiny"]
@@ -488,7 +499,7 @@ def test_a_run_that_told_of_a_step_it_lost_again_does_not_stand_still(plan, monk
     status = plan.folder(cell) / "status.json"
     before = {"state": "running", "step": 100, "last_checkpoint": "step_000000050"}
     status.write_text(json.dumps(before))
-    with children.Stop() as stop:
+    with children.PassOn() as stop:
         after = {**before, "last_checkpoint": "step_000000100"}
         monkeypatch.setattr(compare, "call", lambda *_: status.write_text(json.dumps(after)))
         compare.go_on(plan, cell, None, stop, quiet=True)
@@ -512,8 +523,8 @@ def test_no_table_is_cut_off(plan, monkeypatch, capsys, columns):
     records = [record_of(plan, "mae-tiny"), record_of(plan, "daae-tiny")]
     plan.out.mkdir(exist_ok=True)
     (plan.out / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    monkeypatch.setattr(compare, "rows", lambda study: iter([LONG]))
-    compare.show(read_study([plan.out]))
+    monkeypatch.setattr(table, "rows", lambda study: iter([LONG]))
+    show(read_study([plan.out]))
     said = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
     assert all(cell in said for cell in LONG[1])
     assert said.count("an-arm-with-a-name") == (1 if columns is None else 2)

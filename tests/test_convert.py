@@ -21,11 +21,11 @@ from PIL import Image
 
 from pipeline import ffcv_writer, pictures
 from pipeline.decoder import checksum
-from pipeline.pictures import Encoding, Rejected, read_picture
-from pipeline.shards import printable, unprintable
+from pipeline.names import printable, unprintable
+from pipeline.pictures import Encoding, Rejected
 from pipeline.sources.folder import scan
 from pipeline.store import Store
-from tests.images import encoded, make_folder, picture, pixels, psnr
+from tests.images import encoded, make_folder, picture, pixels, psnr, read_picture
 from tests.test_pictures import png_file, scan_bytes, write
 from tools import convert, verify
 from tools.converting import conversion, decoding

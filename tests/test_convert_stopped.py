@@ -277,6 +277,15 @@ def test_a_file_that_killed_its_readers_is_not_tried_by_the_next_run(tmp_path):
     assert Unfinished(folder, job).done.lost == {}
 
 
+def test_a_line_that_a_kill_has_torn_costs_none_of_those_that_follow(tmp_path):
+    job = {"source": "x"}
+    Unfinished(tmp_path, job).lose(b"0.jpg", "it was killed")
+    with open(tmp_path / "unfinished/lost.jsonl", "a") as file:
+        file.write('{"path": "1.j')
+    Unfinished(tmp_path, job).lose(b"2.jpg", "it was killed")
+    assert list(Unfinished(tmp_path, job).done.lost) == [b"0.jpg", b"2.jpg"]
+
+
 @pytest.mark.parametrize(
     ("error", "kept"),
     [

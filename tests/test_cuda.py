@@ -22,7 +22,8 @@ from pipeline.loader import open_loader
 from pipeline.sampling import View, colours
 from pipeline.store import Store
 from pipeline.views import MEAN, STD, Batch, make_views, normalise, patchify
-from tests.conftest import PYTHON, SMALL, psnr
+from tests.conftest import PYTHON, SMALL
+from tests.images import psnr
 from tests.test_loader import BATCH, VIEWS, reference
 from train.config import Speed
 from train.evaluation.exam import ask
@@ -31,11 +32,20 @@ from train.step import Stepper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = torch.device("cuda", 0)
+compiles = pytest.mark.skipif(
+    kernels.triton is None or kernels.missing_tools() is not None,
+    reason=f"nothing is compiled here: {'no Triton' if kernels.triton is None else kernels.missing_tools()}",
+)
 
 
+@compiles
+def test_kernels_compile_for_this_gpu():
+    assert kernels.why_not(GPU) is None
+
+
+@compiles
 @pytest.mark.parametrize("side", [32, 96, 224])
 def test_crop_resize_compiled_is_within_a_grey_level(side: int):
-    pytest.importorskip("triton")
     draw = np.random.default_rng(side)
     canvas = torch.from_numpy(draw.integers(0, 256, (32, 300, 400, 3), dtype=np.uint8))
     high, wide = draw.integers(1, 301, 32), draw.integers(1, 401, 32)
@@ -48,9 +58,9 @@ def test_crop_resize_compiled_is_within_a_grey_level(side: int):
         assert (mine.cpu().int() - theirs.int()).abs().max() <= 1
 
 
+@compiles
 @pytest.mark.parametrize("patch", [8, 14, 16])
 def test_to_patches_compiled_equals_plain_torch(patch: int):
-    pytest.importorskip("triton")
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (16, 112, 112, 3), dtype=np.uint8))
     drawn = colours(View(side=112, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.5, jitter_p=1.0), "v", 0, 0, np.arange(16))
     reference = patchify(normalise(recolour(images.float() / 255, drawn)), patch)
@@ -79,7 +89,10 @@ def test_pixels_on_the_gpu_are_pillows(store: Store, backend, least: float, medi
 
 @pytest.mark.parametrize("preset", [f"{name}-tiny" for name in OBJECTIVES])
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(preset: str):
-    """Loss within 1e-4 and every gradient within 1e-3 of its norm, fp32 without TF32: masks and colours are equal."""
+    """Loss within 1e-4 and every gradient within 1e-3 of its norm, fp32 without TF32: masks and colours are equal.
+
+    Where a batch norm follows, a bias has a true gradient of zero, and rounding is all that is left of it.
+    """
     run = replace(open_preset(preset), model=SMALL, precision="fp32")
     draw = np.random.default_rng(0)
     views = run.method.views(run.model)
@@ -99,8 +112,9 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(preset: str):
         losses.append(loss.item())
         gradients.append({name: p.grad.cpu() for name, p in network.named_parameters() if p.grad is not None})
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    rounding = 1e-6 * torch.nn.utils.get_total_norm(gradients[0].values())
     for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
+        assert (gradients[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + rounding, name
 
 
 @pytest.mark.parametrize("preset", [f"{name}-tiny" for name in OBJECTIVES])
@@ -121,11 +135,17 @@ def test_nothing_in_a_step_waits_for_the_gpu(preset: str):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@compiles
 @pytest.mark.parametrize("preset", ["mae-tiny", "daae-tiny"])
-def test_steps_as_cuda_graphs_are_those_without(preset: str):
+def test_steps_as_cuda_graphs_are_those_without(preset: str, monkeypatch: pytest.MonkeyPatch):
+    import torch._inductor.config as inductor
+
     found = []
-    for graphs in (False, True):
-        run = replace(open_preset(preset), model=SMALL, precision="fp32", speed=Speed(compile=True, graphs=graphs))
+    for speed in (Speed(), Speed(compile=True), Speed(compile=True, graphs=True)):
+        torch.compiler.reset()  # what other tests compiled counts towards the number of graphs that are made
+        if speed.graphs and hasattr(inductor.triton, "cudagraph_or_error"):
+            monkeypatch.setattr(inductor.triton, "cudagraph_or_error", True)  # else what is no graph runs without one
+        run = replace(open_preset(preset), model=SMALL, precision="fp32", speed=speed)
         stepper = Stepper(run, GPU)
         stepper.prepare()
         images = {
@@ -137,7 +157,11 @@ def test_steps_as_cuda_graphs_are_those_without(preset: str):
         batch = Batch(images, torch.full((16,), -1, device=GPU), torch.arange(16), 0)
         outcomes = [stepper(batch, lr=1e-3)[0] for _ in range(6)]  # the first of them are recorded
         found.append((outcomes, {name: each.clone() for name, each in stepper.network.state_dict().items()}))
-    (plain, weights), (captured, others) = found
+    (eager, _), (plain, weights), (captured, others) = found
+    # Rounding tells the steps apart that follow: Adam makes whole steps of the smallest gradients.
+    for at, apart in ((0, 1e-4), (-1, 1e-2)):
+        for name, value in eager[at].terms.items():
+            assert plain[at].terms[name].item() == pytest.approx(value.item(), rel=apart), name
     for one, other in zip(plain, captured, strict=True):
         assert all(
             value.item() == pytest.approx(other.terms[name].item(), rel=1e-4) for name, value in one.terms.items()
@@ -193,7 +217,7 @@ def test_augmentation_on_the_gpu_is_that_of_the_cpu():
     assert (here != there.cpu()).float().mean() < 1e-3
     pixels = torch.full((64, 48, 48, 3), 9.0)
     erased = [
-        erase(pixels.to(device), 0.5, 0, 0, ids, torch.Generator(device).manual_seed(0)).cpu() != 9.0
+        erase(pixels.clone().to(device), 0.5, 0, 0, ids, torch.Generator(device).manual_seed(0)).cpu() != 9.0
         for device in ("cpu", GPU)
     ]
     assert torch.equal(*erased)

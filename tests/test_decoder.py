@@ -14,8 +14,7 @@ from PIL import Image
 
 from pipeline import decoder, native
 from pipeline.sampling import Geometry
-from tests.conftest import psnr
-from tests.images import encoded, picture
+from tests.images import encoded, picture, psnr
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no region decoder: {native.why_not()}")
 

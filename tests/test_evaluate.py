@@ -18,7 +18,7 @@ from tests.images import make_folder
 from tests.test_pretrain import flags
 from tools import compare, convert
 from train import evaluate, finetune, folder
-from train.evaluation import cache, exam, features, probes
+from train.evaluation import cache, exam, features, featurise, probes
 from train.evaluation.exam import Exam, mean_score
 from train.pretrain import main as pretrain
 
@@ -70,7 +70,16 @@ def test_the_table_is_printed_for_a_person(run_path, capsys):
     assert shown.strip().splitlines()[-1].startswith("knn20 on class")
 
 
-def test_features_are_encoded_once_for_a_checkpoint(run_path, capsys, monkeypatch):
+def test_a_checkpoint_is_chosen_by_its_step_or_its_folder(run_path):
+    for wish in ("4", str(run_path / "checkpoints" / "step_000000004")):
+        assert folder.chosen_checkpoint(run_path, wish).step == 4
+    with pytest.raises(DataError, match=r"has no checkpoint of step 3 \(it has: 4\)"):
+        evaluate.main([str(run_path), "--checkpoint", "3"])
+    with pytest.raises(DataError, match="is damaged"):
+        evaluate.main([str(run_path), "--checkpoint", str(run_path)])
+
+
+def test_features_are_encoded_once_for_a_checkpoint(run_path, store_path, test_path, capsys, monkeypatch):
     words = [str(run_path), "--protocols", "knn", "--json"]
 
     def scored(*more: str) -> dict:
@@ -82,7 +91,7 @@ def test_features_are_encoded_once_for_a_checkpoint(run_path, capsys, monkeypatc
     kept = sorted((run_path / "cache").iterdir())
     assert len(kept) == 6  # bank and test of the encoder, the untrained one, and pixels
     keys = [json.loads((each / "key.json").read_text()) for each in kept]
-    assert {key["store"] for key in keys} == {keys[0]["store"], *(key["store"] for key in keys)}
+    assert {key["store"] for key in keys} == {Store.open(path).fingerprint for path in (store_path, test_path)}
     assert len({key.get("weights") for key in keys}) == 3
     opened = []
     genuine = features.open_loader
@@ -102,16 +111,16 @@ def test_features_are_encoded_once_for_a_checkpoint(run_path, capsys, monkeypatc
     opened.clear()
     assert scored("--no-cache") == first
     assert len(opened) == 6
-    assert len(list((run_path / "cache").iterdir())) == 8
-    assert not list(run_path.glob(".cache-*"))
+    assert len(list((run_path / "cache").iterdir())) == 8  # and nothing half-written
 
 
 def test_features_on_the_disk_are_those_in_memory_rounded(run_path, store_path, tmp_path):
     settings, device = folder.run_settings(run_path), torch.device("cpu")
+    start = featurise.untrained(settings, device)
     store, ids = Store.open(store_path), np.array([3, 5, 90])
     for made in (
-        lambda cache: evaluate.pixel_features(device, cache),
-        lambda cache: evaluate.baseline_features(settings, device, "cls", cache)["untrained"],
+        lambda cache: featurise.pixel_features(device, cache),
+        lambda cache: featurise.encoder_features(start, settings, device, "cls", cache),
     ):
         exact, kept = made(None)(store, ids), made(tmp_path)(store, ids)
         assert kept.dtype == torch.float16
@@ -206,7 +215,7 @@ def test_without_tests_a_fifth_is_held_out_and_never_trains_the_probe(store_path
 
 
 def test_five_folds_ask_every_image_once(store_path):
-    sittings = [Exam.prepare(store_path, (), "class", fold=fold) for fold in range(exam.FOLDS)]
+    sittings = [Exam.prepare(store_path, (), "class", fold=fold) for fold in range(exam.FIFTHS)]
     store = Store.open(store_path)
     held_out = torch.stack([sitting.held_out[store.root] for sitting in sittings])
     assert torch.equal(held_out.sum(dim=0), torch.ones(store.count, dtype=torch.int64))
@@ -267,6 +276,17 @@ def test_near_duplicates_stay_on_one_side_of_a_fold_and_of_what_is_held_out(tmp_
     assert not held_out & set(groups[~sitting.held_out[sitting.bank.root]].tolist())
     assert sitting._near_duplicates("thing") is None
     assert sitting.columns() == ["kind", "thing"]
+
+
+def test_pictures_of_unknown_things_are_no_near_duplicates_of_one_another(tmp_path):
+    root = tmp_path / "images"
+    paths = make_folder(root, 24, 32)
+    rows = [f"{path.name},kind-{i % 2},{f'thing-{i // 2}' if i < 16 else ''}" for i, path in enumerate(paths)]
+    (root / "labels.csv").write_text("path,kind,thing\n" + "\n".join(rows) + "\n")
+    convert.main([str(root), str(tmp_path / "store"), "--backends", "dali", "--quiet"])
+    groups = Exam.prepare(tmp_path / "store", (), "kind")._near_duplicates("kind")
+    assert groups is not None
+    assert sorted(groups.unique(return_counts=True)[1].tolist()) == [1] * 8 + [2] * 8
 
 
 def test_where_tests_are_by_other_makers_each_maker_of_the_bank_is_left_out_in_turn(tmp_path, monkeypatch):
@@ -343,7 +363,7 @@ def test_where_classes_have_one_or_two_pictures_the_nearest_alone_leads(tmp_path
     make_folder(tmp_path / "more", 12, 48, 6, first=50)
     assert convert.main([str(tmp_path / "more"), str(tmp_path / "unseen"), "--backends", "dali", "--quiet"]) == 0
     result = Exam.prepare(tmp_path / "store", (tmp_path / "unseen",), None).sit(
-        evaluate.pixel_features(torch.device("cpu")), ("knn",)
+        featurise.pixel_features(torch.device("cpu")), ("knn",)
     )
     assert result["leading_name"] == "knn1 on class, mean of unseen"
     assert result["leading"] == result["scores"]["unseen"]["class"]["knn1"]

@@ -16,7 +16,7 @@ from pipeline.stored import StoredPictures
 from pipeline.views import Patches, normalise, patchify
 from tests.images import make_folder
 from tools import convert
-from train.evaluation.features import encode, pixels
+from train.evaluation.features import Features, encoded, small_pixels
 
 COUNT, SIDE = 23, 32  # a prime: no batch but 1 and 23 divides it
 
@@ -36,6 +36,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def encoder() -> Encoder:
     torch.manual_seed(0)
     return Encoder(side=SIDE, patch=8, width=32, depth=2, heads=2)
+
+
+def encode(encoder: Encoder, store: Store, **how) -> Features:
+    batches = list(encoded(encoder, store, **how))
+    return Features(torch.cat([each.patch_mean for each in batches]), torch.cat([each.cls for each in batches]))
+
+
+def pixels(store: Store, **how) -> torch.Tensor:
+    return torch.cat(list(small_pixels(store, **how)))
 
 
 def squares(store: Store, side: int, centre: float) -> torch.Tensor:
@@ -126,16 +135,6 @@ def test_lower_precision_works_inside_and_float32_comes_out(store: Store, encode
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_random_crops_belong_to_their_epoch_and_seed(store: Store, encoder: Encoder):
-    def crops(epoch: int | None, seed: int = 0) -> torch.Tensor:
-        return encode(encoder, store, side=SIDE, backend="dali", batch=9, crop_epoch=epoch, seed=seed).cls
-
-    first = crops(0)
-    assert torch.equal(first, crops(0))
-    for other in (crops(1), crops(0, seed=1), crops(None)):
-        assert (first - other).abs().amax(dim=1).min() > 1e-3  # each picture of them
-
-
 def test_a_side_that_no_grid_fits_is_refused(store: Store, encoder: Encoder):
     with pytest.raises(UsageError, match="side 30 is not a multiple of the patch side 8"):
         encode(encoder, store, side=30, backend="dali")
@@ -158,5 +157,5 @@ def test_a_selection_of_samples_has_the_features_of_the_whole(store: Store, enco
     only = np.array([7, 2, 9])
     some = encode(encoder, store, side=SIDE, backend="dali", batch=2, only=only)
     assert torch.allclose(some.cls, whole.cls[only], atol=1e-5)
-    every = pixels(store, backend="dali")
-    assert torch.equal(pixels(store, backend="dali", only=only), every[only])
+    every = pixels(store, side=SIDE, backend="dali")
+    assert torch.equal(pixels(store, side=SIDE, backend="dali", only=only), every[only])

@@ -21,7 +21,7 @@ from pipeline.errors import DataError, NumericsError, Preempted, UsageError
 from pipeline.sampling import branch_scales
 from pipeline.views import Patches
 from tests.conftest import SMALL
-from tests.images import encoded
+from tests.images import encoded, make_folder
 from tests.test_pretrain import flags as pretrain_flags
 from tools import convert
 from train.config import Optim
@@ -285,6 +285,33 @@ def test_steps_that_are_not_finite_end_it_with_code_4(run_path, tmp_path, monkey
     with pytest.raises(NumericsError, match="3 steps in a row at step 3"):
         main(command(run_path, tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == 4
+
+
+def test_a_row_of_steps_that_were_not_taken_tells_no_loss(run_path, tmp_path, monkeypatch):
+    erase, spoilt = tuner.erase, iter([True, True])
+    monkeypatch.setattr(
+        tuner, "erase", lambda pixels, *more: pixels * float("nan") if next(spoilt, False) else erase(pixels, *more)
+    )
+    assert main(command(run_path, tmp_path / "out")) == 0
+    rows = read_rows(tmp_path / "out" / "metrics.jsonl")
+    assert [row["step"] for row in rows if not row.keys() >= {"loss", "grad_norm"}] == [1, 2]
+    assert not any({"loss", "grad_norm"} & row.keys() for row in rows[:2])
+
+
+def test_a_fifth_held_out_and_none_are_two_trainings(run_path, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    rows = [f"{path.name},{'red' if i % 2 else 'blue'}\n" for i, path in enumerate(make_folder(images, 4, 32))]
+    (images / "labels.csv").write_text("path,colour\n" + "".join(rows))
+    assert convert.main([str(images), str(tmp_path / "unseen"), "--backends", "dali", "--quiet"]) == 0
+    words = [*command(run_path, out), "--limit-steps", "1"]
+    assert main(words) == 0
+    with pytest.raises(UsageError, match="held_out: True -> False"):
+        main([*words, "--tests", str(tmp_path / "unseen")])
+    # A folder from before this was written down goes on.
+    settings = yaml.safe_load((out / "finetune.yaml").read_text())
+    assert settings.pop("held_out") is True
+    (out / "finetune.yaml").write_text(yaml.safe_dump(settings))
+    assert main(words) == 0
 
 
 def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(run_path, unlabelled_path, tmp_path):

@@ -518,15 +518,15 @@ def test_generated_images_are_neither_bank_nor_test(real_path, generated_path, t
         compare.main([*arms, "--steps", "2", "--out", str(tmp_path / "d")])
     for store in (Store.open(generated_path), Inflated.join(Store.open(real_path), generated_path, 1)):
         with pytest.raises(UsageError, match=refusal):
-            features.pixels(store)
+            next(features.small_pixels(store, side=16))
         with pytest.raises(UsageError, match=refusal):
-            features.encode(Encoder(side=16, patch=8, width=16, depth=1, heads=2), store, side=16)
+            next(features.encoded(Encoder(side=16, patch=8, width=16, depth=1, heads=2), store, side=16))
 
 
 def plan_of(values: dict, folder: Path) -> experiment.Plan:
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
-    return experiment.make_plan(
+    return experiment.plan_experiment(
         parse(experiment.Compare, ["--experiment", str(file), "--out", str(folder / "out")], prog="daae compare")
     )
 

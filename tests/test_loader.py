@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline import decoder as decoders
 from pipeline import sampling
-from pipeline.beton import picture_offsets
+from pipeline.beton import FIELD_BYTES, HEADER, SAMPLE, VERSION, picture_offsets
 from pipeline.errors import DataError, ResourceError, StalledError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
 from pipeline.inflated import Inflated
@@ -29,8 +29,8 @@ from pipeline.sampling import View
 from pipeline.shard_loader import Blocks
 from pipeline.store import Store
 from pipeline.stored import StoredPictures
-from tests.conftest import COUNT, PYTHON, needs_compiler, needs_ffcv, psnr
-from tests.images import make_folder
+from tests.conftest import COUNT, PYTHON, needs_compiler, needs_ffcv
+from tests.images import make_folder, psnr
 from tests.slow_disk import slow_disk
 from tools import convert
 
@@ -308,6 +308,14 @@ def test_a_beton_whose_table_was_never_written_is_refused(store_path, tmp_path):
         open_loader(Store.open(root), VIEWS, batch=BATCH, backend="ffcv")
 
 
+def test_a_beton_that_ends_within_its_rows_is_refused(tmp_path):
+    path = tmp_path / "images.beton"
+    header = np.array([(VERSION, 2, 1 << 21, 5, 50)], HEADER)
+    path.write_bytes(header.tobytes() + bytes(2 * FIELD_BYTES + 2 * SAMPLE.itemsize))
+    with pytest.raises(DataError, match=r"images\.beton ends after 2 of 5 rows\. Convert the images again\."):
+        picture_offsets(path, 5)
+
+
 def test_a_file_of_another_size_is_refused_at_opening(store_path, tmp_path):
     root = tmp_path / "short"
     shutil.copytree(store_path, root)
@@ -478,6 +486,30 @@ def test_dali_without_memory_says_so(store, monkeypatch, words: str):
     with pytest.raises(ResourceError, match=rf"DALI has no memory to decode {BATCH} pictures at once"):
         list(opened.epoch(0))
     opened.close()
+
+
+def test_what_dali_says_of_pictures_that_are_whole_is_one_line(store, monkeypatch):
+    def run():
+        raise RuntimeError("Critical error in pipeline:\nit gave up\n" + "frame\n" * 100)
+
+    opened = open_loader(store, VIEWS, batch=BATCH, backend="dali")
+    monkeypatch.setattr(opened.source.pipeline, "run", run)
+    with pytest.raises(DataError, match=r"^DALI cannot decode: Critical error in pipeline: it gave up .{0,200}\.$"):
+        list(opened.epoch(0))
+    opened.close()
+
+
+def test_dali_that_does_not_start_says_so(store, monkeypatch):
+    from nvidia.dali.pipeline import Pipeline
+
+    def build(self):
+        raise RuntimeError("CUDA driver version\nis insufficient " + "frame\n" * 100)
+
+    monkeypatch.setattr(Pipeline, "build", build)
+    with pytest.raises(
+        ResourceError, match=r"^DALI does not start on cpu: CUDA driver version is .{0,180}\. Use --loader shards\.$"
+    ):
+        open_loader(store, VIEWS, batch=BATCH, backend="dali")
 
 
 def test_dali_pads_a_batch_to_its_own_largest_picture(store, monkeypatch):

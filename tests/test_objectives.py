@@ -6,57 +6,28 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention import attend_by_products
 from model.network import Network
-from model.objectives import OBJECTIVES, Objective
+from model.objectives import OBJECTIVES
 from model.objectives.clsa import CLSA
 from model.objectives.daae import DAAE
 from model.objectives.mae import MAE, reconstruction
-from model.shape import Shape
 from pipeline.errors import UsageError
-from pipeline.sampling import View
-from pipeline.views import Batch, Patches, make_views
 from tests.conftest import SMALL
+from tests.networks import COUNTED, LABEL, counted_macs, gradients, overfit, views_of
 from train.config import Optim
-from train.optim import make_optimizer, parameter_groups
+from train.optim import parameter_groups
 from train.presets import AUGMENTATION_ROWS, PRESETS
-
-LABEL = torch.full((16,), -1)
-
-
-def batch(count: int = 16, views: dict[str, View] | None = None, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    sides = {name: view.side for name, view in (views or DAAE().views(SMALL)).items()}
-    coarse = {name: torch.rand(count, 3, 4, 4, generator=generator) for name in sides}
-    images = {
-        name: (torch.nn.functional.interpolate(each, sides[name], mode="bilinear") * 255).to(torch.uint8)
-        for name, each in coarse.items()
-    }
-    images = {name: each.permute(0, 2, 3, 1).contiguous() for name, each in images.items()}
-    return Batch(images, torch.full((count,), -1), torch.arange(count), epoch=0)
-
-
-def views_of(objective, seed: int = 0, mask_seed: int = 0) -> dict[str, Patches]:
-    declared = objective.views(SMALL)
-    return make_views(batch(views=declared, seed=seed), declared, patch=SMALL.patch, seed=mask_seed)
-
-
-def gradients(network: Network, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    network.zero_grad()
-    loss.backward(retain_graph=True)
-    return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
 
 
 def test_daae_shows_the_encoder_equally_many_tokens_of_both_views():  # T-D3
-    views = DAAE().views(dataclasses.replace(SMALL, side=224, patch=16))
+    large = dataclasses.replace(SMALL, side=224, patch=16)
+    views = DAAE().views(large)
     assert views["small"].side == 112
     assert views["holed"].jitter == (0, 0, 0, 0)
-    made = views_of(DAAE())
-    assert made["holed"].tokens == made["small"].tokens == 4
-    # (224 / 16)^2 (1 - 0.75) = (112 / 16)^2 = 49
-    assert int(14**2 * 0.25) == 7**2 == 49
+    for shape, tokens in ((SMALL, 4), (large, 49)):  # (224 / 16)^2 (1 - 0.75) = (112 / 16)^2 = 49
+        made = views_of(DAAE(), count=2, shape=shape)
+        assert made["holed"].tokens == made["small"].tokens == tokens
 
 
 def test_without_contrast_daae_is_mae():  # T-D4
@@ -81,8 +52,7 @@ def test_the_small_view_does_not_know_the_mask():  # T-D2
     assert one["holed"].keep is not None
     assert other["holed"].keep is not None
     assert not torch.equal(one["holed"].keep, other["holed"].keep)
-    plain = dataclasses.replace(one["small"])
-    first, second = (network.encoder(view, plain)[1] for view in (one["holed"], other["holed"]))
+    first, second = (network.encoder(view, one["small"])[1] for view in (one["holed"], other["holed"]))
     assert torch.allclose(first, second, atol=1e-6)
 
 
@@ -211,22 +181,10 @@ def test_repainting_some_of_the_images_scores_these_alone():
             DAAE(**wrong).check(16)
 
 
-def counted_macs(method: Objective, shape: Shape, label: torch.Tensor) -> float:
-    """Multiply-accumulates of a forward pass for an image, as torch counts them."""
-    declared = method.views(shape)
-    views = make_views(batch(len(label), views=declared), declared, patch=shape.patch, seed=0)
-    network = Network(method, shape, 0)
-    with FlopCounterMode(display=False) as counter:
-        network(views, label)
-    return counter.get_total_flops() / 2 / len(label)
-
-
 @pytest.mark.parametrize("repainted", [1.0, 0.5])
-def test_formula_counts_what_torch_multiplies(monkeypatch, repainted):  # MAE's: tests/test_model.py
-    monkeypatch.setattr("model.vit.attend", attend_by_products)  # torch 2.11 does not count the fused one on a CPU
-    shape = Shape(side=64, patch=8, width=64, depth=3, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
+def test_formula_counts_what_torch_multiplies(repainted):  # MAE's: tests/test_model.py
     method = DAAE(head_hidden=32, head_out=16, repainted=repainted)
-    assert counted_macs(method, shape, LABEL[:8]) == pytest.approx(method.macs(shape), rel=0.01)
+    assert counted_macs(method, COUNTED, LABEL[:8]) == pytest.approx(method.macs(COUNTED), rel=0.01)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
@@ -252,20 +210,8 @@ def test_terms_are_finite_and_every_trained_part_gets_a_gradient(name):
     [(MAE(), 0.8), (DAAE(), 0.8), (DAAE(reconstruct_weight=0.0, contrast_weight=1.0), 0.5)],
 )
 def test_forty_steps_on_one_batch_lower_the_loss(objective, factor):
-    network = Network(objective, SMALL, 0)
-    optimizer = make_optimizer(network, Optim(), torch.device("cpu"))
-    for group in optimizer.param_groups:
-        group["lr"] = 5e-3
-    declared = objective.views(SMALL)
-    views = make_views(batch(views=declared), declared, patch=SMALL.patch, seed=0)
-    losses = []
-    for _ in range(40):
-        loss = torch.stack(list(network(views, LABEL).terms.values())).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < factor * losses[0]
+    rows = overfit(Network(objective, SMALL, 0), views_of(objective), 40)
+    assert rows[-1]["loss"] < factor * rows[0]["loss"]
 
 
 def test_weight_decay_spares_vectors_and_tokens_and_every_parameter_is_in_one_group():

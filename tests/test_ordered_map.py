@@ -74,6 +74,17 @@ def test_ordered_map_keeps_the_order_with_several_workers():
     assert list(mapped) == [[f"fine {i}"] for i in range(30)]
 
 
+def slow(item: int, seconds: float) -> int:
+    time.sleep(seconds)
+    return item
+
+
+def test_a_task_whose_items_take_long_is_not_given_up_while_they_come_to_an_end():
+    """Its four items take longer together than nothing may move, and are answered together."""
+    mapped = ordered_map(slow, [[0, 1, 2, 3]], 1.0, workers=1, stall_seconds=2, describe=str)
+    assert list(mapped) == [[0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize(
     ("how", "error", "words"),
     [

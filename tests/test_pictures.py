@@ -16,14 +16,14 @@ from PIL import Image
 
 from pipeline.decoder import clean
 from pipeline.errors import UsageError
-from pipeline.pictures import Encoding, Rejected, plain_jpeg, read_picture
+from pipeline.pictures import Encoding, Rejected, plain_jpeg
 from pipeline.sources.entries import Entry
 from pipeline.sources.folder import FolderReader
 from pipeline.sources.source import try_entry
 from pipeline.store import Store
 from pipeline.stored import StoredPictures
 from tests.conftest import needs_compiler
-from tests.images import encoded, picture, pixels, psnr
+from tests.images import encoded, picture, pixels, psnr, read_picture
 from tools import convert
 
 
@@ -218,6 +218,15 @@ def test_other_jpegs_are_encoded_anew_as_baseline_ycbcr(tmp_path, data):
     assert not result.kept
     assert plain_jpeg(result.data) is not None
     assert max(result.width, result.height) <= 500
+
+
+def test_a_short_jfif_header_is_left_out_and_the_picture_stays_whole(tmp_path):
+    """Cut to its mark and version it could not be filled up to a header of the right length."""
+    whole = encoded(picture(4, 60, 40))
+    assert whole[2:11] == b"\xff\xe0\x00\x10JFIF\0"
+    plain = plain_jpeg(whole[:2] + b"\xff\xe0\x00\x09JFIF\0\1\1" + whole[20:])
+    assert plain == whole[:2] + whole[20:]
+    assert np.array_equal(pixels(plain), pixels(whole))
 
 
 @needs_compiler

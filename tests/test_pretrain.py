@@ -434,7 +434,7 @@ def test_a_run_goes_from_score_to_score_beside_baselines_that_are_scored_once(st
     }  # fmt: skip
     assert set(evaluation["scores"]["held-out"]) == {"class", *Store.open(store_path).columns}
     # The last score is what `daae evaluate` says of the same checkpoint.
-    assert evaluate.main([str(tmp_path / "a"), "--json"]) == 0
+    assert evaluate.main([str(tmp_path / "a"), "--device", "cpu", "--json"]) == 0
     assert read_json(tmp_path / "a" / "evaluation.json") == evaluation
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from tests import textbook
 from tests.conftest import PYTHON
 from train.evaluation import probes
-from train.evaluation.probes import accuracy, folds, knn, linear_probe, logistic, match_labels, neighbours, ridge
+from train.evaluation.probes import accuracy, folds, linear_probe, logistic, match_labels, neighbours, ridge, vote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +36,13 @@ def blobs(count: int, width: int, classes: int, *, spread: float, seed: int) -> 
 
 
 # --- kNN ----------------------------------------------------------------------------------------------------------
+
+
+def knn(
+    bank: torch.Tensor, label: torch.Tensor, query: torch.Tensor, *, k: int, classes: int, temperature: float = 0.07
+) -> torch.Tensor:
+    near, place = neighbours(bank, query, k)
+    return vote(near, label[place], temperature=temperature, classes=classes)
 
 
 def test_each_picture_is_its_own_nearest_neighbour():
@@ -136,13 +143,10 @@ def test_neighbours_in_a_large_bank_take_no_more_memory_than_they_say(tmp_path, 
     assert "would not have fitted" in done.stdout
 
 
-def test_k_is_cut_to_the_bank_and_unknown_rows_of_it_have_no_vote():
-    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [1.0, 0.01]])
-    label = torch.tensor([0, 0, 1, -1])
+def test_k_is_cut_to_the_bank():
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     query = torch.tensor([[1.0, 0.01], [0.0, 1.0]])
-    assert knn(bank, label, query, k=200, classes=2).tolist() == [0, 1]
-    with pytest.raises(DataError, match="no picture of the bank has a label"):
-        knn(bank, torch.full((4,), -1), query, k=1, classes=2)
+    assert knn(bank, torch.tensor([0, 0, 1]), query, k=200, classes=2).tolist() == [0, 1]
 
 
 # --- Ridge --------------------------------------------------------------------------------------------------------
@@ -291,6 +295,8 @@ def test_one_group_cannot_be_cross_validated():
     bank, label = blobs(10, 4, 2, spread=1.0, seed=1)
     with pytest.raises(DataError, match="at least 2"):
         ridge(bank, label, bank, classes=2, groups=torch.zeros(10, dtype=torch.int64))
+    with pytest.raises(DataError, match="no picture of the bank has a label"):
+        ridge(bank, torch.full((10,), -1), bank, classes=2)
 
 
 # --- Logistic regression ------------------------------------------------------------------------------------------
@@ -373,24 +379,6 @@ def test_the_trained_probe_answers_each_query_by_itself():
     far = torch.cat([query[:10], query[10:] * 100])  # a norm that looked at the queries would see another world
     assert torch.equal(linear_probe(bank, label, far, classes=5, epochs=20, batch=50)[:10], whole[:10])
     assert linear_probe(bank, label, query[:1], classes=5, epochs=20, batch=50).tolist() == whole[:1].tolist()
-
-
-def test_passes_are_used_in_turn_as_a_list_or_a_function():
-    bank, label = blobs(100, 8, 5, spread=2.0, seed=1)
-    query, _ = blobs(500, 8, 5, spread=2.0, seed=2)
-    passes = [bank, bank + 5 * torch.randn(bank.shape, generator=generator(3))]
-    asked = []
-
-    def of_epoch(epoch: int) -> torch.Tensor:
-        asked.append(epoch)
-        return passes[epoch % 2]
-
-    listed = linear_probe(passes, label, query, classes=5, epochs=6, batch=50)
-    called = linear_probe(of_epoch, label, query, classes=5, epochs=6, batch=50)
-    single = linear_probe(bank, label, query, classes=5, epochs=6, batch=50)
-    assert torch.equal(listed, called)
-    assert asked == list(range(6))
-    assert not torch.equal(listed, single)
 
 
 def test_rows_without_a_label_do_not_train_the_probe():

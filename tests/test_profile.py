@@ -81,6 +81,8 @@ def test_a_real_profile_as_json(unlabelled_path: Path):
         "dali",
         "--batch",
         "8",
+        "--device",
+        "cpu",
     ]
     done = subprocess.run([*command, "--seconds", "0.6", "--json"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -172,7 +174,8 @@ def test_a_store_without_the_backend_is_refused(unlabelled_path: Path, capsys: p
 
 def test_images_are_drawn_on_their_way_to_the_encoder(unlabelled_path: Path, tmp_path: Path):
     drawn = tmp_path / "views.png"
-    assert run(profile.main, ["--data", str(unlabelled_path), "--preset", "daae-tiny", "--views", str(drawn)]) == 0
+    words = ["--data", str(unlabelled_path), "--preset", "daae-tiny", "--device", "cpu", "--views", str(drawn)]
+    assert run(profile.main, words) == 0
     wish = open_preset("daae-tiny")
     views, store = wish.method.views(wish.model), Store.open(unlabelled_path)
     with Image.open(drawn) as page:

@@ -23,7 +23,7 @@ from tests.conftest import COUNT
 from tests.rank_process import APART, CASES, ROUNDED, STEPPED, STEPS, TAKEN, gradients, singles, stepper_of, take_steps
 from tests.test_pretrain import flags, read_json, weights
 from tools import export
-from train import checkpoint, evaluate, shards
+from train import checkpoint, divided_files, evaluate
 from train.json_files import read_rows
 from train.pretrain import main
 from train.ranks import Ranks
@@ -155,7 +155,7 @@ def test_checkpoints_of_divided_weights_are_read_whole_and_verified(two_ranks, t
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert {"encoder.cls_token/exp_avg", "encoder.cls_token/step"} < parts.moments().keys()
     with pytest.raises(DataError, match=r"shards does not fit the run: .*encoder\.new"):
-        shards.read({"model/encoder.new": torch.zeros(2)}, parts.path / "shards")
+        divided_files.read({"model/encoder.new": torch.zeros(2)}, parts.path / "shards")
     for number, harm in enumerate((flip_a_bit, Path.unlink, lambda part: shutil.copy(part, part.with_name("another")))):
         copy = Path(shutil.copytree(parts.path, tmp_path / str(number)))
         harm(sorted((copy / "shards").iterdir())[0])
@@ -272,7 +272,7 @@ def test_ranks_go_back_together_and_pass_the_bad_data(store_path, tmp_path, shar
     assert (on_the_way.sharded, last.sharded) == (shard == "--speed.shard", False)
     assert (last.state["shift"], last.state["rollbacks"]) == (2, 1)
     (scored,) = read_rows(out / "evaluations.jsonl")
-    assert evaluate.main([str(out), "--no-baselines", "--json"]) == 0
+    assert evaluate.main([str(out), "--no-baselines", "--device", "cpu", "--json"]) == 0
     assert read_json(out / "evaluation.json")["leading"]["value"] == scored["leading"]
     assert export.main([str(out), "--checkpoint", "6"]) == 0
 

@@ -13,7 +13,7 @@ from pipeline.errors import DataError
 from tests.study_folders import write_run
 from tools import results
 from tools.compare import make_record
-from tools.comparing.experiment import Compare, make_plan
+from tools.comparing.experiment import Compare, plan_experiment
 from tools.comparing.records import Cell
 from train.command import parse
 
@@ -28,7 +28,7 @@ def test_a_table_is_filled_in_between_its_lines(store_path: Path, tmp_path: Path
     kept = tmp_path / "records" / "pair"
     words = ["--presets", "mae-tiny", "daae-tiny", "--data", str(store_path), "--seconds", "200", "--out", str(kept)]
     words += ["--settings", "optim.batch=16"]
-    plan = make_plan(parse(Compare, words, prog="daae compare"))
+    plan = plan_experiment(parse(Compare, words, prog="daae compare"))
     curves, lines = {"mae-tiny": (0.24, 0.28, 0.32), "daae-tiny": (0.24, 0.32, 0.36)}, []
     for arm, scores in curves.items():
         write_run(plan.folder(Cell(arm, 0)), preset=arm, curve=tuple(zip((50, 100, 200), scores, strict=True)))

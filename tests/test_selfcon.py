@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.attention import attend_by_products
 from model.exits import Exit, exit_health
 from model.losses import nt_xent
 from model.network import Network
@@ -23,16 +22,14 @@ from pipeline.sampling import View
 from pipeline.views import Patches
 from tests import textbook
 from tests.conftest import SMALL
+from tests.networks import COUNTED, LABEL, counted_macs, overfit, views_of
 from tests.test_can import exact
 from tests.test_model import view
-from tests.test_objectives import LABEL, counted_macs, views_of
 from tests.test_pretrain import flags
 from tests.test_step import CPU, batch_of, small_run, stepper_of
 from train import evaluate, folder
-from train.config import Optim
 from train.evaluation import exits, probes
 from train.evaluation.exam import Exam
-from train.optim import make_optimizer
 from train.presets import VIT_B, open_preset
 from train.pretrain import main
 
@@ -230,20 +227,10 @@ def test_a_trunk_that_copies_its_exit_is_seen():
 
 def test_sixty_steps_on_one_batch_halve_the_loss_of_an_encoder_that_knows_nothing():
     """Thirty are too few: heads that are not shared start apart, at three times the loss of a collapsed encoder."""
-    network = Network(SMALL_SELFCON, SMALL, 0)
-    optimizer = make_optimizer(network, Optim(), CPU)
-    for group in optimizer.param_groups:
-        group["lr"] = 5e-3
-    views, watched, loss = views_of(SMALL_SELFCON), {}, torch.zeros(())
-    for _ in range(60):
-        outcome = network(views, PAIRS)
-        loss, watched = outcome.terms["contrast"], outcome.watched
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < math.log(31) / 2
-    assert {"pair_accuracy", "pair_cosine", "other_cosine", "spread"} <= watched.keys()
-    assert min(watched[name] for name in ("exit_accuracy", "trunk_accuracy")) > 0.5
+    last = overfit(Network(SMALL_SELFCON, SMALL, 0), views_of(SMALL_SELFCON), 60, PAIRS)[-1]
+    assert last["contrast"] < math.log(31) / 2
+    assert {"pair_accuracy", "pair_cosine", "other_cosine", "spread"} <= last.keys()
+    assert min(last[name] for name in ("exit_accuracy", "trunk_accuracy")) > 0.5
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -279,10 +266,8 @@ def test_an_exit_that_fits_no_encoder_is_refused_before_anything_is_made(store_p
 
 
 @pytest.mark.parametrize(("size", "gmac"), [("fc", 17.56), ("small", 21.9), ("same", 26.3)])
-def test_formula_counts_what_torch_multiplies(monkeypatch, size, gmac):
-    monkeypatch.setattr("model.vit.attend", attend_by_products)  # torch 2.11 does not count the fused one on a CPU
-    shape = Shape(side=64, patch=8, width=64, depth=4, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
-    method = replace(SMALL_SELFCON, size=size, exit_after=(1, 2))
+def test_formula_counts_what_torch_multiplies(size, gmac):
+    method, shape = replace(SMALL_SELFCON, size=size, exit_after=(1, 2)), replace(COUNTED, depth=4)
     assert counted_macs(method, shape, LABEL[:8]) == pytest.approx(method.macs(shape), rel=0.01)
     assert SelfCon(size=size).macs(VIT_B) / 1e9 == pytest.approx(gmac, rel=0.002)
 
@@ -293,7 +278,7 @@ def test_exits_trunk_and_their_ensemble_are_scored(store_path, tmp_path, capsys)
     assert main(flags("selfcon-tiny", store_path, tmp_path / "a", "--steps", "3", *exits_at)) == 0
     capsys.readouterr()
     asked = [str(tmp_path / "a"), "--protocols", "logistic", "--exits", "--no-baselines", "--no-cache", "--json"]
-    assert evaluate.main(asked) == 0
+    assert evaluate.main([*asked, "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     (found,) = result["exits"].values()
     assert set(found) == {"trunk", "exit1", "exit2", "ensemble"}
@@ -303,7 +288,7 @@ def test_exits_trunk_and_their_ensemble_are_scored(store_path, tmp_path, capsys)
 
     settings, sitting = folder.run_settings(tmp_path / "a"), Exam.prepare(store_path, (), "class")
     network = Network(settings.method, settings.model, settings.seed)
-    network.load_state_dict(folder.chosen_checkpoint(tmp_path / "a", None, print).scored())
+    network.load_state_dict(folder.chosen_checkpoint(tmp_path / "a", None).scored())
     (ids, label), (asked_ids, truth) = sitting.training("class"), sitting.questions("held-out", "class")
     bank, query = (exits._features(network, settings, sitting.bank, each, CPU) for each in (ids, asked_ids))
     assert not torch.equal(query["exit1"], query["trunk"])

@@ -26,9 +26,10 @@ from pipeline.errors import ResourceError, UsageError
 from pipeline.views import Batch
 from tests.conftest import SMALL
 from train.attention import settle_attention
-from train.config import Optim, Run, Speed
-from train.device import autocast, choose_device, choose_precision, find_device, memory_gb
+from train.config import Optim, Run, Speed, as_values
+from train.device import autocast, choose_device, choose_precision, find_device, memory_gb, resolve
 from train.ledger import TRAINING, Ledger
+from train.loop import as_settled
 from train.presets import open_preset
 from train.step import Refused, Stepper, noise, views_of
 from train.stop import CutShort, Stop
@@ -236,7 +237,7 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(monkeypatch):
     with pytest.raises(ResourceError, match=said):
         stepper_of(run)(batch_of(run), 1e-3)
     monkeypatch.setattr(Stepper, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
-    with pytest.raises(ResourceError, match="does not fit cpu"):
+    with pytest.raises(ResourceError, match=r"does not fit cpu .* No smaller one does either: .* smaller encoder"):
         stepper_of(run)(batch_of(run), 1e-3)
     monkeypatch.setattr(Stepper, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("another error")))
     with pytest.raises(RuntimeError, match="another error"):
@@ -327,6 +328,25 @@ def test_bf16_is_not_emulated_on_a_gpu_without_it(monkeypatch):
     assert [choose_precision(wish, gpu) for wish in ("auto", "fp16", "fp32")] == ["fp16", "fp16", "fp32"]
     with pytest.raises(ResourceError, match=r"--precision bf16: cuda:0 has no units for it\. Use --precision fp16"):
         choose_precision("bf16", gpu)
+
+
+def test_what_was_settled_on_one_gpu_is_chosen_anew_on_another(monkeypatch):
+    run = small_run(attention="auto")
+    saved = as_values(replace(small_run(attention="12x50x64=flash"), precision="bf16", loader="shards"))
+    stays, moved = (as_settled(run, saved, CPU, moved=moved) for moved in (False, True))
+    assert (stays.speed.attention, moved.speed.attention) == ("12x50x64=flash", "auto")
+    assert (moved.precision, moved.loader) == ("bf16", "shards")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ResourceError, match="has no units for it"):
+        as_settled(run, saved, torch.device("cuda", 0), moved=True)
+
+
+def test_without_a_compiler_compiling_is_refused_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    resolve(small_run(), None)
+    with pytest.raises(ResourceError, match=r"--compile needs g\+\+, and there is none"):
+        resolve(small_run(compile=True), None)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -9,28 +9,25 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention import attend_by_products
 from model.heads import Projector, Prototypes, feature_spread, prototype_use
 from model.losses import sinkhorn, swapped_prediction
 from model.network import Network
+from model.objectives.daae import DAAE
 from model.objectives.selfcon import SelfCon
 from model.objectives.swav import CODED, SwAV
-from model.shape import Shape
 from model.vit import patch_mean
 from pipeline.errors import UsageError
 from pipeline.sampling import View, branch_scales
 from pipeline.views import make_views
 from tests import textbook
 from tests.conftest import SMALL
-from tests.test_objectives import LABEL, batch, views_of
+from tests.networks import COUNTED, LABEL, batch, counted_macs, overfit, views_of
 from tests.test_pretrain import flags, moments, weights
 from tests.test_step import CPU, batch_of, small_run, stepper_of
 from train import checkpoint
 from train.config import Optim
 from train.json_files import read_rows
-from train.optim import make_optimizer
 from train.presets import TINY, VIT_B, open_preset
 from train.pretrain import main
 from train.schedule import weight_decay
@@ -244,25 +241,15 @@ def test_a_step_after_a_checkpoint_is_the_step_without_one():
 
 def test_thirty_steps_on_one_batch_lower_the_loss_below_half_of_uniform():
     objective = replace(SMALL_SWAV, prototypes=16, jitter=(0.0,) * 4, gray=0.0)
-    network = Network(objective, SMALL, 0)
-    optimizer = make_optimizer(network, Optim(), CPU)
-    for group in optimizer.param_groups:
-        group["lr"] = 5e-3
     declared, pictures = objective.views(SMALL), batch(views={"global0": objective.views(SMALL)["global0"]})
     images = {  # the same picture in every view
         name: pictures.images["global0"][:, :: 32 // view.side, :: 32 // view.side] for name, view in declared.items()
     }
-    views, watched = make_views(replace(pictures, images=images), declared, patch=8, seed=0), []
-    for step in range(30):
-        objective.before_step(network, 0.0, step)
-        outcome = network(views, LABEL)
-        optimizer.zero_grad()
-        outcome.terms["swapped"].backward()
-        optimizer.step()
-        watched.append({name: value.item() for name, value in outcome.watched.items()})
-    assert watched[-1]["of_uniform"] < 0.5 < watched[0]["of_uniform"]
-    assert watched[-1]["spread"] > 0.5
-    assert watched[-1]["prototype_use"] > 0.5
+    views = make_views(replace(pictures, images=images), declared, patch=8, seed=0)
+    first, *_, last = overfit(Network(objective, SMALL, 0), views, 30)
+    assert last["of_uniform"] < 0.5 < first["of_uniform"]
+    assert last["spread"] > 0.5
+    assert last["prototype_use"] > 0.5
 
 
 def test_the_known_failure_is_seen_in_the_metrics():
@@ -299,10 +286,16 @@ def test_a_batch_below_the_prototypes_is_warned_of():
     ({"queue": 1024}, r"--method\.queue 1024 holds more embeddings than there are images \(1,000\)\. Use at most 768"),
     ({"queue": -256}, r"--method\.queue -256: at least 0, which is none\."),
     ({"prototypes": 1}, r"--method\.prototypes 1: at least 2, or there is nothing to predict\."),
+    ({"local_views": -1}, r"--method\.local-views -1: at least 0, which is none\."),
 ])  # fmt: skip
 def test_a_queue_or_prototypes_that_do_not_fit_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
         SwAV(**options).check(256, 1000)
+
+
+def test_a_queue_and_a_batch_of_more_than_there_are_images_are_refused():
+    with pytest.raises(UsageError, match=r"images \(100\)\. So does a batch of 256: use a smaller --batch\."):
+        SwAV(queue=256).check(256, 100)
 
 
 def test_presets_for_small_sets_can_leave_the_uniform_state():
@@ -337,21 +330,24 @@ def test_cosines_are_float32_where_weights_come_as_bfloat16():
     assert prototypes(embedding.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("method", [SMALL_SWAV, DAAE(head_hidden=32, head_out=16, feature="asym_pred")])
+def test_heads_can_do_without_a_norm(method):
+    network = Network(replace(method, head_norm="none"), SMALL, 0)
+    heads = [network.parts[name] for name in ("projector", "predictor") if name in network.parts]
+    assert not any("Norm" in type(layer).__name__ for head in heads for layer in head.modules())
+    torch.stack(list(network(views_of(method), LABEL).terms.values())).sum().backward()
+    for head in heads:
+        assert all(each.grad is not None and each.grad.isfinite().all() for each in head.parameters())
+
+
 def test_the_last_norm_of_a_projector_can_be_left_out():
     names = [name for name, _ in Projector(8, 16, 4, last_norm=False).named_modules()]
     assert names[-1] == "layers.3"
     assert Projector(8, 16, 4, last_norm=False)(torch.randn(5, 8)).shape == (5, 4)
 
 
-def test_formula_counts_what_torch_multiplies(monkeypatch):
-    monkeypatch.setattr("model.vit.attend", attend_by_products)  # torch 2.11 does not count the fused one on a CPU
-    shape = Shape(side=64, patch=8, width=64, depth=3, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2)
-    declared = SMALL_SWAV.views(shape)
-    views = make_views(batch(8, views=declared), declared, patch=8, seed=0)
-    network = Network(SMALL_SWAV, shape, 0)
-    with FlopCounterMode(display=False) as counter:
-        network(views, LABEL)
-    assert counter.get_total_flops() / 2 / 8 == pytest.approx(SMALL_SWAV.macs(shape), rel=0.01)
+def test_formula_counts_what_torch_multiplies():
+    assert counted_macs(SMALL_SWAV, COUNTED, LABEL[:8]) == pytest.approx(SMALL_SWAV.macs(COUNTED), rel=0.01)
     heads = 8 * (768 * 2048 + 2048 * 128 + 128 * 3000)
     assert (SwAV().macs(VIT_B) - heads) / 1e9 == pytest.approx(54.26, rel=0.001)
 

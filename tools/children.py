@@ -8,31 +8,40 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import DaaeError, Preempted
 from pipeline.interpreter import python
 from train.command import PARENT
 from train.json_files import read_object
+from train.stop import caught
 
 SAVE_SECONDS = 120.0  # that a run has for its checkpoint after a signal; then it is killed
 
 
-def call(words: list[str], what: str, folder: Path, stop: Stop, stdout: int | None = None) -> None:
-    """Run a command of ours as a process. Raises what it died of, with its exit code.
+def start(words: Sequence[str], what: str, stop: PassOn, stdout: int | None) -> int:
+    """Run a command of ours as a process, which ends when this one does. Returns its exit code; raises Preempted.
 
-    stdout: where its result goes; by default to our progress on stderr.
+    stdout: where its result goes; None: where ours does.
     """
     stop.check(what)
     # Its own process group, so that Ctrl-C reaches it once, and through us.
-    to = sys.stderr.fileno() if stdout is None else stdout
-    environment = {**os.environ, PARENT: str(os.getpid())}
     child = subprocess.Popen(
-        python("-m", *words), stdin=subprocess.DEVNULL, stdout=to, process_group=0, env=environment
-    )
+        python("-m", *words), stdin=subprocess.DEVNULL, stdout=stdout, process_group=0,
+        env={**os.environ, PARENT: str(os.getpid())},
+    )  # fmt: skip
     code = stop.watch(child)
     stop.check(what)
+    return code
+
+
+def call(words: Sequence[str], what: str, folder: Path, stop: PassOn, stdout: int | None = None) -> None:
+    """Run a command on a folder of its own. Raises what it died of, with its exit code.
+
+    stdout: where its result goes; by default to our progress on stderr.
+    """
+    code = start(words, what, stop, sys.stderr.fileno() if stdout is None else stdout)
     if code == 0:
         return
     if code == Preempted.code or code == -signal.SIGTERM:
@@ -55,21 +64,17 @@ def failure(code: int, sentence: str) -> DaaeError:
     return error
 
 
-class Stop:
-    """Signals that end a comparison: they are passed to the run under way, which saves and ends."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+class PassOn:
+    """Signals that end a chain of commands: they are passed to the one under way, which saves and ends."""
 
     def __init__(self, patience: float = SAVE_SECONDS) -> None:
         self.name, self._patience = "", patience
         self._child: subprocess.Popen | None = None
         self._since = 0.0
-        self._before: dict[int, Any] = {}
+        self._handlers = contextlib.ExitStack()
 
-    def __enter__(self) -> Stop:
-        # Who ignores SIGHUP (nohup) wants the work to go on.
-        caught = [each for each in self.SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in caught}
+    def __enter__(self) -> PassOn:
+        self._handlers.enter_context(caught(self._ask))
         return self
 
     def _ask(self, number: int, _frame) -> None:
@@ -104,5 +109,4 @@ class Stop:
             raise Preempted(f"{what} was stopped by {self.name}; what is done is kept. Run the same command again.")
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handlers.close()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.interpreter import python
-from tools.children import Stop, failure
+from tools.children import PassOn, failure, start
 
 PATIENCE_SECONDS = 150.0  # after a signal; a comparison gives its own run 120
 
@@ -37,7 +35,7 @@ class Commands:
     them may be stopped anywhere and called again."""
 
     out: Path  # images and stores go below it
-    stop: Stop
+    stop: PassOn
     what: str  # the chain, as a sentence names it
     loud: bool = True  # on stdout; otherwise that stays free for a result, and all of it goes to stderr
 
@@ -54,27 +52,11 @@ class Commands:
             stores.append(store)
         return stores[0], stores[1:]
 
-    def call(self, *words: str, listen: bool = False) -> str:
-        """Print a command and run it; with `listen`, return what it printed, which is shown all the same.
-
-        Raises what the command failed with.
-        """
+    def call(self, *words: str) -> None:
+        """Print a command and run it. Raises what it failed with."""
         self.stop.check(self.what)
         to = sys.stdout if self.loud else sys.stderr
         print(f"\n$ {shlex.join(['daae', *words])}", file=to, flush=True)
-        command = python("-m", "tools.cli", *words)
-        # A process group of its own: Ctrl-C reaches it once, through `stop`.
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if listen else None if self.loud else to.fileno(),
-            text=True, process_group=0,
-        )  # fmt: skip
-        code = self.stop.watch(child)  # before reading: two lines fit a pipe, and a signal must find its way
-        said = ""
-        if child.stdout is not None:
-            with child.stdout:
-                said = child.stdout.read()
-            print(said, end="", file=to, flush=True)
-        self.stop.check(self.what)
+        code = start(["tools.cli", *words], self.what, self.stop, None if self.loud else to.fileno())
         if code:
             raise failure(code if code > 0 else 6, f"`daae {words[0]}` ended with exit code {code}; it says why above.")
-        return said

@@ -7,66 +7,53 @@ arms -> steps that the seconds come to -> `daae pretrain` of each arm in turn, s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
 import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from pipeline.errors import DaaeError, NumericsError
 from pipeline.staging import claimed, write_whole
-from tools.children import Stop, call, failure
-from tools.comparing.analysis import Contrast
-from tools.comparing.doubts import warnings
-from tools.comparing.experiment import Compare, Plan, check_bench, check_here, check_records, make_plan, nested
+from tools.children import PassOn, call, failure
+from tools.comparing.experiment import Compare, Plan, check_bench, check_here, check_records, nested, plan_experiment
+from tools.comparing.pace import measured_paces
 from tools.comparing.questions import ANSWERS, TUNED, typed
 from tools.comparing.records import (
     BASELINE_SCORES,
     EXPERIMENT,
-    PACE,
     RECORDS,
     Cell,
-    Study,
     cell_of,
     deciding,
-    measured,
+    digest,
     read_run,
     read_study,
 )  # fmt: skip
-from tools.comparing.scores import BASELINES, arm_score, baseline_score, leading_name, score_of
-from tools.comparing.verdict import verdict
-from tools.comparing.wording import gap_words, ratio_words, seconds_words, spread_words, target_words
+from tools.comparing.table import show, summary
 from train.command import parse, read_yaml, run
-from train.config import as_values, completed, flat
-from train.evaluate import EVALUATION
-from train.evaluation.exam import FOLDS, pooled
+from train.config import as_values, flat
+from train.evaluation.exam import EVALUATION, FIFTHS, pooled
 from train.finetune import RESULT
 from train.journal import code_revision, duration
 from train.json_files import read_object, read_rows
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# ------------------------------------------------------------------------------------------------------- running it
-
 
 def main(argv: list[str]) -> int:
     flags = parse(Compare, argv, prog="daae compare")
-    plan = make_plan(flags)
+    plan = plan_experiment(flags)
     if flags.dry_run:
         for cell in plan.order():
             print(shlex.join(["daae", "pretrain", *plan.pretrain_words(cell)]))
         print(foretold(plan))
         return 0
-    with claimed(plan.out, "comparison", (EXPERIMENT, RECORDS), overwrite=flags.overwrite), Stop() as stop:
+    with claimed(plan.out, "comparison", (EXPERIMENT, RECORDS), overwrite=flags.overwrite), PassOn() as stop:
         records = read_rows(plan.out / RECORDS)
         check_records(plan, records)
         _prepare(plan)
@@ -96,7 +83,8 @@ def foretold(plan: Plan) -> str:
         wishes = [plan.wish(arm, cell.length) for cell in cells]
         taken, how = [wish.budget.seconds for wish in wishes], ""
         if None in taken:
-            rate, images = measured_rate(wishes[0]), open_store(wishes[0]).per_epoch
+            store = open_store(wishes[0])
+            rate, images = measured_rate(wishes[0], store), store.per_epoch
             taken = [make_plan(wish, images, rate)["steps"] * images_per_step(wish) / rate for wish in wishes]
             how = f" at {rate:,.4g} images/s, measured here for some seconds on one device"
         seconds = math.fsum(each or 0.0 for each in taken)
@@ -120,7 +108,7 @@ def _prepare(plan: Plan) -> None:
     write_whole(plan.out / EXPERIMENT, yaml.safe_dump(values, sort_keys=False))
 
 
-def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: Stop) -> list[Cell]:
+def _run_all(plan: Plan, flags: Compare, records: list[dict], stop: PassOn) -> list[Cell]:
     """Every run that has no record yet; appends to `records` and to their file. Returns those that diverged."""
     finished = {cell_of(record) for record in records}
     if not plan.labelled and not flags.quiet:
@@ -145,7 +133,7 @@ def write_records(plan: Plan, records: list[dict]) -> None:
     write_whole(plan.out / RECORDS, "".join(json.dumps(each) + "\n" for each in records))
 
 
-def question(plan: Plan, records: list[dict], stop: Stop, diverged: list[Cell], *, quiet: bool) -> None:
+def question(plan: Plan, records: list[dict], stop: PassOn, diverged: list[Cell], *, quiet: bool) -> None:
     """Ask every recorded run what the experiment wants to know beside its score, unless it has answered; the answers go
     into its record. A run whose folder is gone answers no more. One whose numbers fail, when it is fine-tuned, goes to
     `diverged`."""
@@ -173,6 +161,9 @@ def question(plan: Plan, records: list[dict], stop: Stop, diverged: list[Cell], 
             write_records(plan, records)
 
 
+SAME_SCORE = 0.0005  # a share of 1: of two evaluations of one run, apart by rounding
+
+
 def _say_moved(cell: Cell, record: dict, answer: dict) -> None:
     """A run that is asked again by other code, or on another machine, should score what it scored."""
     before, now = ((each or {}).get("leading") for each in (record.get("evaluation"), answer))
@@ -192,72 +183,24 @@ def _diverged(error: DaaeError, what: str) -> None:
     print(f"{what} ends here, as said above; the other runs go on.", file=sys.stderr, flush=True)
 
 
-def evaluate(folder: Path, cell: Cell, device: str, flags: dict, stop: Stop) -> dict:
+def evaluate(folder: Path, cell: Cell, device: str, flags: dict, stop: PassOn) -> dict:
     command = ["train.evaluate", str(folder), "--no-cache", "--device", device, *typed(flags)]
     # What it prints is a table of one run; ours follows at the end.
     call(command, f"evaluate {cell.words}", folder, stop, subprocess.DEVNULL)
     return read_object(folder / EVALUATION)
 
 
-def finetune(folder: Path, cell: Cell, device: str, flags: dict, stop: Stop) -> dict:
+def finetune(folder: Path, cell: Cell, device: str, flags: dict, stop: PassOn) -> dict:
     """In a folder for these flags, so that what was cut short goes on, and other flags begin anew. With `folds` each
     fifth is held out in turn, and the result is that of all pictures."""
     flags, results = dict(flags), []
-    for fold in range(FOLDS) if flags.pop("folds", False) else [0]:
+    for fold in range(FIFTHS) if flags.pop("folds", False) else [0]:
         out = folder / f"{TUNED}-{digest(flags)}-fold{fold}"
         command = ["train.finetune", str(folder), "--out", str(out), "--seed", str(cell.seed), "--device", device]
         command += ["--fold", str(fold), *typed(flags)]
         call(command, f"finetune {cell.words}", out, stop, subprocess.DEVNULL)
         results.append(read_object(out / RESULT))
     return {**results[0], "leading": pooled([each["leading"] for each in results])} if len(results) > 1 else results[0]
-
-
-def measured_paces(plan: Plan, stop: Stop, *, times: int = 1, quiet: bool) -> dict[str, float]:
-    """arm -> seconds of a step, which its seconds are divided by, for every arm whose budget is seconds.
-
-    All are measured in one go, in turns, so that the machine's mood cannot favour one. An arm that joins later is
-    measured together with an earlier one, and gets that one's paces, past and first, times the ratio of the two.
-    Seconds are divided by what was measured first; until all were measured so many `times` they are measured again, for
-    the record alone.
-    """
-    wishes = {arm: plan.wish(arm) for arm in plan.arms}
-    wishes = {arm: wish for arm, wish in wishes.items() if wish.budget.seconds is not None}
-    devices = {"gpus": plan.gpus} if plan.gpus > 1 else {}
-    keys = {arm: digest({**unhurried(flat(as_values(wish))), **devices}) for arm, wish in wishes.items()}
-    known = read_object(plan.out / PACE)
-    known = {arm: known[arm] for arm, key in keys.items() if known.get(arm, {}).get("digest") == key}
-    if known.keys() < wishes.keys() or any(len(measured(each)) < times for each in known.values()):
-        if not quiet:
-            print(f"measuring a step of {', '.join(wishes)}, in turns", file=sys.stderr, flush=True)
-        question = plan.out / f".{PACE}"
-        write_whole(question, json.dumps({"settings": {arm: as_values(wish) for arm, wish in wishes.items()}}))
-        call(["train.pace", str(question), str(plan.gpus)], "measuring a step of each arm", plan.out, stop)
-        now = read_object(question)["seconds_per_step"]
-        question.unlink()
-        # Of an arm that was there before: what it took first, and at every moment until now, in what it takes now.
-        first, past = 1.0, []
-        for arm, each in itertools.islice(known.items(), 1):
-            first, past = each["seconds_per_step"] / now[arm], [then / now[arm] for then in measured(each)]
-        for arm, key in keys.items():
-            if arm in known:
-                known[arm] = {**known[arm], "measured": [*measured(known[arm]), now[arm]]}
-            else:
-                known[arm] = {
-                    "digest": key, "seconds_per_step": first * now[arm],
-                    "measured": [*(then * now[arm] for then in past), now[arm]],
-                }  # fmt: skip
-        write_whole(plan.out / PACE, json.dumps({**read_object(plan.out / PACE), **known}, indent=1))
-    return {arm: known[arm]["seconds_per_step"] for arm in wishes}
-
-
-def unhurried(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the pace: not how long it is kept up, and no option that is at its default, as it was before there
-    was it."""
-    usual = completed({"objective": settings["objective"]})
-    return {
-        name: value for name, value in deciding(settings).items()
-        if name == "objective" or (value != usual.get(name) and not name.startswith("budget."))
-    }  # fmt: skip
 
 
 def rounds(plan: Plan, finished: set[Cell]) -> Iterator[list[Cell]]:
@@ -269,7 +212,7 @@ def rounds(plan: Plan, finished: set[Cell]) -> Iterator[list[Cell]]:
 
 
 def take_turns(
-    plan: Plan, waiting: list[Cell], paces: dict[str, float], stop: Stop, diverged: list[Cell], *, quiet: bool
+    plan: Plan, waiting: list[Cell], paces: dict[str, float], stop: PassOn, diverged: list[Cell], *, quiet: bool
 ) -> Iterator[Cell]:
     """Train runs side by side, each to its next score and then the next one. Yields who has finished.
 
@@ -301,7 +244,7 @@ def done(folder: Path) -> bool:
     return read_object(folder / "status.json").get("state") == "done"
 
 
-def go_on(plan: Plan, cell: Cell, pace: float | None, stop: Stop, *, quiet: bool) -> None:
+def go_on(plan: Plan, cell: Cell, pace: float | None, stop: PassOn, *, quiet: bool) -> None:
     """Train one run as far as its next score. Raises what it failed with, or DaaeError if it stands still."""
     folder, what = plan.folder(cell), cell.words
     command = ["train.pretrain", *plan.pretrain_words(cell, pace), "--until-score", *(["--quiet"] if quiet else [])]
@@ -337,134 +280,11 @@ def make_record(plan: Plan, cell: Cell) -> dict:
     }  # fmt: skip
 
 
-def digest(values: Mapping[str, Any]) -> str:
-    """Short name of a configuration: 12 hex digits."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def differs(plan: Plan, arm: str) -> dict[str, Any]:
     """The settings in which an arm differs from the first, as they are in this arm."""
     first = deciding(flat(as_values(plan.wish(next(iter(plan.arms))))))
     mine = deciding(flat(as_values(plan.wish(arm))))
     return {name: mine.get(name) for name in sorted(first.keys() | mine.keys()) if first.get(name) != mine.get(name)}
-
-
-# --------------------------------------------------------------------------------------------------------- the table
-
-
-def summary(study: Study) -> dict[str, dict]:
-    """What --json prints of each arm; scores are shares of 1."""
-    contrasts, paced, rows = study.contrasts(), study.paced_contrasts(), {}
-    for group in study.groups:
-        done = group.finished
-        baselines = {name: baseline_score(done, name) for name in BASELINES}
-        rows[group.arm] = {
-            "seeds": [trial.seed for trial in done],
-            "lengths": {
-                f"{length:g}": [trial.final["value"] for trial in group.of_length(length) if trial.final is not None]
-                for length in group.lengths
-            },
-            "train_seconds": [trial.seconds for trial in done],
-            "images_per_second": [trial.rate for trial in done],
-            "leading": [None if trial.final is None else trial.final["value"] for trial in done],
-            **{name: None if score is None else score.mean for name, score in baselines.items()},
-            "against_baseline": _plain(contrasts[group.arm]) if group.arm in contrasts else None,
-            "at_measured_pace": _plain(paced[group.arm]) if group.arm in paced else None,
-        }
-    return rows
-
-
-def _plain(versus: Contrast) -> dict:
-    return {
-        "difference": None if versus.difference is None else dataclasses.asdict(versus.difference),
-        "time_ratio": None if versus.ratio is None else dataclasses.asdict(versus.ratio),
-        "epochs_factor": None if versus.epochs is None else dataclasses.asdict(versus.epochs),
-        "seconds_per_epoch_factor": versus.seconds_per_epoch,
-        "target_never_reached": versus.never,
-    }
-
-
-HEADINGS = (
-    "arm", "seeds", "training", "images/s", "s/epoch", "score", "ahead", "to target", "times as fast", "in turns",
-)  # fmt: skip
-OF_TARGET = 3  # the last of them: by the runs' own clock, and by steps timed in turns
-
-
-def rows(study: Study) -> Iterator[tuple[bool, tuple[str, ...]]]:
-    """Whether it is the row of an arm's longest runs, and its cells by HEADINGS; its shorter lengths come before."""
-    contrasts, paced = study.contrasts(), study.paced_contrasts()
-    for group in study.groups:
-        done, score = group.finished, arm_score(group)
-        if not done:
-            continue
-        for length in group.lengths[:-1]:
-            shorter = group.of_length(length)
-            score_then = score_of(shorter)
-            if score_then is not None:
-                yield False, (
-                    f"{group.arm} {shorter[0].cell.long}", " ".join(str(trial.seed) for trial in shorter),
-                    seconds_words(_mean(t.seconds for t in shorter)), "", "", score_then.words(),
-                    gap_words(study.ahead(group, length)), "", "", "",
-                )  # fmt: skip
-        clocks = [each.get(group.arm) for each in (contrasts, paced)]
-        speeds = [ratio_words(each) if each is not None and study.targeted else "" for each in clocks]
-        last = group.lengths[-1] if group.lengths else None
-        pace = _mean(trial.outcome.seconds_per_epoch or 0.0 for trial in done)
-        yield True, (
-            f"{group.arm} {done[0].cell.long}".strip(), " ".join(str(trial.seed) for trial in done),
-            seconds_words(_mean(t.seconds for t in done)),
-            f"{_mean(t.rate or 0.0 for t in done):,.0f}", f"{pace:.3g}",
-            "none" if score is None else score.words(), gap_words(study.ahead(group, last)),
-            target_words(study, group.arm), *speeds,
-        )  # fmt: skip
-    for key, name in BASELINES.items():
-        base = baseline_score(study.trials, key)
-        if base is not None:
-            yield False, (name, "", "", "", "", base.words(), "", "", "", "")
-
-
-# On a terminal that is too narrow for all of them there are two tables; "arm" is in both.
-SCORES = ("seeds", "training", "score", "ahead")
-TIMES = ("images/s", "s/epoch", "to target", "times as fast", "in turns")
-SAME_SCORE = 0.0005  # a share of 1: of two evaluations of one run, apart by rounding
-
-
-def show(study: Study) -> None:
-    """A row for each arm and baseline, then the verdict. Nothing is cut: a terminal that is narrower still wraps."""
-    from rich.console import Console
-
-    from tools.tables import print_whole, width_of
-
-    found, console = list(rows(study)), Console()
-    full = [name for place, name in enumerate(HEADINGS) if any(cells[place] for _, cells in found)]
-    whole = _table(study, found, full)
-    split = console.is_terminal and width_of(whole) > console.width
-    parts = [["arm", *(name for name in full if name in part)] for part in (SCORES, TIMES)]
-    for table in [_table(study, found, part) for part in parts] if split else [whole]:
-        print_whole(table)
-    if spread := spread_words(study):
-        print(spread)
-    answer = verdict(study)
-    print(f"{answer.sentence} {answer.meaning}")
-    for each in warnings(study):
-        print(f"Before you believe it: {each}")
-
-
-def _table(study: Study, found: list[tuple[bool, tuple[str, ...]]], headings: list[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    name = leading_name(study)
-    table = Table(title=f"% right: {name}" if name else None, box=box.SIMPLE)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
-    for own, cells in found:
-        table.add_row(*(cells[HEADINGS.index(name)] for name in headings), style="" if own else "dim")
-    return table
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
 
 
 if __name__ == "__main__":

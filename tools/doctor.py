@@ -29,6 +29,7 @@ IMPORT_SECONDS = 120.0  # a cold import over a slow network disk takes a minute
 State = Literal["ok", "warning", "broken"]  # broken: a package that cannot be used
 FFCV_LIBRARIES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
 DECODER_LIBRARIES = "libjpeg-dev gcc"
+COMPILER = "gcc python3-dev"  # what Triton compiles with
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ for name in sys.argv[1:]:
     except BaseException as error:
         found = {"error": f"{type(error).__name__}: {error}", "missing": getattr(error, "name", None)}
     print(json.dumps({"name": name, **found}), file=tell)
+"""
+
+TRY_TRITON = """
+import torch
+from pipeline import kernels
+print(kernels.why_not(torch.device("cuda", 0)) or "")
 """
 
 
@@ -274,7 +281,11 @@ def gpus(found: dict) -> Finding:
     if found["devices"]:
         each = [f"{one['name']} {one['gb']:.0f} GB{'' if one['bf16'] else ' without bf16'}" for one in found["devices"]]
         same = len(set(each)) == 1
-        return Finding("GPU", "ok", f"{len(each)} x {each[0]}" if same and len(each) > 1 else "; ".join(each))
+        words = f"{len(each)} x {each[0]}" if same and len(each) > 1 else "; ".join(each)
+        if found.get("uncompiled"):
+            advice = f"Plain torch cuts crops, slower, and --compile fails. A compiler: `sudo apt install {COMPILER}`."
+            return Finding("GPU", "warning", f"{words}; Triton does not compile: {found['uncompiled']}", advice)
+        return Finding("GPU", "ok", words)
     if glob.glob("/dev/nvidia[0-9]*"):
         why = "torch was built without CUDA" if not found["cuda"] else f"the driver is too old for CUDA {found['cuda']}"
         return Finding("GPU", "warning", "there is one, but torch cannot use it", f"Probably {why}; see `nvidia-smi`.")
@@ -285,8 +296,23 @@ def examine() -> Iterator[Finding]:
     """Each finding as soon as it is known: the system's at once, packages at the pace of their imports."""
     yield from machine()
     for name, found in probe(["numpy", "pillow", "dali", "torch", "ffcv", "timm"]):
+        if found.get("devices"):
+            found["uncompiled"] = uncompiled()
         yield from package(name, found)
     yield decoder()
+
+
+def uncompiled() -> str:
+    """Why Triton compiles no kernel for the GPU; empty where it does. In a process of its own, which may crash."""
+    command = [sys.executable, "-c", TRY_TRITON]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=IMPORT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing came of it in {IMPORT_SECONDS:.0f} s"
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return lines[-1] if lines else "" if done.returncode == 0 else _ending(done.returncode)
 
 
 def decoder() -> Finding:

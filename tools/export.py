@@ -39,8 +39,8 @@ class Export:
     """Run folder of `daae pretrain`."""
     out: Path | None = None
     """Folder to write. Default: RUN/export."""
-    checkpoint: int | None = None
-    """Step of the checkpoint. Default: the newest that is whole."""
+    checkpoint: str | None = None
+    """Step of the checkpoint, or its folder. Default: the newest that verifies."""
     side: int | None = None
     """Pixels of the images that the exported model takes. Default: those of the run."""
     json: bool = False
@@ -66,7 +66,7 @@ def export(flags: Export) -> dict:
     from safetensors.torch import load_file, save
 
     from pipeline.staging import staging, write_durably
-    from train.folder import run_settings
+    from train.folder import chosen_checkpoint, run_settings
 
     settings = run_settings(flags.run)
     side, out = flags.side or settings.model.side, flags.out or flags.run / "export"
@@ -74,7 +74,7 @@ def export(flags: Export) -> dict:
         raise UsageError(f"--side {side} is not a multiple of the patch side {settings.model.patch}.")
     if out.exists() and not is_export(out):
         raise UsageError(f"--out {out} holds something that is no export. Choose another folder.")
-    point = choose_checkpoint(flags.run, flags.checkpoint)
+    point = chosen_checkpoint(flags.run, flags.checkpoint)
     encoder, call = load_encoder(settings, point), timm_call(settings, side)
     with staging(out, replace=True) as folder:
         write_durably(folder / WEIGHTS, save(timm_weights(encoder, side), metadata={"format": "pt"}))
@@ -89,27 +89,6 @@ def export(flags: Export) -> dict:
 
 
 # --- from the run -----------------------------------------------------------------------------------------------------
-
-
-def choose_checkpoint(folder: Path, step: int | None) -> Checkpoint:
-    """The checkpoint that was asked for, or the newest that verifies. Raises DataError where that is none."""
-    from train.checkpoint import list_steps, newest, verify
-    from train.folder import checkpoints
-
-    where = checkpoints(folder)
-    if step is not None:
-        path = where / f"step_{step:09d}"
-        if not path.is_dir():
-            there = ", ".join(f"{int(one.name.removeprefix('step_')):,}" for one in list_steps(where)) or "none"
-            raise DataError(f"{folder} has no checkpoint of step {step:,} (it has: {there}).")
-        return verify(path)
-    damage: list[str] = []
-    point = newest(where, damage.append)
-    if point is None:
-        raise DataError(damage[0] if damage else f"{folder} has no checkpoint yet.")
-    for sentence in damage:
-        print(f"warning: {sentence} Taking step {point.step:,}.", file=sys.stderr)
-    return point
 
 
 def load_encoder(settings: Run, point: Checkpoint) -> Encoder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import gzip
 import hashlib
 import http.client
@@ -32,7 +31,7 @@ import tyro
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.interpreter import python
 from pipeline.limits import affinity
-from pipeline.staging import staging, terminable, write_durably
+from pipeline.staging import is_full, staging, terminable, write_durably
 from tools.progress import Progress
 from train.command import nearest, parse, run
 
@@ -530,7 +529,7 @@ def download(url: str, part: Path, *, what: str, timeout: float, quiet: bool = F
             return  # all of it has arrived already; the digest decides
         raise ResourceError(f"{what} cannot be fetched from {url}: {error}. {OFFER}") from None
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_full(error):
             raise
         why = getattr(error, "reason", error)
         kept = f" {have / 1e6:,.0f} MB are kept: the same command goes on from there." if have else ""

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import UsageError
+from pipeline.masks import kept_count
 from train.command import nearest, parse, run
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ class Row:
     @classmethod
     def of(cls, name: str, method: Objective, idea: str, paper: str) -> Row:
         from model.objectives.mae import MAE
-        from pipeline.views import kept_count
         from train.presets import VIT_B
 
         views = method.views(VIT_B).values()
@@ -135,9 +135,7 @@ def _measure(flags: Methods) -> int:
         told = {"batch": flags.batch, "precision": precision, "methods": costs}
         print(json.dumps(record(str(device), told), indent=1))
         return 0
-    from rich.console import Console
-
-    from tools.tables import plain_table
+    from tools.tables import plain_table, print_whole
 
     table = plain_table()
     for heading in ("", "FLOPs", "seconds", "least", "most", "speed", "images/s", "kept, MB an image"):
@@ -146,7 +144,7 @@ def _measure(flags: Methods) -> int:
         seconds = [f"{value:.2f}" for value in (each.seconds.median, each.seconds.min, each.seconds.max)]
         rate, kept = f"{each.images_per_second:,.1f}", f"{each.saved_mb:.1f}"
         table.add_row(each.preset, f"{each.flops:.2f}", *seconds, f"{each.speed:.2f}", rate, kept)
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    print_whole(table)
     print(
         f"FLOPs and seconds of a step beside MAE's, batch {flags.batch}, {precision}, {device_name(device)}; "
         "speed: of what its FLOPs foretell. Kept: by the forward pass, for the backward pass."

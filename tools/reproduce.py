@@ -11,11 +11,11 @@ import yaml
 
 from pipeline.errors import DaaeError, NumericsError, UsageError
 from pipeline.staging import write_whole
-from tools.children import Stop
+from tools.children import PassOn
 from tools.commands import DATA_SETS, PATIENCE_SECONDS, Commands
-from tools.compare import summary
 from tools.comparing.doubts import warnings
 from tools.comparing.records import read_study
+from tools.comparing.table import summary
 from tools.comparing.verdict import verdict
 from train.command import parse, read_yaml, run
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     experiment = EXPERIMENTS / ("quick.yaml" if flags.quick else "standard.yaml")
     study, page = flags.out / experiment.stem, flags.out / f"{experiment.stem}.html"
     failed = 0
-    with Stop(PATIENCE_SECONDS) as stop:
+    with PassOn(PATIENCE_SECONDS) as stop:
         commands = Commands(flags.out, stop, "the reproduction", loud=False)
         parts, images = DATA_SETS[NAME], flags.out / "images" / NAME
         commands.call("fetch", NAME, str(images))

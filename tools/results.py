@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
 from tools import methods
-from tools.compare import HEADINGS, OF_TARGET, rows
 from tools.comparing import answers
 from tools.comparing.doubts import warnings
 from tools.comparing.records import EXPERIMENT, PACE, RECORDS, Study, read_study
 from tools.comparing.scores import BASELINES, baseline_score, leading_name, score_of
+from tools.comparing.table import HEADINGS, OF_TARGET, rows
 from tools.comparing.verdict import sentences, verdict
 from tools.comparing.wording import between_others, ratio_words, spread_words
 from tools.profiling import method_costs, step_records
+from tools.tables import page_table
 from train.command import parse, run
 
 ROOT = Path(__file__).parent.parent
@@ -88,11 +89,12 @@ def markdown(folder: Path) -> str:
         return "\n".join(kind.markdown(folder))
     study = _study(folder)
     columns = len(HEADINGS) if study.targeted else len(HEADINGS) - OF_TARGET
-    lines = [f"{leading_name(study)}, %:", "", *_head(HEADINGS[:columns])]
+    found: list[tuple[str, ...]] = [HEADINGS[:columns]]
     for own, (first, *others) in rows(study):
-        lines.append(_row([f"`{first.strip()}`" if own else first.strip(), *others[: columns - 1]]))
+        found.append((f"`{first.strip()}`" if own else first.strip(), *others[: columns - 1]))
     others = between_others(study)
-    lines += ["", f"{spread_words(study)} {others}".strip(), "", *_answers(study)]
+    lines = [f"{leading_name(study)}, %:", "", *_table(found), ""]
+    lines += [f"{spread_words(study)} {others}".strip(), "", *_answers(study)]
     answer = verdict(study)
     told = [*sentences(answer), answer.meaning] if study.targeted else []
     said = [*told, *warnings(study)]
@@ -105,15 +107,15 @@ def brief(folder: Path) -> str:
     clocks = {"times as fast": study.contrasts(), "in turns": study.paced_contrasts()} if study.targeted else {}
     lengths = sorted({length for group in study.groups for length in group.lengths}) or [None]
     named = {trial.cell.length: trial.cell.long or "score" for trial in study.trials}
-    headings = ["", *(named[length] for length in lengths), *clocks]
-    lines = [f"{leading_name(study)}, %, ± between seeds:", "", *_head(headings)]
+    found = [["", *(named[length] for length in lengths), *clocks]]
     for group in study.groups:
         scores = [score_of(group.of_length(length)) for length in lengths]
         speeds = [ratio_words(each[group.arm]) if group.arm in each else "" for each in clocks.values()]
-        lines.append(_row([group.arm, *("" if score is None else score.words() for score in scores), *speeds]))
+        found.append([group.arm, *("" if score is None else score.words() for score in scores), *speeds])
     beside = {words: baseline_score(study.trials, name) for name, words in BASELINES.items()}
     known = [f"{words} {score.words()}" for words, score in beside.items() if score is not None]
-    return "\n".join([*lines, "", f"Without training: {', '.join(known)}.", ""])
+    lines = [f"{leading_name(study)}, %, ± between seeds:", "", *_table(found), ""]
+    return "\n".join([*lines, *([f"Without training: {', '.join(known)}.", ""] if known else [])])
 
 
 def _study(folder: Path) -> Study:
@@ -128,18 +130,15 @@ def _answers(study: Study) -> list[str]:
     if not found:
         return []
     beside = f"in brackets: points ahead of {study.base.arm}'s longest runs, paired by seed"
-    lines = [f"Mean of the test sets, %, ± between seeds; {beside}:", "", *_head(["", *(who for who, _ in found)])]
+    table = [["", *(who for who, _ in found)]]
     for name, cells in zip(names, zip(*(cells for _, cells in found), strict=True), strict=True):
-        lines.append(_row([name, *("" if cell is None else cell.words() for cell in cells)]))
-    return [*lines, ""]
+        table.append([name, *("" if cell is None else cell.words() for cell in cells)])
+    return [f"Mean of the test sets, %, ± between seeds; {beside}:", "", *_table(table), ""]
 
 
-def _head(headings: Sequence[str]) -> list[str]:
-    return [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(found: Sequence[Sequence[str]]) -> list[str]:
+    """Names on the left, figures on the right."""
+    return page_table(found, "l" + "r" * (len(found[0]) - 1))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch
 
 from pipeline.staging import write_whole
 from pipeline.views import Batch
+from train.divided import full
 from train.ranks import Ranks
-from train.sharded import full
 from train.step import Stepper
 
 

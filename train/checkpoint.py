@@ -4,7 +4,7 @@ checkpoints/step_000012000/
   model.safetensors   every weight and buffer of the network
   optim.safetensors   the optimizer's moments, by parameter name
   ema.safetensors     the average of the encoder's weights, where the run keeps one
-  shards/             instead of these where a run divides its weights: what each process holds (train/sharded.py)
+  shards/             instead of these where a run divides its weights: what each process holds (train/divided.py)
   state.json          step, clock, configuration, fingerprint of the data
   manifest.json       size and sha256 of the others, written last
 """
@@ -12,7 +12,6 @@ checkpoints/step_000012000/
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, ResourceError
-from pipeline.staging import sync, write_durably
+from pipeline.staging import is_full, sync, write_durably
 
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 SHARDS, AVERAGE = "shards", "ema.safetensors"
@@ -56,7 +55,7 @@ class Checkpoint:
 
     def _whole(self, kind: str) -> dict[str, Tensor]:
         if self.sharded:
-            from train.shards import read_whole
+            from train.divided_files import read_whole
 
             return read_whole(self.path / SHARDS, kind)
         return _tensors(self.path / f"{kind}.safetensors")
@@ -111,7 +110,7 @@ def aside(folder: Path, state: dict, keep: int) -> Iterator[Path]:
         (partial / FILES[2]).write_text(json.dumps(state, indent=1))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         for path in files:
-            share(path)
+            usual_mode(path)
             sync(path)
         manifest = json.dumps({path.relative_to(partial).as_posix(): _facts(path) for path in files}, indent=1)
         write_durably(partial / "manifest.json", manifest.encode())
@@ -130,7 +129,7 @@ def aside(folder: Path, state: dict, keep: int) -> Iterator[Path]:
 
 
 def refusal(final: Path, error: BaseException) -> ResourceError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
+    full = is_full(error) or "No space" in str(error)
     why = "the disk is full" if full else str(error)
     return ResourceError(
         f"checkpoint {final} could not be written: {why}. The previous one is untouched; "
@@ -179,7 +178,7 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    optimizer.state.clear()  # going back, a parameter may have moments that it had not then
+    optimizer.state.clear()  # after a rollback a parameter may have moments that the checkpoint lacks
     parameters = dict(network.named_parameters())
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
@@ -188,7 +187,7 @@ def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors
         optimizer.state[parameter][field] = value.to("cpu" if on_host else parameter.device)
 
 
-def share(path: Path) -> None:
+def usual_mode(path: Path) -> None:
     """Give a file the mode that any other new file has; safetensors makes its files readable by their owner alone."""
     mask = os.umask(0)
     os.umask(mask)

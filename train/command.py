@@ -45,10 +45,6 @@ class Setting:
         return "--" + ".".join(self.path).replace("_", "-")
 
     @property
-    def dotted(self) -> str:
-        return ".".join(self.path)
-
-    @property
     def boolean(self) -> bool:
         return self.type is bool
 

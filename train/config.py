@@ -110,7 +110,7 @@ class Watch:
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     rollbacks: int = 0
-    """How often a run may go back to its last checkpoint, and on behind the batches whose gradients were not finite."""
+    """How often a run may return to its last checkpoint after non-finite gradients; it then skips the batches since."""
 
 
 @dataclass(frozen=True, kw_only=True)

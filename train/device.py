@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 def resolve(run: Run, store: Store | None) -> Run:
     """The run with every "auto" settled; without a store, the loader's stays."""
     device = choose_device(run.device)
+    if run.speed.compile:
+        check_compiler(device)
     loader = choose_backend(device) if run.loader == "auto" and store is not None else run.loader
     return dataclasses.replace(
         run, device=str(device), precision=choose_precision(run.precision, device), loader=loader
@@ -63,6 +67,19 @@ def find_device(wish: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {wish} is not supported. Use cpu, cuda or cuda:N.")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ResourceError where torch.compile would find no compiler: of C for Triton on a GPU, of C++ on a CPU."""
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX") or "g++"]
+    if not any(shutil.which(name.split()[0]) for name in names):
+        raise ResourceError(
+            f"--compile needs {' or '.join(names)}, and there is none. Install it (apt install g++ python3-dev), or "
+            "leave --compile out."
+        )
 
 
 def choose_precision(wish: str, device: torch.device) -> str:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from pipeline.errors import UsageError
 from pipeline.staging import write_whole
 from train.command import parse, run
-from train.evaluation.exam import FOLDS, KNN, PROTOCOLS, Exam, Featurise, Protocol, over_folds
+from train.evaluation.exam import (
+    EVALUATION,
+    FIFTHS,
+    KNN,
+    PROTOCOLS,
+    Exam,
+    Featurise,
+    Protocol,
+    over_folds,
+    percent,
+    sentence,
+)
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
-
-    from model.network import Network
-    from pipeline.store import Store
-    from train.config import Run
-
-EVALUATION = "evaluation.json"  # in a run folder: the newest checkpoint's scores and the baselines'
 CACHE = "cache"  # in a run folder: features
-PIXEL_SIDE = 32
 OWN_IMAGES = "--folds is for a store whose own images are held out: without --tests and --label-share."
 
 
@@ -66,7 +66,7 @@ class Evaluate:
     quarters: bool = False
     """Also score pictures by the patches of their own quarter where four share an image: what patches tell by place."""
     checkpoint: str | None = None
-    """Checkpoint folder; default: the newest that verifies."""
+    """Step of the checkpoint, or its folder; default: the newest that verifies."""
     baselines: bool = True
     """Score raw pixels and the untrained encoder too."""
     cache: bool = True
@@ -104,37 +104,39 @@ def main(argv: list[str]) -> int:
     if flags.folds and tests:  # the run's own
         raise UsageError(OWN_IMAGES)
     overlap = flags.overlap or settings.watch.overlap
-    exams = [Exam.prepare(data, tests, label, overlap, fold=fold) for fold in range(FOLDS if flags.folds else 1)]
+    exams = [Exam.prepare(data, tests, label, overlap, fold=fold) for fold in range(FIFTHS if flags.folds else 1)]
+    asked = {"neighbours": flags.neighbours, "label_shares": flags.label_share}
 
     def sit(featurise: Featurise) -> dict:
         return over_folds([exam.sit(featurise, flags.protocols, **asked) for exam in exams])
 
-    point = folder.chosen_checkpoint(
-        flags.run, flags.checkpoint, lambda line: print(f"warning: {line}", file=sys.stderr)
-    )
+    point = folder.chosen_checkpoint(flags.run, flags.checkpoint)
     from model.network import Network
+    from train.evaluation.featurise import baseline_features, encoder_features, untrained
 
     device = choose_device(flags.device)
     network = Network(settings.method, settings.model, settings.seed).to(device)
     network.load_state_dict(point.scored())
-    asked = {"neighbours": flags.neighbours, "label_shares": flags.label_share}
+    start = functools.cache(lambda: untrained(settings, device))  # drawn once, where anything asks for it
     with features_kept(flags.run, flags.cache) as cache:
-        featurise = encoder_features(network, settings, device, flags.feature, cache)
-        result = sit(featurise)
+        result = sit(encoder_features(network, settings, device, flags.feature, cache))
         result = {"step": point.step, "train_seconds": round(point.state["clock"]["train_seconds"], 3), **result}
         if flags.baselines:
-            baselines = baseline_features(settings, device, flags.feature, cache)
+            baselines = baseline_features(start(), settings, device, flags.feature, cache)
             result["baselines"] = {name: sit(each) for name, each in baselines.items()}
         if flags.agreement is not None:
+            from train.evaluation.agreement import sizes_agree
+
+            networks = {"encoder": network, "untrained": start()}
             result["agreement"] = sizes_agree(
-                network, settings, device, flags.feature, flags.agreement, exams[0], cache
+                networks, settings, device, flags.feature, flags.agreement, exams[0], cache
             )
         if flags.quarters:
             from train.evaluation.quarters import score_quarters
 
             result["quarters"] = {
                 who: score_quarters(each, settings, exams[0], device, flags.protocols, flags.neighbours)
-                for who, each in (("encoder", network), ("untrained", untrained(settings, device)))
+                for who, each in (("encoder", network), ("untrained", start()))
             }
         if flags.exits:
             from train.evaluation.exits import score_exits
@@ -158,143 +160,6 @@ def features_kept(out: Path, keep: bool) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix=f".{CACHE}-", dir=out) as folder:
         yield Path(folder)
-
-
-def encoder_features(
-    network: Network,
-    settings: Run,
-    device: torch.device,
-    feature: str,
-    cache: Path | None = None,
-    *,
-    share: float = 1.0,
-) -> Featurise:
-    """Features of samples by the network's encoder: in memory, or where there is a `cache` mapped from the disk.
-
-    share: of the side that the encoder was trained at, which the pictures are resized to.
-    """
-    from pipeline.loader import choose_backend
-    from train.device import autocast
-    from train.evaluation.cache import kept, weights_digest
-    from train.evaluation.features import encode, encoded
-
-    encoder, centre = network.encoder, centre_share(settings.model.side)
-    side = round(share * settings.model.side)
-    digest = weights_digest(encoder) if cache is not None else ""
-
-    def featurise(store: Store, ids: np.ndarray) -> Tensor:
-        how = {"side": side, "centre": centre, "device": device, "only": ids}
-        precision = autocast(device, settings.precision)
-        if cache is None:
-            # As the cache keeps them, so that a score is the same with it and without.
-            return at_hand(getattr(encode(encoder, store, precision_context=precision, **how), feature).half(), device)
-
-        def batches() -> Iterator[Tensor]:
-            with contextlib.closing(encoded(encoder, store, precision_context=precision, **how)) as parts:
-                for each in parts:
-                    yield getattr(each, feature)
-
-        key = {"weights": digest, "feature": feature, "precision": settings.precision, "centre": centre}
-        key |= {"side": side, "decoder": choose_backend(device), **samples_key(store, ids)}
-        return at_hand(kept(cache, key, (len(ids), encoder.width), batches), device)
-
-    return featurise
-
-
-def pixel_features(device: torch.device, cache: Path | None = None) -> Featurise:
-    from pipeline.loader import choose_backend
-    from train.evaluation.cache import kept
-    from train.evaluation.features import pixels, small_pixels
-
-    def featurise(store: Store, ids: np.ndarray) -> Tensor:
-        how = {"side": PIXEL_SIDE, "device": device, "only": ids}
-        if cache is None:
-            return at_hand(pixels(store, **how).half(), device)
-        key = {"feature": "pixels", "side": PIXEL_SIDE, "decoder": choose_backend(device)}
-        shape = (len(ids), 3 * PIXEL_SIDE**2)
-        return at_hand(kept(cache, key | samples_key(store, ids), shape, lambda: small_pixels(store, **how)), device)
-
-    return featurise
-
-
-def samples_key(store: Store, ids: np.ndarray) -> dict[str, str]:
-    """Which pictures, in which order, as part of a key."""
-    return {"store": store.fingerprint, "samples": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]}
-
-
-def at_hand(features: Tensor, device: torch.device) -> Tensor:
-    """On a GPU where they take less than a quarter of what is free there; probes work where features are."""
-    import torch
-
-    if device.type != "cuda" or features.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
-        return features
-    return features.to(device)
-
-
-def centre_share(side: int) -> float:
-    """ImageNet's 224 out of 256; small pictures are framed by whoever drew them and are taken whole."""
-    return 0.875 if side >= 160 else 1.0
-
-
-def score_network(network: Network, exam: Exam, settings: Run, device: torch.device, *, final: bool) -> dict:
-    """The score that is taken during training: ridge and neighbours on the leading column, at the end on every one."""
-    featurise = encoder_features(network, settings, device, "patch_mean")
-    return exam.sit(featurise, PROTOCOLS, None if final else [exam.leading])
-
-
-def score_baselines(exam: Exam, settings: Run, device: torch.device) -> dict[str, dict]:
-    """What the scores taken during training stand beside."""
-    baselines = baseline_features(settings, device, "patch_mean")
-    return {name: exam.sit(featurise, PROTOCOLS) for name, featurise in baselines.items()}
-
-
-def baseline_features(
-    settings: Run, device: torch.device, feature: str, cache: Path | None = None
-) -> dict[str, Featurise]:
-    """What needs no training: raw pixels, and the encoder as the run's seed draws it."""
-    return {
-        "pixels": pixel_features(device, cache),
-        "untrained": encoder_features(untrained(settings, device), settings, device, feature, cache),
-    }
-
-
-def untrained(settings: Run, device: torch.device) -> Network:
-    """The network as the run's seed draws it."""
-    from model.network import Network
-
-    return Network(settings.method, settings.model, settings.seed).to(device)
-
-
-def sizes_agree(
-    network: Network, settings: Run, device: torch.device, feature: str, share: float, exam: Exam, cache: Path
-) -> dict:
-    """{"share", "encoder": test -> Agreement, "untrained": likewise}, of the pictures that the leading column asks."""
-    from train.evaluation.agreement import agreement
-
-    result: dict = {"share": share}
-    for who, each in {"encoder": network, "untrained": untrained(settings, device)}.items():
-        full, small = (encoder_features(each, settings, device, feature, cache, share=s) for s in (1.0, share))
-        asked = {name: (store, exam.questions(name, exam.leading)[0]) for name, store in exam.tests.items()}
-        result[who] = {
-            name: asdict(agreement(full(store, ids), small(store, ids))) for name, (store, ids) in asked.items()
-        }
-    return result
-
-
-def sentence(result: dict) -> str:
-    """The leading score beside its baselines, in words."""
-    if result["leading"] is None:
-        return f"{result['label']}: too few images of each class for this probe."
-    words = f"{result['leading_name']}: {percent(result['leading'])}"
-    baselines = result.get("baselines") or {}
-    if baselines:
-        beside = ", ".join(f"{name} {percent(each['leading'])}" for name, each in baselines.items())
-        words += f" ({beside})"
-    return words + "."
-
-
-def percent(score: dict) -> str:
-    return f"{100 * score['value']:.1f} ± {100 * score['standard_error']:.1f} %"
 
 
 def cell(score: dict) -> str:

@@ -151,7 +151,7 @@ class Finetune(Recipe):
     label: str | None = None
     """Label column; default: the run's own, or the first."""
     checkpoint: str | None = None
-    """Checkpoint folder of the run; default: the newest that verifies."""
+    """Step of the run's checkpoint, or its folder; default: the newest that verifies."""
     loader: Literal["auto", "ffcv", "shards", "dali", "resident"] = "auto"
     """What reads and decodes."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

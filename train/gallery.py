@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from model.network import Network
-from pipeline.ffcv_loader import in_beton
 from pipeline.loader import Loader, open_loader
 from pipeline.store import Store
 from pipeline.stored import StoredPictures
@@ -82,7 +81,7 @@ def _stored(store: Store, loader: Loader, batch: Batch, cell: int) -> Tensor:
     """(B, cell, cell, 3) in [0, 1]: the stored pictures, shrunk to fit, with a frame for each crop that is cut."""
     ids, found = batch.id.numpy(), torch.ones(len(batch.id), cell, cell, 3)
     boxes = {name: geometry.boxes for name, geometry in loader.where(batch.epoch, ids).items()}
-    with contextlib.closing(in_beton(store) if store.beton else StoredPictures.in_shards(store)) as stored:
+    with contextlib.closing(StoredPictures.in_shards(store)) as stored:
         for row, sample in enumerate(ids):
             image = Image.fromarray(stored.picture(int(sample)))
             scale = min(1.0, cell / max(image.size))

@@ -26,7 +26,7 @@ LINE_SECONDS = 30.0  # between plain lines where there is no terminal
 
 
 class Journal:
-    """One run's records. Only what is appended after the last checkpoint is ever taken back, by `rewind`."""
+    """One run's records. They are append-only; `rewind` drops rows newer than the last checkpoint."""
 
     def __init__(self, out: Path, *, quiet: bool = False, rank: int = 0):
         """rank: above 0 nothing is told, but what goes wrong there is kept in logs/."""

@@ -14,7 +14,7 @@ from pipeline.errors import Preempted, StalledError
 from pipeline.interpreter import python
 from pipeline.limits import usable_cores
 from train.json_files import read_object
-from train.stop import Stop
+from train.stop import SIGNALS
 
 
 def launch(module: str, processes: int, words: Sequence[str], out: Path) -> int:
@@ -38,7 +38,7 @@ def launch(module: str, processes: int, words: Sequence[str], out: Path) -> int:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=f"daae-{os.getpid()}", max_restarts=0,
-        signals_to_handle=",".join(each.name for each in (*Stop.SIGNALS, signal.SIGQUIT)),
+        signals_to_handle=",".join(each.name for each in (*SIGNALS, signal.SIGQUIT)),
     )  # fmt: skip
     started = time.time()
     try:

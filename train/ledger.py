@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# What the training clock counts; "other" is the rest of it. What the network is compiled into has no parts: it is all
-# "losses". A copy to the GPU goes on beside the step before: what of it is not hidden is waiting for data.
+# What the training clock counts; "other" is the rest of it. A compiled network is counted whole under "losses". Copies
+# to the GPU overlap the previous step; what does not overlap counts as "data wait".
 TRAINING = ("data wait", "views", "encoder", "decoder", "losses", "backward", "optimizer")
 ASIDE = ("start-up", "evaluation", "checkpoint")  # off that clock
 PARTS = (*TRAINING, "other", *ASIDE)  # in the order in which a picture of them is read

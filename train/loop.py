@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from torch import Tensor
 
-from model.heads import effective_rank
 from model.network import Network
-from model.objectives import Outcome
-from pipeline import native
+from pipeline import kernels, native
 from pipeline.errors import NumericsError, Preempted, UsageError
 from pipeline.inflated import Inflated
 from pipeline.labelled import Labelled
@@ -35,16 +32,17 @@ from train.ceiling import gemm_flops
 from train.clock import Clock, process_seconds
 from train.config import Budget, Run, as_values, flat
 from train.data import check_data, open_data, open_store
-from train.device import device_name, memory_gb, resolve
+from train.device import choose_precision, device_name, memory_gb, resolve
 from train.evaluation.scores import Scores
 from train.journal import Journal, code_revision, duration, earlier_environments, environment
-from train.json_files import read_rows
+from train.json_files import read_object, read_rows
 from train.ledger import PARTS, TRAINING, Ledger
+from train.meters import Meters
 from train.pace import seconds_per_step, steps_for
 from train.ranks import Ranks, together, wanted
 from train.schedule import learning_rate, warmup_steps
 from train.stages import Stage, lay_out, macs_per_image, steps_of
-from train.step import Refused, Stepper, patience
+from train.step import Refused, Stepper
 from train.stop import CutShort, Stop
 
 if TYPE_CHECKING:
@@ -89,23 +87,20 @@ def claimed_folder(wish: Run, controls: Controls, ranks: Ranks) -> Iterator[Path
 
 def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop: Stop, ranks: Ranks) -> dict:
     out, device = journal.out, torch.device(run.device)
-    saved, point = None, None
+    saved, point, before = None, None, ""
     if ranks.first:
         point = folder.resume_point(out, controls.resume, store.fingerprint, store.count, journal.say)
-        saved = folder.saved_settings(out)
-    saved, point = ranks.share((saved, point))
+        saved, before = folder.saved_settings(out), read_object(out / "env.json").get("device", "")
+    saved, point, before = ranks.share((saved, point, before))
+    name = device_name(device)
     if saved is not None:
-        # What was settled when the run began stays: the steps that its seconds came to, precision, decoder, attention.
-        speed = run.speed
-        if speed.attention == "auto":
-            speed = dataclasses.replace(speed, attention=saved["speed"].get("attention") or "auto")
-        run = dataclasses.replace(
-            run, budget=Budget(**saved["budget"]), precision=saved["precision"], loader=saved["loader"], speed=speed
-        )
+        run = as_settled(run, saved, device, moved=before != name)
     if run.speed.workers > (cores := max(1, int(usable_cores()))):
         journal.say(f"--workers {run.speed.workers}, but this process may use {cores} cores: only a slow disk gains.")
     if (why := native.why_not()) is not None:
         journal.say(f"Pillow decodes, several times slower than our decoder: {why}.")
+    if device.type == "cuda" and (why := kernels.why_not(device)) is not None:
+        journal.say(f"Plain torch cuts crops and patches, slower than kernels would: {why}.")
     if run.speed.shard and ranks.count == 1:
         journal.say("--speed.shard: one process has nothing to divide.")
     if run.budget.steps is None:
@@ -116,20 +111,13 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         except CutShort:
             who = stop.name or ELSEWHERE
             raise Preempted(f"stopped by {who} before the first step. Run the same command again.") from None
-    name = device_name(device)
     with contextlib.closing(Trainer(run, store, device, journal, stop, controls.baselines, ranks)) as trainer:
         attention = settle_attention(trainer.stepper)
         if ranks.first:
             folder.write_settings(
                 out, dataclasses.replace(run, speed=dataclasses.replace(run.speed, attention=attention))
             )
-            real = store.parts[0]
-            facts = {**environment(name), "data": real.fingerprint, "images": real.count, "ranks": ranks.count}
-            if before := earlier_environments(out / "env.json", facts):
-                facts["before"] = before
-            if isinstance(store, Inflated):
-                facts["inflated"] = {**store.artificial.manifest["generated"], "images": store.artificial.count}
-            write_whole(out / "env.json", json.dumps(facts, indent=1))
+            write_facts(out / "env.json", name, store, ranks.count)
         for words in run.method.warnings(run.optim.batch // run.optim.accumulate, store.per_epoch):
             journal.say(words)
         if point is not None:
@@ -149,6 +137,32 @@ def _pretrain(run: Run, controls: Controls, store: Store, journal: Journal, stop
         return trainer.finish()
 
 
+def as_settled(run: Run, saved: dict, device: torch.device, *, moved: bool) -> Run:
+    """What was settled when the run began stays: the steps that its seconds came to, precision, decoder, attention.
+
+    moved: to a device of another name, which may lack the kernels that were chosen: they are chosen anew. Raises
+    ResourceError where it has no units for the precision.
+    """
+    speed = run.speed
+    if speed.attention == "auto" and not moved:
+        speed = dataclasses.replace(speed, attention=saved["speed"].get("attention") or "auto")
+    precision = choose_precision(saved["precision"], device)
+    return dataclasses.replace(
+        run, budget=Budget(**saved["budget"]), precision=precision, loader=saved["loader"], speed=speed
+    )
+
+
+def write_facts(path: Path, device: str, store: Store, ranks: int) -> None:
+    """What a result comes from: code, machine and data, and where an earlier part of the run had others, those too."""
+    real = store.parts[0]
+    facts = {**environment(device), "data": real.fingerprint, "images": real.count, "ranks": ranks}
+    if before := earlier_environments(path, facts):
+        facts["before"] = before
+    if isinstance(store, Inflated):
+        facts["inflated"] = {**store.artificial.manifest["generated"], "images": store.artificial.count}
+    write_whole(path, json.dumps(facts, indent=1))
+
+
 def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks, stop: Stop) -> Budget:
     """Turn a wish for epochs or seconds into steps, once; from then on the schedule is a function of the step."""
     wish = run.budget
@@ -163,7 +177,6 @@ def freeze_budget(run: Run, store: Store, journal: Journal, ranks: Ranks, stop: 
 
 
 ELSEWHERE = "a signal at another rank"
-RANKED = 256  # rows, at most, whose effective rank a row of metrics has: milliseconds, beside the steps between two
 WORTH_A_CEILING = 30.0  # seconds of training, below which measuring what the device can do would take longer
 
 
@@ -192,11 +205,9 @@ class Trainer:
         self.warmup = warmup_steps(run.optim, self.steps, store.per_epoch // run.optim.batch)
         self.clock, self.step = Clock(), 0
         self.shift, self.rollbacks = 0, 0  # batches left out so far, and how often the run went back
-        self.sums: dict[str, Tensor] = {}
-        self.features: Tensor | None = None  # of the last step
         self.batch: Batch | None = None  # of the last step, until the next is taken
-        self.refused = 0  # steps, up to the last row
-        self.alarm: str | None = None  # what the method said of the last row
+        # While the rate warms up curves mean nothing yet.
+        self.meters = Meters(self.stepper, journal, max(self.warmup, self.steps / 10))
         self.saved_step: int | None = None  # the newest checkpoint that is sound
         self.saved_at, self.logged = time.monotonic(), (0, 0, 0.0)  # step, images, seconds
         self.scores = Scores.prepare(run, device, journal, baselines) if run.watch.evaluations and ranks.first else None
@@ -211,9 +222,9 @@ class Trainer:
 
     def load(self, point: checkpoint.Checkpoint) -> None:
         if self.stepper.sharded:
-            from train import sharded
+            from train import divided
 
-            sharded.load(self.network, self.optimizer, point)
+            divided.load(self.network, self.optimizer, point)
         else:
             self.network.load_state_dict(point.weights())
             self.stepper.load_average(point.average())
@@ -250,7 +261,7 @@ class Trainer:
                     lr = learning_rate(stage.run.optim, self.step, self.steps, self.warmup)
                     done = (self.step / self.steps, (self.step + 1) / self.steps)
                     with ranks.waiting("a step"):
-                        self.add(self.stepper(batch, lr, done))
+                        self.meters.add(self.stepper(batch, lr, done))
                     self.step += 1
                     clock.images += stage.run.optim.batch
                     evaluate, stopped = self.step in evaluate_at, ranks.any(self.stop.asked)
@@ -282,18 +293,6 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
 
-    def add(self, outcomes: list[Outcome]) -> None:
-        """Sum on the device; a row reads the sums once. A step that was refused adds nothing."""
-        watched = {"grad_norm": self.stepper.norm}
-        for outcome in outcomes:
-            terms = {name: term.detach() for name, term in outcome.terms.items()}
-            watched["loss"] = torch.stack(list(terms.values())).sum()
-            for name, value in {**terms, **outcome.watched, **watched}.items():
-                value = torch.where(self.stepper.refused.finite, value.float(), 0.0)
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-            watched = {}
-        self.features = outcomes[-1].features
-
     def log(self, lr: float) -> bool:
         """Write a row; False where the run went back to a checkpoint instead."""
         before, images_before, seconds_before = self.logged
@@ -301,7 +300,7 @@ class Trainer:
         if steps == 0:
             return True
         try:
-            means = self.means(steps)
+            means = self.meters.means(self.step, steps, self.capture)
         except NumericsError as error:
             self.roll_back(error)
             return False
@@ -327,44 +326,8 @@ class Trainer:
             f"{saved}  ETA {duration(left)}"
         ))  # fmt: skip
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
-        self.listen(means)
+        self.meters.listen(self.step, means)
         return True
-
-    def listen(self, means: dict[str, float]) -> None:
-        """Say once what the method makes of its curves; while the rate warms up they mean nothing yet."""
-        if means and self.step > max(self.warmup, self.steps / 10):
-            alarm = self.run.method.alarm(means)
-            if alarm is not None and self.alarm is None:
-                self.journal.say(f"step {self.step:,}: {alarm}")
-            self.alarm = alarm
-
-    def means(self, steps: int) -> dict[str, float]:
-        """What is watched, over the last `steps` steps and all ranks; the effective rank is the last step's. Nothing
-        where none of them was taken.
-
-        Raises NumericsError where too many steps in a row were refused, on every rank. It was captured then.
-        """
-        in_a_row, refused = self.stepper.refused.read()
-        lately, self.refused = refused - self.refused, refused
-        if self.features is not None and not in_a_row:
-            self.sums["effective_rank"] = effective_rank(self.features[:RANKED])
-        names = sorted(self.sums)
-        sums = self.ranks.mean(torch.stack([self.sums[name] for name in names])).tolist()
-        self.sums.clear()
-        taken = steps - lately
-        parts = taken * self.run.optim.accumulate
-        times = dict.fromkeys(names, parts) | {"grad_norm": taken, "effective_rank": 1}
-        means = {name: value / times[name] for name, value in zip(names, sums, strict=True)} if taken else {}
-        if in_a_row >= patience(self.run.precision) or not all(map(math.isfinite, means.values())):
-            what = f"gradient was not finite for {in_a_row:,} steps in a row" if in_a_row else "loss is not finite"
-            raise NumericsError(
-                f"the {what} at step {self.step:,}; {self.capture()} tells what that was. No such step was taken."
-            )
-        if lately:
-            self.journal.say(
-                f"step {self.step:,}: {lately:,} of the last {steps:,} steps were not taken: gradient not finite."
-            )
-        return means
 
     def roll_back(self, error: NumericsError) -> None:
         """Load the newest checkpoint and go on with the batches behind the last; every rank calls it.
@@ -385,8 +348,8 @@ class Trainer:
         self.rollbacks += 1
         with self.ledger.aside("checkpoint"):
             self.load(point)
-        self.stepper.refused, self.refused = Refused(self.device), 0
-        self.sums.clear()
+        self.stepper.refused = Refused(self.device)
+        self.meters.clear()
         self.logged = (self.step, self.clock.images, self.clock.train_seconds)
         self.journal.rewind(self.step)
         self.journal.say(
@@ -411,7 +374,7 @@ class Trainer:
         """ledger.json: what the run's seconds went into, and how near the machine's limit its steps were."""
         seconds, flop = self.clock.train_seconds, 6 * macs_per_image(self.run)
         flops = flop * self.clock.images / max(1e-9, seconds)
-        # On every rank the same: one device's share is compared with what one device can do.
+        # Only rank 0 writes it: FLOP/s per device against one device's ceiling.
         ceiling = gemm_flops(self.device, self.run.precision) if seconds > WORTH_A_CEILING else None
         write_whole(self.journal.out / "ledger.json", json.dumps({
             "train_seconds": round(seconds, 3), "images": self.clock.images,
@@ -444,9 +407,9 @@ class Trainer:
         """The network with whole weights: where they are divided, a copy on rank 0. Every rank calls it."""
         if not self.stepper.sharded:
             return self.network
-        from train import sharded
+        from train import divided
 
-        weights = sharded.gather(self.network.state_dict(), self.ranks)
+        weights = divided.gather(self.network.state_dict(), self.ranks)
         if not self.first:
             return None
         network = Network(self.run.method, self.run.model, self.run.seed).to(self.device)
@@ -471,9 +434,9 @@ class Trainer:
         tensors = checkpoint.tensors_of(self.network, self.optimizer, self.stepper.average_weights())
         with self.ledger.aside("checkpoint"):
             if self.stepper.sharded:
-                from train import sharded
+                from train import divided
 
-                path = sharded.save(where, tensors, state, keep, self.ranks, whole=self.step == self.steps)
+                path = divided.save(where, tensors, state, keep, self.ranks, whole=self.step == self.steps)
             else:
                 path = checkpoint.save(where, tensors, state, keep)
         self.saved_step, self.saved_at = self.step, time.monotonic()

@@ -82,10 +82,11 @@ def orthogonal(updates: list[Tensor], pieces: int) -> list[Tensor]:
 def newton_schulz(matrices: Tensor) -> Tensor:
     """(k, m, n) -> the same singular vectors with singular values between about 0.7 and 1.2.
 
-    In bfloat16 on a GPU, where the error is far below that spread, and as they come elsewhere.
+    In bfloat16 on a GPU that has units for it, where the error is far below that spread, and as they come elsewhere.
     """
     a, b, c = QUINTIC
-    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
+    units = matrices.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.bfloat16() if units else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

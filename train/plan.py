@@ -12,6 +12,7 @@ from train.schedule import learning_rate, warmup_steps
 from train.stages import images_per_step, macs_per_image, parts_of, steps_of
 
 if TYPE_CHECKING:
+    from pipeline.store import Store
     from train.pretrain import Controls
 
 
@@ -60,13 +61,11 @@ def make_plan(run: Run, images: int, images_per_second: float | None) -> dict:
     return plan
 
 
-def measured_rate(run: Run) -> float:
+def measured_rate(run: Run, store: Store) -> float:
     """Images/s of loader and step on this machine, on one device. Raises what `daae pretrain` would."""
-    from train.data import open_store
     from train.device import resolve
     from train.rehearsal import predict
 
-    store = open_store(run)
     images = seconds = 0.0
     for share, part in parts_of(run):
         sample = predict(resolve(part, store), store)
@@ -79,18 +78,23 @@ KNOWN_IMAGES = {"in1k": 1_281_167, "mini": 34_745}  # ImageNet-1K; ImageNet-mini
 
 
 def print_plan(run: Run, controls: Controls) -> int:
-    images = controls.images
+    """Raises what would stop the run before its folder is made; without data, only what needs none."""
+    images, store = controls.images, None
     if run.data is not None:
-        from train.data import open_store
+        from train.data import check_data, open_store
+        from train.ranks import wanted
 
-        images = open_store(run).per_epoch
+        store = open_store(run)
+        images = store.per_epoch
+        check_data(run, store, controls.gpus or wanted().count)
+        run.method.check(run.optim.batch, images)
     if images is None:
         images = next((count for name, count in KNOWN_IMAGES.items() if f"-{name}-" in run.preset), None)
     if images is None:
         raise UsageError("--dry-run needs --data or --images to count an epoch.")
     rate, how = controls.images_per_second, ""
-    if rate is None and run.data is not None:
-        rate, how = measured_rate(run), ", measured here for some seconds on one device,"
+    if rate is None and store is not None:
+        rate, how = measured_rate(run, store), ", measured here for some seconds on one device,"
     plan = make_plan(run, images, rate)
     if controls.json:
         print(json.dumps(plan))

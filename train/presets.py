@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
+from model.objectives import OBJECTIVES, Objective
 from model.objectives.byol import BYOL
 from model.objectives.can import CAN
 from model.objectives.clsa import CLSA
@@ -23,7 +24,7 @@ from model.shape import Shape
 from pipeline.errors import UsageError
 from train import adainf
 from train.command import nearest
-from train.config import Budget, Optim, Run
+from train.config import Budget, Optim, Run, of_type, typed
 
 TINY = Shape(
     side=64, patch=8, width=192, depth=6, heads=3, decoder_width=192, decoder_depth=2, decoder_heads=6
@@ -60,42 +61,26 @@ PRESETS: dict[str, Recipe] = {}
 
 
 def preset(name: str) -> Callable[[Recipe], Recipe]:
-    def keep(recipe: Recipe) -> Recipe:
-        PRESETS[name] = recipe
-        return recipe
+    def keep(make: Recipe) -> Recipe:
+        PRESETS[name] = make
+        return make
 
     return keep
 
 
-def mae(shape: Shape, optim: Optim, epochs: float) -> Run:
-    return Run(objective="mae", method=MAE(), model=shape, optim=optim, budget=Budget(epochs=epochs))
+NAMES = {method: name for name, method in OBJECTIVES.items()}
 
 
-def daae(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
-    return Run(objective="daae", method=DAAE(**options), model=shape, optim=optim, budget=Budget(epochs=epochs))
+def recipe(method: Objective, shape: Shape, optim: Optim, epochs: float) -> Run:
+    objective = NAMES[type(method)]
+    return Run(objective=objective, method=method, model=shape, optim=optim, budget=Budget(epochs=epochs))
 
 
 def daae_small(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
     """For small sets the contrastive term has a weight of 1, and a quarter of the hidden patches is decoded: the rest
     cost a quarter of the step and brought nothing (docs/lab.md, 1 and 3; Fu et al. 2024, arXiv 2401.14391, find the
     same on ImageNet)."""
-    return daae(shape, optim, epochs, **{"contrast_weight": 1.0, "decoded_share": 0.25, **options})
-
-
-def mixedae(shape: Shape, optim: Optim, epochs: float) -> Run:
-    return Run(objective="mixedae", method=MixedAE(), model=shape, optim=optim, budget=Budget(epochs=epochs))
-
-
-def can(shape: Shape, optim: Optim, epochs: float) -> Run:
-    return Run(objective="can", method=CAN(), model=shape, optim=optim, budget=Budget(epochs=epochs))
-
-
-def selfcon(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
-    return Run(objective="selfcon", method=SelfCon(**options), model=shape, optim=optim, budget=Budget(epochs=epochs))
-
-
-def swav(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
-    return Run(objective="swav", method=SwAV(**options), model=shape, optim=optim, budget=Budget(epochs=epochs))
+    return recipe(DAAE(contrast_weight=1.0, decoded_share=0.25, **options), shape, optim, epochs)
 
 
 def swav_small(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
@@ -107,13 +92,13 @@ def swav_small(shape: Shape, optim: Optim, epochs: float, **options) -> Run:
     published, short runs on small pictures stay at a loss of ln K; SwAV's README then advises 0.03, or softer views.
     """
     optim = replace(optim, lr=5e-4, weight_decay=0.04, betas=(0.9, 0.999), clip_grad=3.0)
-    return swav(shape, optim, epochs, local_views=4, local_side=0.5, epsilon=0.03, **options)
+    return recipe(SwAV(local_views=4, local_side=0.5, epsilon=0.03, **options), shape, optim, epochs)
 
 
 @preset("mae-tiny")
 def mae_tiny() -> Run:
     """64 px, encoder 192 x 6: minutes on a CPU. `make demo` runs it."""
-    return mae(TINY, TINY_OPTIM, 40)
+    return recipe(MAE(), TINY, TINY_OPTIM, 40)
 
 
 @preset("daae-tiny")
@@ -131,19 +116,19 @@ def contrast_tiny() -> Run:
 @preset("mixedae-tiny")
 def mixedae_tiny() -> Run:
     """64 px, four pictures mixed into one, encoder 192 x 6: minutes on a CPU."""
-    return mixedae(TINY, TINY_OPTIM, 40)
+    return recipe(MixedAE(), TINY, TINY_OPTIM, 40)
 
 
 @preset("can-tiny")
 def can_tiny() -> Run:
     """Two views of 64 px, half of each hidden, encoder 192 x 6: minutes on a CPU."""
-    return can(TINY, TINY_OPTIM, 20)
+    return recipe(CAN(), TINY, TINY_OPTIM, 20)
 
 
 @preset("selfcon-tiny")
 def selfcon_tiny() -> Run:
     """64 px, encoder 192 x 6 with an exit after 3 blocks: minutes on a CPU. Learns from labels."""
-    return selfcon(TINY, replace(TINY_OPTIM, lr=5e-4), 40, head_hidden=512)
+    return recipe(SelfCon(head_hidden=512), TINY, replace(TINY_OPTIM, lr=5e-4), 40)
 
 
 @preset("swav-tiny")
@@ -182,7 +167,7 @@ def _sizes(name: str, shape: Shape) -> None:
 
     @preset(f"mae-{name}")
     def masked() -> Run:
-        return mae(shape, SMALL_DATA, 400)
+        return recipe(MAE(), shape, SMALL_DATA, 400)
 
     @preset(f"daae-{name}")
     def both() -> Run:
@@ -196,25 +181,25 @@ def _sizes(name: str, shape: Shape) -> None:
 @preset("mixedae-vits16")
 def mixedae_vits16() -> Run:
     """vits16 at 224 px, for own images: 400 epochs, about the time of 400 of MAE."""
-    return mixedae(VIT_S, SMALL_DATA, 400)
+    return recipe(MixedAE(), VIT_S, SMALL_DATA, 400)
 
 
 @preset("can-vits16")
 def can_vits16() -> Run:
     """vits16 at 224 px, for own images: 400 epochs, about three times the time of 400 of MAE."""
-    return can(VIT_S, SMALL_DATA, 400)
+    return recipe(CAN(), VIT_S, SMALL_DATA, 400)
 
 
 @preset("can-vitl16")
 def can_vitl16() -> Run:
     """vitl16 at 224 px, for own images: 400 epochs."""
-    return can(VIT_L, SMALL_DATA, 400)
+    return recipe(CAN(), VIT_L, SMALL_DATA, 400)
 
 
 @preset("selfcon-vits16")
 def selfcon_vits16() -> Run:
     """vits16 at 224 px, for own images with labels: 400 epochs."""
-    return selfcon(VIT_S, replace(SMALL_DATA, lr=5e-4), 400, head_hidden=512)
+    return recipe(SelfCon(head_hidden=512), VIT_S, replace(SMALL_DATA, lr=5e-4), 400)
 
 
 @preset("swav-vits16")
@@ -235,57 +220,57 @@ for _name, _shape in {
 @preset("mae-vitb16-in1k-1600")
 def mae_vitb16_in1k() -> Run:
     """The slides' baseline: ImageNet-1K, 1600 epochs, 83.3% there (83.6% in MAE's paper), 2.05 times DAAE's time."""
-    return mae(VIT_B, PUBLISHED, 1600)
+    return recipe(MAE(), VIT_B, PUBLISHED, 1600)
 
 
 @preset("daae-vitb16-in1k-600")
 def daae_vitb16_in1k() -> Run:
     """The slides' claim: ImageNet-1K, 600 epochs, 83.5%."""
-    return daae(VIT_B, PUBLISHED, 600)
+    return recipe(DAAE(), VIT_B, PUBLISHED, 600)
 
 
 @preset("mixedae-vitb16-in1k-1600")
 def mixedae_vitb16_in1k() -> Run:
     """MixedAE's own: ImageNet-1K, 1600 epochs of MAE's recipe, 0.3% above MAE after fine-tuning in its paper."""
-    return mixedae(VIT_B, PUBLISHED, 1600)
+    return recipe(MixedAE(), VIT_B, PUBLISHED, 1600)
 
 
 @preset("can-vitb16-in1k-800")
 def can_vitb16_in1k() -> Run:
     """CAN on ImageNet-1K: 800 epochs, the fewer of its paper's 800 to 1600, with the optimizer of its code's example;
     74.8% by a linear probe in its abstract, at whichever length that was."""
-    return can(VIT_B, PUBLISHED_CAN, 800)
+    return recipe(CAN(), VIT_B, PUBLISHED_CAN, 800)
 
 
 @preset("selfcon-vitb16-in1k-800")
 def selfcon_vitb16_in1k() -> Run:
     """SelfCon on ImageNet-1K: 800 epochs of its batches of 2048, as its script trains a ResNet, with a ViT's optimizer
     and drop-path."""
-    return selfcon(VIT_B, PUBLISHED_SELFCON, 800, drop_path=0.1)
+    return recipe(SelfCon(drop_path=0.1), VIT_B, PUBLISHED_SELFCON, 800)
 
 
 @preset("swav-vits16-in1k-300")
 def swav_vits16_in1k() -> Run:
     """SwAV on ImageNet-1K, 2 x 224 and 6 x 96 px, 300 epochs by DINO's recipe for a ViT."""
-    return swav(VIT_S, PUBLISHED_SWAV, 300, drop_path=0.1)
+    return recipe(SwAV(drop_path=0.1), VIT_S, PUBLISHED_SWAV, 300)
 
 
 @preset("mae-vitb16-mini-800")
 def mae_vitb16_mini() -> Run:
     """The slides' ImageNet-mini baseline: 800 epochs, 42.5%, 1.08 times the time of DAAE's 550."""
-    return mae(VIT_B, PUBLISHED, 800)
+    return recipe(MAE(), VIT_B, PUBLISHED, 800)
 
 
 @preset("daae-vitb16-mini-550")
 def daae_vitb16_mini_550() -> Run:
     """The slides on ImageNet-mini: 550 epochs, 42.8%."""
-    return daae(VIT_B, PUBLISHED, 550)
+    return recipe(DAAE(), VIT_B, PUBLISHED, 550)
 
 
 @preset("daae-vitb16-mini-800")
 def daae_vitb16_mini_800() -> Run:
     """The slides on ImageNet-mini: 800 epochs, 44.8%, 1.45 times the time of 550."""
-    return daae(VIT_B, PUBLISHED, 800)
+    return recipe(DAAE(), VIT_B, PUBLISHED, 800)
 
 
 def _pairs(name: str, published: TwoViews, small: TwoViews, *, decay: float = 0.1, epochs: int = 300, **tiny) -> None:
@@ -295,11 +280,11 @@ def _pairs(name: str, published: TwoViews, small: TwoViews, *, decay: float = 0.
     at_64 = replace(small, area=(0.2, 1.0), **tiny)
 
     def keep(size: str, method: TwoViews, shape: Shape, optim: Optim, epochs: int, about: str) -> None:
-        def recipe() -> Run:
-            return Run(objective=name, method=method, model=shape, optim=optim, budget=Budget(epochs=epochs))
+        def one() -> Run:
+            return recipe(method, shape, optim, epochs)
 
-        recipe.__doc__ = about
-        preset(f"{name}-{size}")(recipe)
+        one.__doc__ = about
+        preset(f"{name}-{size}")(one)
 
     keep("tiny", at_64, TINY, replace(TINY_OPTIM, **gentle), 40, f"64 px, encoder 192 x 6: {small.idea}.")
     keep("vits16", small, VIT_S, replace(SMALL_DATA, **gentle), 400, "vits16 at 224 px, for own images: 400 epochs.")
@@ -337,13 +322,13 @@ def _weaker(name: str, size: str) -> None:
     """AdaInf's augmentation, for generated images beside real ones."""
     strong = PRESETS[f"{name}-{size}"]
 
-    def recipe() -> Run:
+    def weak() -> Run:
         run = strong()
         assert isinstance(run.method, TwoViews)
         return replace(run, method=adainf.weaker(run.method))
 
-    recipe.__doc__ = f"{name}-{size} with AdaInf's weaker augmentation, for generated images beside real ones."
-    preset(f"{name}-{size}-weak")(recipe)
+    weak.__doc__ = f"{name}-{size} with AdaInf's weaker augmentation, for generated images beside real ones."
+    preset(f"{name}-{size}-weak")(weak)
 
 
 for _name, _size in itertools.product(adainf.BASES, ("tiny", "vits16", "vitb16-in1k-300")):
@@ -356,7 +341,5 @@ def open_preset(name: str) -> Run:
         raise UsageError(
             f"--preset {name} is unknown.{nearest(name, PRESETS)} `daae pretrain --list-presets` names all."
         )
-    from train.config import of_type, typed
-
     run = PRESETS[name]()
     return replace(of_type(run, typed(run.objective)), preset=name)

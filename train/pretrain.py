@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any, cast
 
 from pipeline.errors import UsageError
 from train.allocator import keep_memory
-from train.command import normalise, parse, read_yaml, run
+from train.command import normalise, parse, read_yaml, run, settings
 from train.config import ALIASES, Budget, Run, as_values, flat, of_type, typed, with_values
+from train.help import opposite
 from train.presets import PRESETS, open_preset
 
 # MAE's own names of models, for pasted commands without a preset.
@@ -27,7 +29,7 @@ class Controls:
     config: Path | None = None
     """YAML of settings, laid over the preset and under the flags; config.yaml of a run folder fits."""
     resume: str | None = None
-    """Checkpoint folder to start from; a damaged one is an error, never a fallback."""
+    """Step of the checkpoint to start from, or its folder; a damaged one is an error, never a fallback."""
     no_resume: bool = False
     """Refuse to go on where --out holds an unfinished run."""
     overwrite: bool = False
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> int:
         for name, value in flat(as_values(wish)).items():
             print(f"{name}: {json.dumps(value)}  # {sources.get(name, wish.preset)}")
         return 0
+    if controls.gpus is not None and controls.gpus < 1:
+        raise UsageError(f"--gpus is at least 1, not {controls.gpus}.")
     wish.check()
     if controls.dry_run:
         from train.plan import print_plan
@@ -72,13 +76,10 @@ def main(argv: list[str]) -> int:
     if wish.data is None or wish.out is None:
         missing = "--data (a store made by `daae convert`)" if wish.data is None else "--out (the run folder)"
         raise UsageError(f"{missing} is required. See `daae pretrain --help`.")
-    if controls.gpus is not None and "RANK" not in os.environ:
-        if controls.gpus < 1:
-            raise UsageError(f"--gpus is at least 1, not {controls.gpus}.")
-        if controls.gpus > 1:
-            from train.launch import launch
+    if controls.gpus is not None and controls.gpus > 1 and "RANK" not in os.environ:
+        from train.launch import launch
 
-            return launch("train.pretrain", controls.gpus, argv, wish.out)
+        return launch("train.pretrain", controls.gpus, argv, wish.out)
     from train.loop import pretrain
 
     result = pretrain(wish, controls)
@@ -113,10 +114,11 @@ def read_flags(argv: list[str]) -> tuple[Run, Controls, dict[str, str]]:
         start = dataclasses.replace(start, optim=dataclasses.replace(start.optim, lr=None))
     default = of_type(dataclasses.replace(start, objective=objective), command)
     flags = cast(Any, parse(command, words, prog="daae pretrain", default=default, aliases=ALIASES))
-    sources.update({flag[2:].replace("-", "_"): "flag" for flag in given})
-    settings = {field.name: getattr(flags, field.name) for field in dataclasses.fields(base)}
-    controls = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Controls)}
-    return base(**settings), Controls(**controls), sources
+    negated = {opposite(setting.flag): setting.flag for setting in settings(command) if setting.boolean}
+    sources.update({negated.get(flag, flag)[2:].replace("-", "_"): "flag" for flag in given})
+    wish = base(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(base)})
+    controls = Controls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Controls)})
+    return wish, controls, sources
 
 
 def _known_preset(values: dict) -> bool:
@@ -136,9 +138,7 @@ def _early(argv: list[str], *names: str) -> dict[str, str]:
 
 def _accept_mae_flags(argv: list[str]) -> list[str]:
     """Pasted commands of MAE's script: --model names a preset, --batch_size counts one device's share."""
-    words, per_device = [], None
-    accumulate = int(_early(argv, "accum_iter").get("accum_iter", "1") or 1)
-    at = 0
+    words, per_device, at = [], None, 0
     while at < len(argv):
         name, equals, value = argv[at].partition("=")
         if name in ("--model", "--batch_size", "--batch-size"):
@@ -157,9 +157,13 @@ def _accept_mae_flags(argv: list[str]) -> list[str]:
             words.append(argv[at])
         at += 1
     if per_device is not None:
-        if not per_device.isdigit():
-            raise UsageError(f"--batch_size wants a number, not {per_device!r}.")
-        words += ["--batch", str(int(per_device) * accumulate * int(os.environ.get("WORLD_SIZE", "1")))]
+        factors = {"batch_size": per_device, **_early(argv, "accum_iter", "gpus")}
+        if world := os.environ.get("WORLD_SIZE"):  # in the processes that --gpus or torchrun has started
+            factors["gpus"] = world
+        for name, value in factors.items():
+            if not value.isdigit():
+                raise UsageError(f"--{name} wants a number, not {value!r}.")
+        words += ["--batch", str(math.prod(map(int, factors.values())))]
     return words
 
 

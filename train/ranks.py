@@ -112,8 +112,11 @@ class Ranks:
     def hear(self, occasion: str) -> str:
         """Rank 0's word, however long it takes: no collective, whose patience would end. A dead rank 0 is noticed."""
         with self.waiting(f"waiting for rank 0 ({occasion})"):
+            looked = 0.0
             while not self._store.check([f"done/{occasion}"]):
-                self.look_around()
+                if time.monotonic() - looked > 1.0:  # each look asks the store once for every rank
+                    self.look_around()
+                    looked = time.monotonic()
                 time.sleep(0.1)
             return self._store.get(f"done/{occasion}").decode()
 

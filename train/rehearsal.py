@@ -59,6 +59,7 @@ class Machine:
         """Take batches, and work on them, for so many seconds, to the nearest batch and at least for one."""
         images, batches, waited, elapsed = 0, 0, 0.0, 0.0
         self.settle()
+        self.stepper.ledger.read()  # no one else may: on a GPU it keeps events of every step until it is read
         cpu, start = time.process_time(), time.perf_counter()
         while batches == 0 or elapsed + elapsed / batches / 2 < seconds:
             asked = time.perf_counter()
@@ -76,6 +77,14 @@ def fit_batch(machine: Machine, limit: float) -> int:
 
     Nobody waits for a step of 4,096 images of a ViT-B on a CPU to learn that it is slow.
     """
+    try:
+        return _fitting(machine, limit)
+    finally:
+        if machine.device.type == "cuda":
+            torch.cuda.empty_cache()  # what larger batches took: a loader decodes beside torch, in memory of its own
+
+
+def _fitting(machine: Machine, limit: float) -> int:
     run = machine.run
     most, unit = run.optim.batch, run.optim.accumulate * group_size(run.method.views(run.model))
     size = first = min(most, max(unit, 16 * run.optim.accumulate // unit * unit))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import choose
+from model.decoder import Decoder
 from model.memory import MomentumCopy
 from model.network import Network
 from model.objectives import Outcome
@@ -28,6 +29,7 @@ from train.ledger import Ledger
 from train.optim import make_optimizer, set_rate
 from train.ranks import Ranks
 from train.schedule import weight_decay
+from train.stages import parts_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -52,7 +54,7 @@ class Stepper:
         self.network = Network(run.method, run.model, run.seed).to(device)
         self.sharded = run.speed.shard and self.ranks.count > 1
         if self.sharded:
-            from train.sharded import shard
+            from train.divided import shard
 
             shard(self.network, run, self.ranks)  # the optimizer is to hold what is left
         self.optimizer = make_optimizer(self.network, run.optim, device)
@@ -73,13 +75,19 @@ class Stepper:
         blocks = [module for module in network.modules() if isinstance(module, Block)]
         if self.run.speed.recompute:
             for block in blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                # Nothing in a block is drawn, so that no state of the generators has to be kept for it.
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
         compiled = self.run.speed.compile and self.ranks.count == 1
+        if self.run.speed.compile:
+            self._make_positions()
         if compiled:
             self.compile()
         elif self.run.speed.compile:
-            # One graph has all gradients at its end, where none can be averaged meanwhile; and divided weights are put
-            # together between blocks. A block is small enough not to be cut up by what torch has against the former.
+            # DDP averages gradients during the backward pass, which a single compiled graph would hold back to its end,
+            # and FSDP gathers weights between blocks; so compile block by block. `optimize_ddp` would split graphs for
+            # the same reason and is not needed.
             torch._dynamo.config.optimize_ddp = False  # pyright: ignore[reportAttributeAccessIssue]
             for block in blocks:
                 block.compile(dynamic=False)
@@ -96,6 +104,14 @@ class Stepper:
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
                 self.wrapped.register_comm_hook(None, bf16_compress_hook)
+
+    def _make_positions(self) -> None:
+        """Before a graph is traced, which would make the codes itself, on the CPU, and then be traced once more."""
+        coders = [each.positions for each in self.network.modules() if isinstance(each, (Encoder, Decoder))]
+        for _, part in parts_of(self.run):
+            for view in part.method.views(part.model).values():
+                for positions in coders:
+                    positions(view.side // part.model.patch, self.device)
 
     def compile(self) -> None:
         """The whole loss as one graph of static shapes."""
@@ -166,6 +182,11 @@ class Stepper:
         group = group_size(self.run.method.views(self.run.model))
         fewer = next((n for n in range(parts + 1, size + 1) if size % (n * group) == 0 and size // n <= most), None)
         if fewer is None:
+            if ranks == 1 and most == 0:
+                return ResourceError(
+                    f"{said} No smaller one does either: weights, gradients and the optimizer's state alone take too "
+                    "much. Take a smaller encoder."
+                )
             return ResourceError(f"{said} Use --accum-iter {2 * parts}, or --batch {size * ranks // 2} or less.")
         return ResourceError(f"{said} {most:,} do: use --accum-iter {fewer}, or --batch {most * parts}.")
 
@@ -178,6 +199,9 @@ class Stepper:
             if count == 0:
                 break
             self.optimizer.zero_grad(set_to_none=True)
+            # The failed step may have made half of them, or unscaled its gradients.
+            self.optimizer.state.clear()
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:

@@ -5,26 +5,39 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class CutShort(Exception):
     """A signal came during work that need not be finished."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def caught(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Ctrl-C and the signals by which schedulers and terminals end a process go to `handler`."""
+    # Who ignores SIGHUP (nohup) wants the work to go on.
+    heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 class Stop:
     """SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C ask the loop to save and end; a second one ends it at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self, *, quiet: bool = False) -> None:
         self.asked, self.name, self.quiet = False, "", quiet
-        self._before, self._at_once = {}, False
+        self._handlers, self._at_once = contextlib.ExitStack(), False
 
     def __enter__(self) -> Stop:
-        # Who ignores SIGHUP (nohup) wants the work to go on.
-        caught = [each for each in self.SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in caught}
+        self._handlers.enter_context(caught(self._ask))
         return self
 
     def _ask(self, number: int, _frame) -> None:
@@ -50,5 +63,4 @@ class Stop:
             self._at_once = False
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handlers.close()

@@ -37,6 +37,10 @@ class Spread:
     min: float
     max: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -63,7 +67,7 @@ class Stage:
 def summarise(samples: Sequence[Sample]) -> Stage:
     rates = [each.images / each.seconds for each in samples]
     return Stage(
-        Spread(statistics.median(rates), min(rates), max(rates)),
+        Spread.of(rates),
         statistics.median(1000 * each.cpu_seconds / each.images for each in samples),
         statistics.median(each.wait_seconds / each.seconds for each in samples),
     )

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.objectives.base import Objective, Outcome
 from model.objectives.mae import build_decoder, check_shares, decoded_count, repaint_loss, scored_patches
-from model.shape import Shape, decoder_macs, encoder_macs, head_macs
+from model.shape import Norm, Shape, decoder_macs, encoder_macs, head_macs
 from pipeline.errors import UsageError
+from pipeline.masks import kept_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,8 +66,8 @@ class DAAE(Objective):
     """Share of a batch's images that are repainted; 0.5 halves what the decoder costs."""
     head_hidden: int = 2048
     head_out: int = 256
-    head_norm: Literal["batch", "batch_apart", "layer"] = "batch"
-    """Norm in the heads: over the batches of all processes, each over its own, or over a vector's own values."""
+    head_norm: Norm = "batch"
+    """Norm in the heads: over the batches of all processes, each over its own, over a vector's own values, or none."""
 
     def check(self, batch: int, images: int | None = None) -> None:
         if self.reconstruct_weight > 0:
@@ -168,7 +169,7 @@ class DAAE(Objective):
     def macs(self, shape: Shape) -> int:
         kept, decoded = decoded_count(shape, self.mask_ratio, self.decoded_share)
         head = head_macs(shape.width, self.head_hidden, self.head_out)
-        seen = int((round(shape.side * self.small) // shape.patch) ** 2 * (1 - self.small_drop))
+        seen = kept_count((round(shape.side * self.small) // shape.patch) ** 2, self.small_drop)
         small = encoder_macs(shape, seen) + head
         trained = self.target == "both" and self.feature != "asym_pred"
         total = encoder_macs(shape, kept) + head + (small if trained else small // 3)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from model.objectives.base import Objective, Outcome
 from model.shape import Shape, decoder_macs, encoder_macs
 from pipeline.errors import UsageError
+from pipeline.masks import kept_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ def build_decoder(shape: Shape) -> Decoder:
 
 def decoded_count(shape: Shape, mask_ratio: float, share: float) -> tuple[int, int]:
     """How many patches are kept, and how many of the hidden ones are decoded."""
-    kept = int(shape.patches * (1 - mask_ratio))
+    kept = kept_count(shape.patches, mask_ratio)
     return kept, max(1, round(share * (shape.patches - kept)))
 
 

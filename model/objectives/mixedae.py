@@ -95,9 +95,9 @@ class MixedAE(Objective):
         import torch
 
         from model.attention import attend_top
-        from model.mixing import mix, recognised, sources
+        from model.mixing import mix_pictures, recognised, sources
 
-        mixed = mix(view, self.group)
+        mixed = mix_pictures(view, self.group)
         source, found = sources(mixed.tokens, self.group, view.pixels.device), []
 
         def attend_homologous(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

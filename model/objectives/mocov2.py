@@ -6,11 +6,11 @@ He et al. 2020, arXiv 1911.05722, with the head and the augmentation of Chen et 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from model.objectives.base import Outcome
 from model.objectives.two_views import TwoViews
-from model.shape import Shape, encoder_macs, head_macs
+from model.shape import Norm, Shape, encoder_macs, head_macs
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class MoCoV2(TwoViews):
     """None: the encoder's width."""
     head_out: int = 128
     # Batch norm would let queries and keys of one batch know one another; MoCo shuffles for that, a ViT has none.
-    head_norm: Literal["batch", "batch_apart", "layer", "none"] = "none"
+    head_norm: Norm = "none"
 
     def check(self, batch: int, images: int | None = None) -> None:
         check_queue(self.queue, batch)
@@ -96,8 +96,8 @@ class MoCoV2(TwoViews):
 
     def macs(self, shape: Shape) -> int:
         head = head_macs(shape.width, self.head_hidden or shape.width, self.head_out)
-        trained = encoder_macs(shape, shape.patches) + head
-        return trained + trained // 3
+        looked = encoder_macs(shape, shape.patches) + head
+        return looked + self.queue * self.head_out + looked // 3
 
 
 def check_queue(length: int, batch: int) -> None:

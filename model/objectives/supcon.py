@@ -6,11 +6,11 @@ Labels are used: a score of this method stands beside supervised ones, never amo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from model.objectives.base import Outcome
 from model.objectives.two_views import TwoViews
-from model.shape import Shape, encoder_macs, head_macs
+from model.shape import Norm, Shape, encoder_macs, head_macs
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class SupCon(TwoViews):
     """The loss is multiplied by temperature over this, which is 0.07 in the code of the paper; None: by 1."""
     head_hidden: int = 2048
     head_out: int = 128
-    head_norm: Literal["batch", "batch_apart", "layer", "none"] = "none"
+    head_norm: Norm = "none"
 
     @property
     def supervised(self) -> bool:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from model.objectives.base import Objective, Outcome, check_drop_path
 from model.objectives.mocov2 import check_queue
-from model.shape import Shape, encoder_macs, head_macs
+from model.shape import Norm, Shape, encoder_macs, head_macs
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,11 +70,13 @@ class SwAV(Objective):
     """Chance that the encoder's last block is left out for an image, falling to 0 at the first; published: 0.1."""
     head_hidden: int = 2048
     head_out: int = 128
-    head_norm: Literal["batch", "batch_apart", "layer"] = "batch"
-    """Norm in the head: over the batches of all processes, each over its own, or over a vector's own values."""
+    head_norm: Norm = "batch"
+    """Norm in the head: over the batches of all processes, each over its own, over a vector's own values, or none."""
 
     def check(self, batch: int, images: int | None = None) -> None:
         check_drop_path(self.drop_path)
+        if self.local_views < 0:
+            raise UsageError(f"--method.local-views {self.local_views}: at least 0, which is none.")
         if self.prototypes < 2:
             raise UsageError(f"--method.prototypes {self.prototypes}: at least 2, or there is nothing to predict.")
         if self.queue < 0:
@@ -82,9 +84,10 @@ class SwAV(Objective):
         if self.queue:
             check_queue(self.queue, batch)
         if images is not None and self.queue > images:
+            most = images // batch * batch
             raise UsageError(
                 f"--method.queue {self.queue} holds more embeddings than there are images ({images:,}). "
-                f"Use at most {images // batch * batch}."
+                + (f"Use at most {most}." if most else f"So does a batch of {batch}: use a smaller --batch.")
             )
 
     def warnings(self, batch: int, images: int | None = None) -> list[str]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from model.objectives.base import Objective
+from model.shape import Norm, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from model.network import Network
-    from model.shape import Shape
     from pipeline.sampling import View
 
 
@@ -33,7 +33,7 @@ class TwoViews(Objective):
     """Probability that bright pixels are inverted, of the one view and of the other."""
     feature: Literal["patch_mean", "cls"] = "patch_mean"
     """What of an image goes into the head: the mean of its patch tokens, or the class token."""
-    head_norm: Literal["batch", "batch_apart", "layer", "none"] = "batch"
+    head_norm: Norm = "batch"
     """Norm in the heads: over the batches of all processes, each over its own, over a vector's own values, or none."""
     freeze_patches: bool = True
     """Leave the patch projection as it was drawn: trained, it makes contrastive ViTs unstable (MoCo v3, section 4)."""

@@ -140,7 +140,8 @@ static int make_filter(filter_t *f, int length, int side) {
     return 1;
 }
 
-/* The filter for an axis: a picture before may have left it in its place. `taken`, the other axis', stays as it is. */
+/* The filter for one axis, kept from an earlier picture where possible; never the slot `taken`, which the other axis is
+ * using. */
 static filter_t *find_filter(scratch_t *s, int length, int side, const filter_t *taken) {
     uint32_t place = ((uint32_t)length * 0x9E3779B1u + (uint32_t)side * 0x85EBCA6Bu) >> (32 - FILTER_BITS);
     if (s->filters + place == taken && taken->length != length) place ^= 1;
@@ -568,12 +569,12 @@ int crops_whole(crops_t *crops, int count, int denominator, sample_t *samples) {
     return failed;
 }
 
-/* Make every view of a batch on every thread. Returns how many pictures failed; their status says why. */
+/* Make every view of a batch, at most MOST_VIEWS, on every thread. Returns how many pictures failed; their status says
+ * why. */
 int crops_batch(crops_t *crops, int count, int views, sample_t *samples, const box_t *boxes, const int32_t *sides,
                 uint8_t *const *outs) {
     batch_t batch = {count, views, samples, boxes, sides, outs, 0};
     int threads = crops->threads < count ? crops->threads : count, started = 0, failed = 0;
-    if (views > MOST_VIEWS) return -1;
     pthread_t handle[threads > 0 ? threads : 1];
     worker_t workers[threads > 0 ? threads : 1];
     for (int t = 0; t < threads; t++) workers[t] = (worker_t){&batch, crops->scratch + t};

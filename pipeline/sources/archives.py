@@ -23,11 +23,11 @@ from pipeline.sources.entries import Entry, Labels, Listing, Tell, Vocabulary, n
 from pipeline.sources.folder import LABELS, find_labels
 from pipeline.sources.members import DAMAGED, Member, each_in_tar, open_tar, zip_members
 from pipeline.sources.spool import Spool, check_room
-from pipeline.sources.volumes import Heard, Volume, archive_kind, told_apart, volumes_digest, words
+from pipeline.sources.volumes import Heard, Volume, archive_kind, told_apart, volumes_digest, why_unreadable
 from pipeline.sources.zips import ZipDirectory, open_member, read_record
 
-LARGEST_LABEL = 1 << 20  # bytes of a .cls, a .json or a labels.csv in an archive
-LARGEST_TABLE = 1 << 30
+LARGEST_LABEL = 1 << 20  # bytes of a .cls or a .json
+LARGEST_TABLE = 1 << 30  # bytes of a labels.csv
 
 
 class ArchiveReader:
@@ -46,7 +46,7 @@ class ArchiveReader:
                 return self._files.using(path, partial(_from_zip, entry))
             data = self._files.read(path, entry.size, entry.at)
         except DAMAGED as error:
-            raise Rejected(words(error)) from None
+            raise Rejected(why_unreadable(error)) from None
         if len(data) < entry.size:
             raise Rejected(f"is cut off: the archive ends {entry.size - len(data):,} bytes before it does")
         return data
@@ -111,14 +111,14 @@ class ArchiveSource:
                 except Exception as error:
                     check_machine(volume.path, error)
                     if volume.remote:
-                        raise DataError(f"{volume.path} {words(error)}.") from None
+                        raise DataError(f"{volume.path} {why_unreadable(error)}.") from None
                     if not isinstance(error, DAMAGED):
                         raise
-                    listing.unreadable.append((os.fsencode(volume.name), words(error)))
+                    listing.unreadable.append((os.fsencode(volume.name), why_unreadable(error)))
                 reader.flush()
         if len(listing.unreadable) >= len(self.volumes) and not len(listing.files):
             raise DataError(f"{self.name} {listing.unreadable[0][1]}.")
-        replaced = listing.files.shuffle()
+        replaced = listing.files.settle_order()
         if replaced:
             listing.skipped["replaced by a later file of the same name"] += replaced
         listing.labels = reader.labels() if self.webdataset else self._labels(listing, reader)
@@ -143,7 +143,7 @@ class ArchiveSource:
                     except DAMAGED as error:  # the next one lies elsewhere
                         if volume.remote and isinstance(error, OSError):
                             raise
-                        reader.listing.unreadable.append((posixpath.join(prefix, member.path), words(error)))
+                        reader.listing.unreadable.append((posixpath.join(prefix, member.path), why_unreadable(error)))
                 return
             # A stream is read in order only; the other mode may also go back, for the first bytes of a file.
             with open_tar(file, "r|*" if streamed else "r:") as archive:
@@ -153,6 +153,8 @@ class ArchiveSource:
     def _labels(self, listing: Listing, reader: _Lister) -> Labels:
         depth = 0
         if len(self.volumes) > 1:
+            # The class is the top folder inside the archives where all files lie in one, or where some of the archives'
+            # own names differ by number only (part-000, part-001) and not all are WordNet ids; else the archive's name.
             deep = all(path.count(b"/") > 1 for path in listing.files.paths())
             stems = [volume.stem for volume in self.volumes]
             numbered = len({re.sub(r"\d+", "", stem) for stem in stems}) < len(stems)
@@ -179,11 +181,11 @@ class _Lister:
         """volume: None where its bytes must be copied now."""
         if self.webdataset:
             folder, name = posixpath.split(member.path)
-            key = posixpath.join(folder, name.split(b".")[0])
+            stem, _, extension = name.partition(b".")
+            key, extension = posixpath.join(folder, stem), extension.lower()
             if key != self._key:
                 self.flush()
                 self._key = key
-            extension = name[len(name.split(b".")[0]) + 1 :].lower()
             if extension in (b"cls", b"json") and member.size <= LARGEST_LABEL:
                 with member.open() as file:
                     label = label_text(extension, file.read())
@@ -289,7 +291,7 @@ def looks_like_webdataset(volume: Volume) -> bool:
     except Exception as error:
         check_machine(volume.path, error)
         if volume.remote:
-            raise DataError(f"{volume.path} {words(error)}.") from None
+            raise DataError(f"{volume.path} {why_unreadable(error)}.") from None
         if not isinstance(error, DAMAGED):
             raise
     return bool(pictures & labelled)

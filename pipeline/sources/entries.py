@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from pipeline.shards import printable, unprintable
+from pipeline.names import printable, unprintable
 
 # Told where a listing stands, before anything is waited for there, and how many pictures it has so far.
 Tell = Callable[[bytes | str, int], None]
@@ -38,7 +38,7 @@ class Entry:
 
 
 class Entries(Sequence[Entry]):
-    """Entries in the order in which they were added, or after `shuffle()` in the order of the store."""
+    """Entries in the order in which they were added, or after `settle_order()` in the order of the store."""
 
     def __init__(self) -> None:
         self._paths = bytearray()
@@ -107,7 +107,7 @@ class Entries(Sequence[Entry]):
     def _path(self, row: int) -> bytes:
         return bytes(memoryview(self._paths)[self._ends[row] : self._ends[row + 1]])
 
-    def shuffle(self) -> int:
+    def settle_order(self) -> int:
         """Put them in the order of the store. Of several with one path the last stays, as when an archive is unpacked.
 
         The order is by a hash of the path: neighbours in a shard are unrelated, so a reader that shuffles within a
@@ -139,7 +139,7 @@ class Entries(Sequence[Entry]):
         return None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything, as `from_arrays()` takes it; needs `shuffle()`."""
+        """Everything, as `from_arrays()` takes it; needs `settle_order()`."""
         assert self._order is not None
         assert self._keys is not None
         numbers = {name: np.array(column, np.int64) for name, column in self._columns.items()}
@@ -164,7 +164,7 @@ class Entries(Sequence[Entry]):
         return new
 
     def keep(self, places: np.ndarray) -> None:
-        """Leave only these, given in ascending order; needs `shuffle()`."""
+        """Leave only these, given in ascending order; needs `settle_order()`."""
         assert self._order is not None
         assert self._keys is not None
         self._order, self._keys = self._order[places], self._keys[places]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.handles import check_machine, steadily
+from pipeline.handles import check_machine, read_whole, steadily
 from pipeline.pictures import has_picture_extension, read_file, sniff
 from pipeline.sources.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 
@@ -46,12 +46,7 @@ class FolderSource:
 
     def listing(self, spool: Path) -> Listing:
         listing, path = self._listing, self.root / os.fsdecode(LABELS)
-        table = None
-        if listing.others.find(LABELS) is not None:
-            try:
-                table = steadily(path, path.read_bytes)
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        table = read_whole(path) if listing.others.find(LABELS) is not None else None
         listing.labels = find_labels(
             listing, table, str(path), lambda one: sniff(_head(os.fsencode(self.root), one.path))
         )
@@ -83,8 +78,8 @@ def scan(root: Path, tell: Tell = nobody) -> Listing:
         links += links_here
     if b"/" in dict(listing.unreadable):
         raise DataError(f"{root} {dict(listing.unreadable)[b'/']}.")
-    listing.files.shuffle()
-    listing.others.shuffle()
+    listing.files.settle_order()
+    listing.others.settle_order()
     return listing
 
 

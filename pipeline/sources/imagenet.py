@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.errors import DataError, ResourceError
 from pipeline.handles import check_machine
+from pipeline.names import printable
 from pipeline.sources.entries import Labels, Listing, Vocabulary
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -36,7 +37,7 @@ def validation_labels(listing: Listing, devkit: Path) -> Labels:
             continue
         number = int(found[1])
         if not 1 <= number <= len(truth):
-            raise DataError(f"{devkit} tells the labels of {len(truth):,} pictures, none for {path.decode()}.")
+            raise DataError(f"{devkit} tells the labels of {len(truth):,} pictures, none for {printable(path)}.")
         codes[place] = words.code(wnids[truth[number - 1]])
     classes, column = words.settle(codes)
     return Labels({"class": classes}, column[:, None])

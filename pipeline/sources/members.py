@@ -15,7 +15,7 @@ from tarfile import HeaderError, ReadError, TarFile
 from typing import IO, Any, Self
 
 from pipeline.sources.entries import Listing
-from pipeline.sources.volumes import words
+from pipeline.sources.volumes import why_unreadable
 from pipeline.sources.zips import ENCRYPTED, ZipDirectory, open_member
 
 LARGEST_HEADER = 1 << 20  # bytes of one member's long name or attributes
@@ -81,7 +81,7 @@ def each_in_tar(
                     shifted = partial(_take_shifted, take, path[:-4], info)
                     each_in_tar(inner, listing, prefix, shifted, streamed=streamed, nested=False)
             except (tarfile.TarError, EOFError) as error:
-                listing.unreadable.append((posixpath.join(prefix, path), words(error)))
+                listing.unreadable.append((posixpath.join(prefix, path), why_unreadable(error)))
             continue
         take(Member(path, info.size, info.offset_data, _stamp(info.mtime), partial(_content, archive, info)))
     if archive.open_end:

@@ -16,9 +16,9 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pipeline.errors import DataError, UsageError
-from pipeline.handles import check_machine, steadily
+from pipeline.handles import check_machine, read_whole
+from pipeline.names import printable
 from pipeline.pictures import Encoding, Rejected, Stored, check_picture, has_picture_extension
-from pipeline.shards import printable
 from pipeline.sources.archives import ArchiveSource, looks_like_webdataset
 from pipeline.sources.entries import Entry, Labels, Listing, Tell, Vocabulary, no_labels, nobody
 from pipeline.sources.folder import FolderSource
@@ -179,7 +179,7 @@ class Refined:
     def digest(self) -> str:
         state = hashlib.sha256(self.source.digest().encode())
         for path in filter(None, (self.subset, self.devkit)):
-            state.update(_content(path))
+            state.update(read_whole(path))
         return state.hexdigest()
 
     def listing(self, spool: Path) -> Listing:
@@ -189,18 +189,11 @@ class Refined:
                 raise DataError(f"{self.name} is not ImageNet's validation set, which --devkit is for.")
             listing.labels = validation_labels(listing, self.devkit)
         if self.subset is not None:
-            select(listing, self.subset, _content(self.subset))
+            select(listing, self.subset, read_whole(self.subset))
         return listing
 
     def reader(self, spool: Path) -> Reader:
         return self.source.reader(spool)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return steadily(path, path.read_bytes)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def select(listing: Listing, name: Path, lines: bytes) -> None:

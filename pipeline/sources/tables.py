@@ -79,7 +79,7 @@ class TableSource(ABC):
                 code = _named(row.label, names) if names is not None else words.code(plain_label(row.label))
                 at = pile.add(_Bytes(row.data), len(row.data))
                 listing.files.add(row.name, len(row.data), at=at, label=code)
-        replaced = listing.files.shuffle()
+        replaced = listing.files.settle_order()
         if replaced:
             raise DataError(f"{self.name} has {replaced:,} rows that go by the name of another one, and would be lost.")
         codes = listing.files.labels
@@ -110,13 +110,30 @@ class _Bytes:
 
 
 def _choose(name: str, what: str, asked: str | None, fitting: list[str], usual: tuple[str, ...]) -> str | None:
-    """A column: the one asked for, the only one that fits, or the first with a usual name."""
+    """A column: the one asked for, or the first with a usual name; None where there is neither.
+
+    Raises DataError where the one asked for is not among the fitting ones.
+    """
     if asked is not None:
         if asked not in fitting:
             there = ", ".join(fitting) or "none"
             raise DataError(f"{name} has no {what} column {asked!r} (columns that could be one: {there}).")
         return asked
     return next((column for column in usual if column in fitting), None)
+
+
+def _picture_column(name: str, asked: str | None, sure: list[str], maybe: list[str], none: str) -> str:
+    """The column of the pictures: the one asked for, the first with a usual name, or the only one that is sure.
+
+    sure: columns that hold pictures; maybe: others that could. none: what to say where there are neither. Raises
+    DataError where it cannot be told.
+    """
+    fitting = sure + maybe
+    image = _choose(name, "picture", asked, fitting, IMAGE_NAMES) or (sure[0] if len(sure) == 1 else None)
+    if image is None:
+        there = ", ".join(fitting) or none
+        raise DataError(f"{name}: which column is the picture? --columns names it ({there}).")
+    return image
 
 
 def _package(module: str, name: str) -> Any:
@@ -168,11 +185,7 @@ class ParquetSource(TableSource):
             return arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
 
         pictures = [field.name for field in schema if holds_bytes(field.type)]
-        image = _choose(self.name, "picture", self.columns.image, pictures, IMAGE_NAMES)
-        image = image or (pictures[0] if len(pictures) == 1 else None)
-        if image is None:
-            there = ", ".join(pictures) or "none of its columns holds bytes"
-            raise DataError(f"{self.name}: which column is the picture? --columns names it ({there}).")
+        image = _picture_column(self.name, self.columns.image, pictures, [], "none of its columns holds bytes")
         simple = [
             field.name
             for field in schema
@@ -297,11 +310,7 @@ class HuggingFaceSource(TableSource):
         raw = [
             name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")
         ]
-        image = _choose(self.name, "picture", self.columns.image, pictures + raw, IMAGE_NAMES)
-        image = image or (pictures[0] if len(pictures) == 1 else None)
-        if image is None:
-            there = ", ".join(pictures + raw) or "none of its columns holds pictures"
-            raise DataError(f"{self.name}: which column is the picture? --columns names it ({there}).")
+        image = _picture_column(self.name, self.columns.image, pictures, raw, "none of its columns holds pictures")
         named = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
         plain = [
             name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("string", "int64", "int32")

@@ -58,7 +58,7 @@ class Volume:
         except DaaeError:
             raise
         except Exception as error:  # each protocol has errors of its own
-            raise DataError(f"{self.path} {words(error)}.") from None
+            raise DataError(f"{self.path} {why_unreadable(error)}.") from None
 
     def _open(self) -> BinaryIO:
         if self.remote:
@@ -103,7 +103,7 @@ def find_volumes(name: str, tell: Tell = nobody) -> list[Volume]:
                 facts.append(system.info(each))
         # Each protocol has errors of its own.
         except Exception as error:
-            raise DataError(f"{name} {words(error)}.") from None
+            raise DataError(f"{name} {why_unreadable(error)}.") from None
         marks = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created")
         volumes = [
             Volume(system.unstrip_protocol(each), fact["size"] or 0, " ".join(str(fact.get(mark)) for mark in marks))
@@ -188,5 +188,5 @@ class Heard:
         return getattr(self.file, name)
 
 
-def words(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"

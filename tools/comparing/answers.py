@@ -22,7 +22,7 @@ class Answer:
     """An arm's answer to a question."""
 
     score: Score
-    ahead: Interval | None  # of the baseline's longest runs, paired by seed
+    ahead: Interval | None  # of the baseline's longest runs that were asked, paired by seed
 
     def words(self) -> str:
         return self.score.words() + (f" ({gap_words(self.ahead)})" if self.ahead is not None else "")
@@ -33,9 +33,9 @@ def table(study: Study) -> tuple[list[str], list[tuple[str, list[Answer | None]]
 
     Nothing where no experiment asked for more than the score that leads.
     """
-    rows = list(_rows(study))
-    names = list(dict.fromkeys(name for _, cells in rows for name in cells))
-    return names, [(who, [cells.get(name) for name in names]) for who, cells in rows]
+    found = list(rows(study))
+    names = list(dict.fromkeys(name for _, _, cells in found for name in cells))
+    return names, [(who, [cells.get(name) for name in names]) for _, who, cells in found]
 
 
 def beaten(study: Study) -> Iterator[tuple[str, Score, str, Score]]:
@@ -44,7 +44,7 @@ def beaten(study: Study) -> Iterator[tuple[str, Score, str, Score]]:
     done = [trial for trial in study.trials if trial.done and trial.baseline("pixels") is not None]
     seeds = {trial.seed: _probes((trial.evaluation or {})["baselines"]["pixels"]) for trial in done}
     for name in dict.fromkeys(name for each in seeds.values() for name in each):
-        pixels = over_seeds([each.get(name) for each in seeds.values()])
+        pixels = over_seeds([each.get(name) for each in seeds.values()], seeded=False)
         arms = {
             group.arm: over_seeds([_probes(t.evaluation).get(name) for t in group.finished if t.evaluation])
             for group in study.groups
@@ -56,39 +56,42 @@ def beaten(study: Study) -> Iterator[tuple[str, Score, str, Score]]:
                 yield name, pixels, best, scored[best]
 
 
-def _rows(study: Study) -> Iterator[tuple[str, dict[str, Answer]]]:
+def rows(study: Study) -> Iterator[tuple[str | None, str, dict[str, Answer]]]:
+    """The arm, None of what nobody trained; its name with a length, where runs of several were asked; its answers."""
     asked = [trial for trial in study.trials if trial.done and trial.asked]
-    beside: dict[int, dict[str, dict]] = {}  # what the baseline's longest runs answered, by seed
+    given = {trial.cell: _answers(trial) for trial in asked}
+    beside: dict[int, dict[str, dict]] = {}  # what the baseline's longest runs that were asked answered, by seed
     for trial in sorted(asked, key=lambda trial: trial.cell.length or 0.0):
         if trial.arm == study.base.arm:
-            beside[trial.seed] = beside.get(trial.seed, {}) | _answers(trial)
+            beside[trial.seed] = beside.get(trial.seed, {}) | given[trial.cell]
     for group in study.groups:
         mine = [trial for trial in asked if trial.arm == group.arm]
         lengths = {trial.cell.length or 0.0: trial.cell.long for trial in mine}
         for length in sorted(lengths):
             trials = [trial for trial in mine if (trial.cell.length or 0.0) == length]
             name = f"{group.arm} {lengths[length]}" if len(lengths) > 1 else group.arm
-            yield name, _over_seeds({trial.seed: _answers(trial) for trial in trials}, beside)
+            yield group.arm, name, _over_seeds({trial.seed: given[trial.cell] for trial in trials}, beside)
     for key, words in BASELINES.items():
         by_seed = {trial.seed: trial for trial in asked if trial.baseline(key) is not None}
         if by_seed:
-            yield words, _over_seeds({seed: _of_baseline(trial, key) for seed, trial in by_seed.items()}, {})
+            answers = {seed: _of_baseline(trial, key) for seed, trial in by_seed.items()}
+            yield None, words, _over_seeds(answers, {}, seeded=key != "pixels")
 
 
 def _over_seeds(
-    answers: Mapping[int, Mapping[str, dict]], beside: Mapping[int, Mapping[str, dict]]
+    answers: Mapping[int, Mapping[str, dict]], beside: Mapping[int, Mapping[str, dict]], *, seeded: bool = True
 ) -> dict[str, Answer]:
-    """answers, beside: by seed, of an arm and of the baseline's longest runs."""
+    """answers, beside: by seed, of an arm and of the baseline's longest runs that were asked."""
     found = {}
     for name in dict.fromkeys(name for each in answers.values() for name in each):
-        score = over_seeds([each.get(name) for each in answers.values()])
+        score = over_seeds([each.get(name) for each in answers.values()], seeded=seeded)
         gaps = [
             each[name]["value"] - beside[seed][name]["value"]
             for seed, each in answers.items()
-            if name in each and name in beside.get(seed, {})
+            if name in each and each[name] is not beside.get(seed, {}).get(name, each[name])  # not beside itself
         ]
         if score is not None:
-            found[name] = Answer(score, mean_interval(gaps) if any(gaps) else None)
+            found[name] = Answer(score, mean_interval(gaps) if gaps else None)
     return found
 
 

@@ -114,14 +114,14 @@ def _pixels_ahead(study: Study) -> Iterator[str]:
 
 def _behind_elsewhere(study: Study) -> Iterator[str]:
     """What the experiment asked besides, and where the arm that the verdict is about is surely behind."""
-    names, rows = answers.table(study)
-    for who, cells in rows:
+    told = [group.arm for group in study.groups[1:2]]
+    for arm, who, cells in answers.rows(study):
         behind = [
             f"{name} ({gap_words(cell.ahead)} points)"
-            for name, cell in zip(names, cells, strict=True)
-            if cell is not None and cell.ahead is not None and cell.ahead.high is not None and cell.ahead.high < 0
+            for name, cell in cells.items()
+            if cell.ahead is not None and cell.ahead.high is not None and cell.ahead.high < 0
         ]
-        if behind and who.startswith(tuple(group.arm for group in study.groups[1:2])):
+        if behind and arm in told:
             yield f"{who} is behind {study.base.arm}'s longest runs in {listed(behind)}."
 
 

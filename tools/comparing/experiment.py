@@ -184,7 +184,7 @@ class Plan:
 # --------------------------------------------------------------------------------------------------------- the plan
 
 
-def make_plan(flags: Compare) -> Plan:
+def plan_experiment(flags: Compare) -> Plan:
     """Flags over the experiment file, checked before anything starts. Raises UsageError, DataError."""
     from pipeline.store import Store
     from train.data import check_data, open_store
@@ -217,15 +217,15 @@ def make_plan(flags: Compare) -> Plan:
     if not labelled:
         evaluations = 0
     fingerprints = {"data": store.fingerprint, **{path.name: each.fingerprint for path, each in stores.items()}}
+    several = len({*lengths, *(each for arm in arms.values() for each in arm.also)}) > 1
     if evaluations is None:
-        several = len({*lengths, *(each for arm in arms.values() for each in arm.also)}) > 1
         evaluations = 1 if several else EVALUATIONS
     plan = Plan(
-        flags.out, arms, data, tests, label, unit, lengths, seeds, evaluations, target, common, fingerprints, labelled,
-        questions, generated={}, gpus=flags.gpus, notes=values["notes"],
+        out=flags.out, arms=arms, data=data, tests=tests, label=label, unit=unit, lengths=lengths, seeds=seeds,
+        evaluations=evaluations, target=target, common=common, fingerprints=fingerprints, labelled=labelled,
+        questions=questions, generated={}, gpus=flags.gpus, notes=values["notes"],
     )  # fmt: skip
     check_arms(plan)
-    several = len(plan.lengths) > 1 or any(arm.also for arm in arms.values())
     questions.check_arms(arms)
     for name in arms:
         wish = plan.wish(name)

@@ -11,7 +11,9 @@ Everything here tolerates what is missing: a run that has just begun has neither
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -487,6 +489,11 @@ def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in settings.items()
         if name not in PLACES and name.split(".")[0] not in ("watch", "speed")
     }
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Short name of a configuration: 12 hex digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_comparison(folder: Path) -> tuple[list[Trial], dict]:

@@ -28,14 +28,14 @@ class Score:
         return percent(self.mean) + ("" if beside is None else f" ± {percent(beside)}")
 
 
-def over_seeds(scores: Sequence[dict | None]) -> Score | None:
-    """scores: {"value", "standard_error"} of each run that has one."""
+def over_seeds(scores: Sequence[dict | None], *, seeded: bool = True) -> Score | None:
+    """scores: {"value", "standard_error"} of each run that has one. seeded: whether a seed matters to them."""
     found = [each for each in scores if each is not None]
     if not found:
         return None
     values = [each["value"] for each in found]
     errors = [each["standard_error"] for each in found if each.get("standard_error") is not None]
-    spread = statistics.stdev(values) if len(set(values)) > 1 else None
+    spread = statistics.stdev(values) if seeded and len(values) > 1 else None
     return Score(statistics.fmean(values), spread, statistics.fmean(errors) if errors else None, len(values))
 
 
@@ -50,7 +50,8 @@ def arm_score(group: Group) -> Score | None:
 def baseline_score(trials: Sequence[Trial], name: str) -> Score | None:
     """Pixels and the untrained encoder, scored on the same pictures as the trained one; arms of a seed share it."""
     scores = ((trial.seed, trial.baseline(name)) for trial in trials if trial.done)
-    return over_seeds(list({seed: score for seed, score in scores if score is not None}.values()))
+    by_seed = {seed: score for seed, score in scores if score is not None}
+    return over_seeds(list(by_seed.values()), seeded=name != "pixels")
 
 
 def overtaken(study: Study) -> list[Trial]:

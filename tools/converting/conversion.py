@@ -19,8 +19,9 @@ from PIL import Image
 
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
+from pipeline.names import printable
 from pipeline.pictures import FORMATS, Encoding
-from pipeline.shards import printable, write_file, write_manifest
+from pipeline.shards import write_file, write_manifest
 from pipeline.sources.entries import Listing, Tell
 from pipeline.sources.source import Choice, Reader, Source, open_source
 from pipeline.sources.tables import Columns

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.limits import usable_cores
+from pipeline.names import printable
 from pipeline.ordered_map import ordered_map
 from pipeline.pictures import Encoding, Stored
-from pipeline.shards import ShardWriter, printable
+from pipeline.shards import ShardWriter
 from pipeline.sources.entries import Entry, Listing
 from pipeline.sources.source import Reader, try_entry
 from pipeline.unfinished import Unfinished

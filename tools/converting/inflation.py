@@ -32,18 +32,19 @@ from safetensors.torch import save_file
 from model.flow import FlowNet, flow_images
 from pipeline.errors import DataError, NumericsError, Preempted, ResourceError, UsageError
 from pipeline.ffcv_writer import ffcv_missing
+from pipeline.names import printable
 from pipeline.pictures import Encoding, encode
 from pipeline.sampling import key
-from pipeline.shards import ShardWriter, printable, write_manifest
-from pipeline.staging import size_in_words, staging, write_durably, write_whole
+from pipeline.shards import ShardWriter, write_manifest
+from pipeline.staging import is_full, size_in_words, staging, write_durably, write_whole
 from pipeline.store import MANIFEST, Store
-from pipeline.unfinished import FOLDER, fits, is_full
+from pipeline.unfinished import FOLDER, fits
 from tools.converting.assembly import assemble
 from tools.converting.conversion import STATS
 from tools.converting.flags import Inflate
 from tools.converting.watchdog import Watchdog
 from tools.progress import Progress
-from train.checkpoint import list_steps, share
+from train.checkpoint import list_steps, usual_mode
 from train.device import autocast, choose_device
 from train.generator import Recipe, Training
 from train.json_files import read_rows
@@ -69,7 +70,7 @@ def inflate(flags: Inflate) -> dict:
         return _result(flags, start, done="nothing to do")
     device = choose_device(flags.device)
     _check_disk(flags, store)
-    watchdog = Watchdog(STALL_SECONDS, quiet=flags.quiet)
+    watchdog = Watchdog(STALL_SECONDS, quiet=flags.quiet, flag="")
     adopt, keep = (lambda left: _adopt(flags, left, job)), (lambda left, error: _keep(flags, left, error, watchdog))
     with (
         watchdog,
@@ -92,7 +93,7 @@ def inflate(flags: Inflate) -> dict:
         assert isinstance(generator, FlowNet)
         _draw_all(flags, generator, training.precision, work / "drawn", stop)
         save_file(generator.state_dict(), folder / GENERATOR)
-        share(folder / GENERATOR)
+        usual_mode(folder / GENERATOR)
         _write_store(flags, store, folder, {**job, "steps": training.steps}, watchdog)
         losses = read_rows(work / "metrics.jsonl")
         stats = {"seconds": round(time.monotonic() - start, 2), "training": losses}

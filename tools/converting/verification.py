@@ -24,8 +24,9 @@ from pipeline.errors import DataError, ResourceError
 from pipeline.ffcv_writer import ffcv_missing
 from pipeline.handles import Handles, steadily
 from pipeline.limits import usable_cores
+from pipeline.names import unprintable
 from pipeline.ordered_map import ordered_map
-from pipeline.shards import ShardWriter, unprintable, write_file, write_manifest
+from pipeline.shards import ShardWriter, write_file, write_manifest
 from pipeline.sources.entries import Tell
 from pipeline.staging import staging
 from pipeline.store import FORMAT, MANIFEST, Store

@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from pipeline.errors import StalledError
-from pipeline.shards import printable
+from pipeline.names import printable
 from tools.progress import LINE_SECONDS
 
 T = TypeVar("T")
@@ -33,8 +33,10 @@ class Watchdog:
     Where the work writes, `with` goes around all that cleans up after it.
     """
 
-    def __init__(self, stall_seconds: float, *, quiet: bool) -> None:
+    def __init__(self, stall_seconds: float, *, quiet: bool, flag: str = "--stall-timeout") -> None:
+        """flag: of the command, which sets stall_seconds; empty where none does."""
         self.stall_seconds, self.quiet = stall_seconds, quiet
+        self._advice = f", or allow more with {flag}" if flag else ""
         self.hung = False  # a write has not come back: to close or remove what it is about would wait for it as well
         self._place, self._images, self._moved = "", 0, 0.0
         self._over = False
@@ -73,7 +75,7 @@ class Watchdog:
                 if still > self.stall_seconds:
                     raise StalledError(
                         f"nothing has moved for {self.stall_seconds:.0f} s while {stage}, at {self._shown()}. Look at "
-                        "the disk or network that holds it, or allow more with --stall-timeout."
+                        f"the disk or network that holds it{self._advice}."
                     )
                 if now > next_line and not self.quiet:
                     next_line = now + LINE_SECONDS

@@ -70,7 +70,7 @@ def measure(methods: list[str], size: str, batch: int, precision: str) -> list[C
     return [
         Cost(
             machine.run.preset, 6 * machine.run.method.macs(machine.run.model) / 1e9, _macs(machine.run) / _macs(first),
-            spread([one / other for one, other in zip(seconds, taken[0], strict=True)]),
+            Spread.of([one / other for one, other in zip(seconds, taken[0], strict=True)]),
             batch / statistics.median(seconds), memory,
         )
         for machine, seconds, memory in zip(machines, taken, saved, strict=True)
@@ -79,10 +79,6 @@ def measure(methods: list[str], size: str, batch: int, precision: str) -> list[C
 
 def _macs(run: Run) -> int:
     return run.method.macs(run.model)
-
-
-def spread(values: list[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 def kept(machine: Machine, batch: int) -> float:

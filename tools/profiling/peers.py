@@ -267,9 +267,7 @@ def notes(store: Store) -> list[str]:
 def show_peers(
     results: dict[str, dict[str, dict]], costs: dict[str, dict], scaled: dict[int, dict], notes: list[str]
 ) -> None:
-    from rich.console import Console
-
-    from tools.tables import plain_table
+    from tools.tables import plain_table, print_whole
 
     table = plain_table()
     for heading in ("views", "loader", "images/CPU-s", "min to max", "CPU-ms/image", "images/s", "ours is"):
@@ -284,17 +282,16 @@ def show_peers(
                 f"{1000 / rate:.2f}", f"{each['images_per_second']:,.0f}",
                 "" if name.startswith("DAAE") else f"{ratio(best, each, 'images_per_cpu_second'):.2f}x",
             )  # fmt: skip
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    out.print(table)
+    print_whole(table)
     for note in notes:
-        out.print(f"\n{note}", markup=False)
-    out.print(f"\nWhat views cost ours ({OURS}), in CPU-seconds of one 224 px view:")
+        print(f"\n{note}")
+    print(f"\nWhat views cost ours ({OURS}), in CPU-seconds of one 224 px view:")
     for views, each in costs.items():
-        out.print(f"  {views}: {ratio(costs['224'], each, 'images_per_cpu_second'):.2f}")
-    out.print(f"\nOurs with more threads ({', '.join(SCALED)}):")
+        print(f"  {views}: {ratio(costs['224'], each, 'images_per_cpu_second'):.2f}")
+    print(f"\nOurs with more threads ({', '.join(SCALED)}):")
     for threads, each in scaled.items():
         rate, share = each["images_per_second"], ratio(each, scaled[1], "images_per_second") / threads
-        out.print(f"  {threads} threads: {rate:,.0f} images/s, {share:.0%} of {threads} times one thread's")
+        print(f"  {threads} threads: {rate:,.0f} images/s, {share:.0%} of {threads} times one thread's")
 
 
 def main(argv: list[str]) -> int:

@@ -278,18 +278,15 @@ def _command(task: Task) -> list[str]:
 
 def show(heading: str, table: list[list[str]]) -> None:
     """heading: a line above. table: its headings, then its rows."""
-    from rich.console import Console
-
-    from tools.tables import plain_table
+    from tools.tables import plain_table, print_whole
 
     shown = plain_table()
     for name in table[0]:
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in table[1:]:
         shown.add_row(*row)
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    out.print(heading + "\n")
-    out.print(shown)
+    print(f"{heading}\n")
+    print_whole(shown)
 
 
 def main(argv: list[str]) -> int:

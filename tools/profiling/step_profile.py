@@ -76,7 +76,7 @@ def profile_step(run: Run, seconds: float, batch: int | None) -> StepProfile:
         spent.append(parts)
     return StepProfile(
         run.preset, device_name(device), run.precision, run.speed.compile, size,
-        Spread(statistics.median(rates), min(rates), max(rates)),
+        Spread.of(rates),
         {name: statistics.median(each[name] for each in spent) for name in PARTS if name in spent[0]},
         6 * run.method.macs(run.model) / 1e9, ceiling / 1e12, memory_gb(device)[0], ROUNDS,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 
 from pipeline.errors import DataError, UsageError
-from tools.children import Stop, call
+from tools.children import PassOn, call
 from train.command import parse, run
 from train.json_files import read_object
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     choices = [encoding(each) for each in flags.choices]
     flags.out.mkdir(parents=True, exist_ok=True)
     val = flags.out / "stores/val"
-    with Stop() as stop:
+    with PassOn() as stop:
         convert(flags.val, val, (AS_IS, 95), stop)
         for choice in choices:
             convert(flags.train, store_of(flags, choice), choice, stop)
@@ -94,7 +94,7 @@ def run_of(flags: StoreCost, choice: Choice, seed: int) -> Path:
     return flags.out / "runs/{}-q{}-seed{}".format(*choice, seed)
 
 
-def convert(source: Path, store: Path, choice: Choice, stop: Stop) -> None:
+def convert(source: Path, store: Path, choice: Choice, stop: PassOn) -> None:
     words = ["--max-side", str(choice[0]), "--quality", str(choice[1]), "--backends", "dali", "--quiet"]
     call(["tools.convert", str(source), str(store), *words], f"the conversion of {source}", store, stop)
 

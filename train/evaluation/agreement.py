@@ -6,13 +6,22 @@ fact about pixels; after it, one about the encoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.evaluation.exam import Exam
+from train.evaluation.featurise import encoder_features
 from train.evaluation.probes import neighbours
+
+if TYPE_CHECKING:
+    from model.network import Network
+    from train.config import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +48,23 @@ def agreement(full: Tensor, small: Tensor) -> Agreement:
     found = (nearest[:, 0] == torch.arange(count, device=nearest.device)).double().mean()
     others = (everything - same) / (count * (count - 1))
     return Agreement(float(same / count), float(others), float(found), count)
+
+
+def sizes_agree(
+    networks: Mapping[str, Network],
+    settings: Run,
+    device: torch.device,
+    feature: str,
+    share: float,
+    exam: Exam,
+    cache: Path,
+) -> dict:
+    """{"share", and for each of the networks: test -> Agreement}, of the pictures that the leading column asks."""
+    result: dict = {"share": share}
+    asked = {name: (store, exam.questions(name, exam.leading)[0]) for name, store in exam.tests.items()}
+    for who, each in networks.items():
+        full, small = (encoder_features(each, settings, device, feature, cache, share=s) for s in (1.0, share))
+        result[who] = {
+            name: asdict(agreement(full(store, ids), small(store, ids))) for name, (store, ids) in asked.items()
+        }
+    return result

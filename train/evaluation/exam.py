@@ -23,11 +23,12 @@ Protocol = Literal["ridge", "knn", "linear", "logistic"]
 PROTOCOLS: tuple[Protocol, ...] = ("ridge", "knn")
 KNN = (1, 20)
 MIN_PER_CLASS = 4  # below, a class is missing from some fold and no penalty can be chosen on the bank
-FOLDS = 5  # that a store is cut into where one of them is held out
+FIFTHS = 5  # that a store is cut into where one of them is held out
 SOURCE = "source"  # the label column that tells who made a picture; it is never asked for
-FINER = 4  # times as many classes as another column, and a column names things rather than kinds
+FINER = 4  # a column with this many times as many classes as another names individual things, not kinds
 LINEAR_ROWS = 4_000_000  # rows x epochs that the linear probe needs to arrive
-LEADING_BATCH = 4096  # of the linear probe; MAE's 16384 is for ImageNet
+EVALUATION = "evaluation.json"  # in a run folder: the newest checkpoint's scores and the baselines'
+LINEAR_BATCH = 4096  # of the linear probe; MAE's 16384 is for ImageNet
 DRAWS, FEW_SEED = 3, 0  # subsets of each size where labels are few; the same for every encoder
 
 Featurise = Callable[["Store", "np.ndarray"], "Tensor"]  # a store and the ids of samples in it -> (n, D)
@@ -94,7 +95,7 @@ class Exam:
         exam = cls(bank, {"held-out": bank}, leading)
         things = exam._near_duplicates(leading)  # held out together, all pictures of a thing
         draw = uniform(0, 0, "held out", np.arange(bank.count) if things is None else things.numpy(), 1)[:, 0]
-        exam.held_out[bank.root] = torch.from_numpy(np.floor(draw * FOLDS) == fold)
+        exam.held_out[bank.root] = torch.from_numpy(np.floor(draw * FIFTHS) == fold)
         return exam
 
     def training(self, column: str) -> tuple[np.ndarray, Tensor]:
@@ -196,7 +197,9 @@ class Exam:
         finest = max(self.bank.columns, key=lambda name: len(self.bank.columns[name]))
         if len(self.bank.columns[finest]) < FINER * len(self.bank.columns[column]):
             return None
-        return torch.from_numpy(self.bank.label(finest)[0].astype("int64"))
+        thing = torch.from_numpy(self.bank.label(finest)[0].astype("int64"))
+        # One whose thing is unknown is a thing by itself.
+        return torch.where(thing >= 0, thing, thing.max() + 1 + torch.arange(len(thing)))
 
     def _probe(
         self,
@@ -281,8 +284,9 @@ def ask(
         elif protocol == "logistic":
             answers["logistic"] = probes.logistic(bank, label, query, classes=classes, groups=groups).predicted
         else:
-            batch, epochs = min(LEADING_BATCH, len(bank)), linear_epochs(len(bank))
-            answers["linear"] = probes.linear_probe(bank, label, query, classes=classes, batch=batch, epochs=epochs)
+            answers["linear"] = probes.linear_probe(
+                bank, label, query, classes=classes, batch=LINEAR_BATCH, epochs=linear_epochs(len(bank))
+            )
     return {probe: predicted.cpu() for probe, predicted in answers.items()}
 
 
@@ -377,3 +381,19 @@ def mean_score(parts: list[dict]) -> dict:
         "standard_error": sum(part["standard_error"] for part in parts) / count,
         "count": sum(part["count"] for part in parts),
     }
+
+
+def sentence(result: dict) -> str:
+    """The leading score beside its baselines, in words."""
+    if result["leading"] is None:
+        return f"{result['label']}: too few images of each class for this probe."
+    words = f"{result['leading_name']}: {percent(result['leading'])}"
+    baselines = result.get("baselines") or {}
+    if baselines:
+        beside = ", ".join(f"{name} {percent(each['leading'])}" for name, each in baselines.items())
+        words += f" ({beside})"
+    return words + "."
+
+
+def percent(score: dict) -> str:
+    return f"{100 * score['value']:.1f} ± {100 * score['standard_error']:.1f} %"

@@ -19,10 +19,10 @@ from pipeline.sampling import View
 from pipeline.store import Store
 from pipeline.views import Patches
 from train.device import autocast
-from train.evaluate import centre_share
 from train.evaluation import probes
 from train.evaluation.exam import Exam, mark
 from train.evaluation.features import one_pass
+from train.evaluation.featurise import centre_share
 
 if TYPE_CHECKING:
     from model.network import Network

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,21 +23,10 @@ VIEW = "eval"
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Row i belongs to the i-th sample of the store, or of those asked for. float32, on the host."""
+    """Of a batch of samples, a row each. float32, on the host."""
 
-    patch_mean: Tensor  # (N, D): mean of the patch tokens after the final norm, class token left out
-    cls: Tensor  # (N, D): class token after the final norm
-
-
-def encode(encoder: Encoder, store: Store, *, only: np.ndarray | None = None, **how: Any) -> Features:
-    """Features of every image of a store, or of the samples `only`, in memory: 8 N D bytes. See encoded, and `how`."""
-    count = store.count if only is None else len(only)
-    result, done = Features(torch.empty(count, encoder.width), torch.empty(count, encoder.width)), 0
-    with contextlib.closing(encoded(encoder, store, only=only, **how)) as batches:
-        for each in batches:
-            rows = slice(done, done := done + len(each.cls))
-            result.patch_mean[rows], result.cls[rows] = each.patch_mean, each.cls
-    return result
+    patch_mean: Tensor  # (B, D): mean of the patch tokens after the final norm, class token left out
+    cls: Tensor  # (B, D): class token after the final norm
 
 
 def encoded(
@@ -51,22 +40,18 @@ def encoded(
     batch: int = 256,
     workers: int = 0,
     centre: float = 1.0,
-    crop_epoch: int | None = None,
-    seed: int = 0,
     only: np.ndarray | None = None,
 ) -> Generator[Features]:
     """Features batch by batch, in the order of the samples, by an encoder on `device`, left as it was.
 
     side: pixels that a picture is resized to. centre: the central square of this share of the shorter side; .875 is
-    ImageNet's 224 out of 256. crop_epoch: instead, the random crops (8 to 100 % of the area) and flips of that epoch
-    under `seed`, the only augmentation of MAE's linear probe. precision_context: such as train.device.autocast gives.
-    Close it where it is not exhausted.
+    ImageNet's 224 out of 256. precision_context: such as train.device.autocast gives. only: ids of the samples, in the
+    order asked for; all by default. Close it where it is not exhausted.
 
     Raises UsageError (generated images, side is no multiple of the patch) and whatever open_loader and the loader
     raise.
     """
     store.check_real("evaluation")
-    view = View(side=side, centre=centre) if crop_epoch is None else View(side=side, area=(0.08, 1.0))
 
     def features(seen: Patches) -> Features:
         (tokens,) = encoder(seen)
@@ -74,8 +59,8 @@ def encoded(
         return Features(patch_mean(tokens).cpu(), tokens[:, 0].cpu())
 
     yield from one_pass(
-        encoder, features, store, view, patch=encoder.patch, precision_context=precision_context, device=device,
-        backend=backend, batch=batch, workers=workers, epoch=crop_epoch or 0, seed=seed, only=only,
+        encoder, features, store, View(side=side, centre=centre), patch=encoder.patch, device=device,
+        precision_context=precision_context, backend=backend, batch=batch, workers=workers, only=only,
     )  # fmt: skip
 
 
@@ -94,8 +79,6 @@ def one_pass(
     backend: Backend = "auto",
     batch: int = 256,
     workers: int = 0,
-    epoch: int = 0,
-    seed: int = 0,
     only: np.ndarray | None = None,
 ) -> Generator[T]:
     """What `work` makes of each batch of samples in order, `module` being evaluated and left as it was. Close it where
@@ -106,16 +89,16 @@ def one_pass(
     if count == 0:
         return
     loader = open_loader(
-        store, views, batch=min(batch, count), seed=seed, backend=backend, device=device, workers=workers,
-        shuffle=False, only=only,
+        store, views, batch=min(batch, count), backend=backend, device=device, workers=workers, shuffle=False,
+        only=only,
     )  # fmt: skip
     precision = precision_context or contextlib.nullcontext()
     with contextlib.closing(loader), _evaluating(module):
-        for each in loader.epoch(epoch):
+        for each in loader.epoch(0):
             # Around the work alone: whoever takes the result has a grad mode and an autocast of its own. And not
             # inference_mode: the position code that the encoder keeps would be a tensor that autograd may not save.
             with torch.no_grad(), precision:
-                made = work(make_views(each, views, patch=patch, seed=seed)[VIEW])
+                made = work(make_views(each, views, patch=patch, seed=0)[VIEW])
             yield made
 
 
@@ -131,20 +114,10 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def pixels(store: Store, *, side: int = 32, only: np.ndarray | None = None, **how: Any) -> Tensor:
-    """(N, 3 side^2) float32: every image of a store, or the samples `only`, in memory. See small_pixels, and `how`."""
-    count = store.count if only is None else len(only)
-    result, done = torch.empty(count, 3 * side * side), 0
-    with contextlib.closing(small_pixels(store, side=side, only=only, **how)) as batches:
-        for each in batches:
-            result[done : (done := done + len(each))] = each
-    return result
-
-
 def small_pixels(
     store: Store,
     *,
-    side: int = 32,
+    side: int,
     device: torch.device | str = "cpu",
     backend: Backend = "auto",
     batch: int = 256,

@@ -9,7 +9,7 @@ come back on the query's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,13 +57,6 @@ def match_labels(bank_classes: Sequence[str], test_classes: Sequence[str], test_
     return table[test_label.long().cpu()].to(test_label.device)
 
 
-def knn(bank: Tensor, bank_label: Tensor, query: Tensor, *, k: int, temperature: float = 0.07, classes: int) -> Tensor:
-    """The class that the k nearest of the bank vote for, (Q,) int64. See neighbours and vote."""
-    bank, bank_label = _known(bank, bank_label)
-    near, place = neighbours(bank, query, k)
-    return vote(near, bank_label[place], temperature=temperature, classes=classes).to(query.device)
-
-
 def neighbours(
     bank: Tensor, query: Tensor, k: int, *, rows: int = ROWS, queries: int = BLOCK // ROWS
 ) -> tuple[Tensor, Tensor]:
@@ -95,8 +88,8 @@ def neighbours(
 def vote(near: Tensor, label: Tensor, *, temperature: float = 0.07, classes: int) -> Tensor:
     """The class with the most votes of the neighbours, a vote weighing exp(cosine / temperature), (Q,) int64.
 
-    near: (Q, k) cosines, nearest first; label: (Q, k). temperature inf is a majority vote, and the lowest class wins a
-    tie. Source: Wu et al. 2018 (InstDisc), section 3.4, as in DINO's eval_knn.py.
+    near: (Q, k) cosines, nearest first; label: (Q, k), all known. temperature inf is a majority vote, and the lowest
+    class wins a tie. Source: Wu et al. 2018 (InstDisc), section 3.4, as in DINO's eval_knn.py.
     """
     predicted, chunk = [], max(1, BLOCK // classes)
     for cosine, answer in zip(near.split(chunk), label.split(chunk), strict=True):
@@ -343,11 +336,8 @@ class _Logistic:
         return torch.cat(parts)
 
 
-Passes = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
-
-
 def linear_probe(
-    bank: Passes,
+    bank: Tensor,
     bank_label: Tensor,
     query: Tensor,
     *,
@@ -360,8 +350,7 @@ def linear_probe(
 ) -> Tensor:
     """MAE's linear probe on cached features: batch norm without parameters, one linear layer, LARS.
 
-    bank: (N, D) features; or several passes with other crops, used in turn; or a function from the epoch to its pass,
-    such as features.encode with crop_epoch. bank_label: (N,); query: (Q, D) features of the central square.
+    bank: (N, D), query: (Q, D), of the central square. bank_label: (N,).
     batch is cut to the labelled rows, images left over are dropped, and the rate is base_lr batch / 256.
     Returns (Q,) int64. A pure function of its arguments on a CPU.
 
@@ -376,18 +365,15 @@ def linear_probe(
     known = (bank_label >= 0).nonzero()[:, 0]
     if len(known) < 2:
         raise DataError(f"a linear probe needs at least 2 labelled pictures, there are {len(known)}.")
-    passes = _passes(bank)
-    first = passes(0)
-    device = first.device
+    device = bank.device
     known, label = known.to(device), bank_label.to(device)
     batch = min(batch, len(known))
     per_epoch = len(known) // batch
     steps, optim = epochs * per_epoch, Optim(batch=batch, base_lr=base_lr, min_lr=0.0)
-    norm, linear = probe_layers(first.shape[1], classes, seed)
+    norm, linear = probe_layers(bank.shape[1], classes, seed)
     probe = nn.Sequential(norm, linear).to(device).train()
     optimizer = lars(linear)
     for epoch in range(epochs):
-        features = first if epoch == 0 else passes(epoch)
         order = known[torch.from_numpy(epoch_order(seed, epoch, len(known))).to(device)]
         for place in range(per_epoch):
             rows = order[place * batch : (place + 1) * batch]
@@ -395,7 +381,7 @@ def linear_probe(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.enable_grad():
-                loss = F.cross_entropy(probe(features[rows].detach().float()), label[rows])
+                loss = F.cross_entropy(probe(bank[rows].detach().float()), label[rows])
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
@@ -429,14 +415,6 @@ def lars(linear: nn.Linear) -> torch.optim.Optimizer:
     matrix = {"params": [linear.weight], "always_adapt": True, **rule}
     vector = {"params": [linear.bias], "always_adapt": False, **rule}
     return Lars([matrix, vector], lr=0.0)  # the probe sets the rate of every step
-
-
-def _passes(bank: Passes) -> Callable[[int], Tensor]:
-    if isinstance(bank, Tensor):
-        return lambda epoch: bank
-    if callable(bank):
-        return bank
-    return lambda epoch: bank[epoch % len(bank)]
 
 
 def _known(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,9 @@ from pipeline.sampling import View, uniform
 from pipeline.store import Store
 from pipeline.views import Patches
 from train.device import autocast
-from train.evaluate import centre_share
 from train.evaluation.exam import Exam, Protocol
 from train.evaluation.features import one_pass
+from train.evaluation.featurise import centre_share
 
 if TYPE_CHECKING:
     from model.network import Network

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +12,10 @@ from model.network import Network
 from pipeline.errors import DataError
 from pipeline.staging import write_whole
 from train.config import Run
+from train.evaluation.exam import EVALUATION, PROTOCOLS, Exam, sentence
+from train.evaluation.featurise import baseline_features, encoder_features, untrained
 from train.journal import Journal
 from train.json_files import read_object
-
-if TYPE_CHECKING:
-    from train.evaluation.exam import Exam
 
 BASELINES = "baselines.json"
 
@@ -34,8 +32,6 @@ class Scores:
     @classmethod
     def prepare(cls, run: Run, device: torch.device, journal: Journal, baselines_from: Path | None) -> Scores | None:
         """Labels are never needed to train: without them there is a notice and no score."""
-        from train.evaluation.exam import Exam
-
         assert run.data is not None
         try:
             exam = Exam.prepare(run.data, run.watch.tests, run.watch.label, run.watch.overlap)
@@ -46,8 +42,6 @@ class Scores:
 
     def take_baselines(self) -> None:
         """Once, before the first score, or from a run that has the same."""
-        from train.evaluate import score_baselines
-
         path = self.journal.out / BASELINES
         # What the scores depend on: with another seed or encoder they would be another network's.
         key = {
@@ -61,14 +55,17 @@ class Scores:
             if found.get("key") == key:
                 self.baselines = found["scores"]
         if not self.baselines:
-            self.baselines = score_baselines(self.exam, self.run, self.device)
+            baselines = baseline_features(untrained(self.run, self.device), self.run, self.device, "patch_mean")
+            self.baselines = {name: self.exam.sit(featurise, PROTOCOLS) for name, featurise in baselines.items()}
         write_whole(path, json.dumps({"key": key, "scores": self.baselines}))
 
     def take(self, network: Network, at: dict, *, final: bool) -> None:
-        """at: step, train_seconds and images so far. The encoder comes back in training mode."""
-        from train.evaluate import EVALUATION, score_network, sentence
+        """Ridge and neighbours on the leading column, at the end on every one.
 
-        result = score_network(network, self.exam, self.run, self.device, final=final)
+        at: step, train_seconds and images so far. The encoder comes back in training mode.
+        """
+        featurise = encoder_features(network, self.run, self.device, "patch_mean")
+        result = self.exam.sit(featurise, PROTOCOLS, None if final else [self.exam.leading])
         leading = result["leading"] and result["leading"]["value"]
         result = {"step": at["step"], "train_seconds": at["train_seconds"], **result, "baselines": self.baselines}
         result["sentence"] = sentence(result)

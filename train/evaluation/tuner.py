@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
+import math
 import time
 from collections.abc import Iterator
 from typing import NoReturn
@@ -36,10 +36,10 @@ from train.clock import Clock
 from train.command import plain
 from train.config import Run
 from train.device import autocast, choose_device, choose_precision, device_name
-from train.evaluate import centre_share, percent
 from train.evaluation.cache import weights_digest
-from train.evaluation.exam import FOLDS, Exam, mean_score
+from train.evaluation.exam import FIFTHS, Exam, mean_score, percent
 from train.evaluation.features import one_pass
+from train.evaluation.featurise import centre_share
 from train.evaluation.probes import accuracy
 from train.finetune import RESULT, Finetune, Recipe
 from train.journal import Journal, duration, environment
@@ -59,9 +59,9 @@ def finetune(flags: Finetune) -> dict:
     assert data is not None
     overlap = flags.overlap or run.watch.overlap
     tests = flags.tests or run.watch.tests
-    if not 0 <= flags.fold < FOLDS or (flags.fold and tests):
+    if not 0 <= flags.fold < FIFTHS or (flags.fold and tests):
         raise UsageError(
-            f"--fold {flags.fold}: one of 0 to {FOLDS - 1} fifths of --data, and none where there are tests."
+            f"--fold {flags.fold}: one of 0 to {FIFTHS - 1} fifths of --data, and none where there are tests."
         )
     exam = Exam.prepare(data, tests, flags.label or run.watch.label, overlap, fold=flags.fold)
     recipe = flags.recipe().of_size(run.model)
@@ -72,7 +72,7 @@ def finetune(flags: Finetune) -> dict:
     backend = choose_backend(device) if flags.loader == "auto" else flags.loader
     settings = {
         **plain(recipe), "start": weights_digest(classifier.encoder), "label": exam.leading, "fold": flags.fold,
-        "device": str(device), "precision": precision, "loader": backend,
+        "held_out": bool(exam.held_out), "device": str(device), "precision": precision, "loader": backend,
     }  # fmt: skip
     with (
         Stop(quiet=flags.quiet) as stop,
@@ -102,9 +102,7 @@ def starting_point(flags: Finetune, run: Run, recipe: Recipe, classes: int) -> t
     """The classifier before its first step, and what its encoder is, in words."""
     network, words = Network(run.method, run.model, run.seed), "the untrained encoder"
     if not recipe.from_scratch:
-        point = folder.chosen_checkpoint(
-            flags.run, flags.checkpoint, lambda line: print(f"warning: {line}", file=sys.stderr)
-        )
+        point = folder.chosen_checkpoint(flags.run, flags.checkpoint)
         network.load_state_dict(point.scored())
         words = f"step {point.step:,} of {flags.run}"
     return Classifier(network.encoder, classes, recipe.seed), words
@@ -185,7 +183,8 @@ class Tuner:
                             self.preempted(f"at step {self.step:,} of {self.steps:,}")
                         if time.monotonic() - self.saved_at > 60 * self.flags.checkpoint_minutes:
                             self.save_once()
-                        self.clock.start()
+                        if self.step < last:
+                            self.clock.start()
                     if self.step == last:
                         break
             self.clock.pause(self.device)
@@ -250,20 +249,20 @@ class Tuner:
                 f"the gradient was not finite for {in_a_row:,} steps in a row at step {self.step:,}; none was taken. "
                 "Try --precision fp32, a lower --lr or --clip-grad 1.0."
             )
-        loss, norm = (self.sums / max(1, taken)).tolist()
+        # Of steps that were not taken there is no loss, rather than one of 0.
+        means = dict(zip(("loss", "grad_norm"), (self.sums / taken).tolist(), strict=True)) if taken else {}
         self.sums.zero_()
         rate = steps * self.recipe.batch / max(1e-9, clock.train_seconds - seconds_before)
         self.logged = (self.step, clock.train_seconds)
         epochs = self.step / self.loader.batches
         self.journal.row("metrics", {
-            "step": self.step, "epoch": round(epochs, 4), "lr": lr, "loss": loss, "grad_norm": norm,
-            "images": clock.images, "images_per_second": round(rate, 1),
-            "train_seconds": round(clock.train_seconds, 3),
+            "step": self.step, "epoch": round(epochs, 4), "lr": lr, **means, "images": clock.images,
+            "images_per_second": round(rate, 1), "train_seconds": round(clock.train_seconds, 3),
         })  # fmt: skip
         left = (self.steps - self.step) * clock.train_seconds / self.step
         self.journal.progress(self.step, self.steps, (
-            f"ep {epochs:.1f}/{self.steps / self.loader.batches:.1f}  step {self.step:,}  loss {loss:.4f}  "
-            f"img/s {rate:,.0f}  ETA {duration(left)}"
+            f"ep {epochs:.1f}/{self.steps / self.loader.batches:.1f}  step {self.step:,}  "
+            f"loss {means.get('loss', math.nan):.4f}  img/s {rate:,.0f}  ETA {duration(left)}"
         ))  # fmt: skip
         self.journal.status(step=self.step, train_seconds=round(clock.train_seconds, 1))
 

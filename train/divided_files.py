@@ -1,4 +1,4 @@
-"""The shards of a checkpoint of divided weights (train/sharded.py), read in any process: tensors by KIND/NAME."""
+"""The shards of a checkpoint of divided weights (train/divided.py), read in any process: tensors by KIND/NAME."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.vit import Block
-from train import checkpoint, shards
+from train import checkpoint, divided_files
 from train.config import Run
 from train.ranks import Ranks
 
@@ -90,13 +90,13 @@ def load(network: nn.Module, optimizer: torch.optim.Optimizer, point: checkpoint
     cast(FSDPModule, network).reshard()  # a forward pass without gradients has left some weights whole
     where = point.path / checkpoint.SHARDS
     if point.sharded:
-        saved = shards.outline(where)
+        saved = divided_files.outline(where)
     else:
         kinds = {"model": point.weights(), "optim": point.moments()}
         saved = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
     places = {**network.state_dict(prefix="model/"), **_room(network, optimizer, saved)}
     if point.sharded:
-        shards.read(places, where)
+        divided_files.read(places, where)
         return
     for key, here in places.items():
         value = saved[key].to(here.device)
