@@ -341,6 +341,13 @@ def test_what_was_settled_on_one_gpu_is_chosen_anew_on_another(monkeypatch):
         as_settled(run, saved, torch.device("cuda", 0), moved=True)
 
 
+def test_position_codes_are_made_before_a_graph_is_traced():
+    stepper = stepper_of(small_run(compile=True))
+    grids = {view.side // SMALL.patch for view in stepper.run.method.views(SMALL).values()}
+    assert len(grids) == 2
+    assert {grid for grid, _ in stepper.network.encoder.positions._made} == grids
+
+
 def test_without_a_compiler_compiling_is_refused_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
