@@ -15,7 +15,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampling import Colours
@@ -111,7 +110,7 @@ def _reached(side: int, reach: int, device: torch.device) -> Tensor:
     """(T, S, S): whether tap t of the kernel at pixel i lies on pixel j, mirrored at the edges."""
     place = (torch.arange(side)[:, None] + torch.arange(-reach, reach + 1)).abs()
     place = torch.minimum(place, 2 * (side - 1) - place)
-    return F.one_hot(place, side).transpose(0, 1).float().to(device)
+    return (place.T[..., None] == torch.arange(side)).float().to(device)
 
 
 def solarise(pixels: Tensor) -> Tensor:
