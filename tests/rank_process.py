@@ -59,7 +59,7 @@ METHODS: dict[str, Objective] = {
     **BASES,
     "mae": MAE(),
     "daae": DAAE(head_hidden=32, head_out=16, contrast_weight=1.0),
-    "daae-pred": DAAE(head_hidden=32, head_out=16, contrast_weight=1.0, feature="asym_pred"),
+    "daae-pred": DAAE(head_hidden=40, head_out=16, contrast_weight=1.0, feature="asym_pred"),
     "daae-layer": DAAE(head_hidden=32, head_out=16, contrast_weight=1.0, head_norm="layer"),
     "mixedae": MixedAE(homologous_weight=1.0),
     "can": CAN(head_out=16, contrast_weight=0.5),
